@@ -1,0 +1,166 @@
+"""The records that travel through a training step, in the order in which they are made.
+
+    Sample -> Prompt -> Completion -> RewardBreakdown -> Rollout -> RolloutGroup
+
+Nothing heavy is imported here, so that every other module can import this one.
+
+Worked example, one image, ``group_size = 2``::
+
+    sample = Sample("scene-7", image=..., reference="A red circle is at the top.", instruction="Describe the image.")
+    prompt = policy.prepare(sample)                        # prompt_ids (27,), image_inputs of one image
+    group, = sampler.generate([prompt], group_size=2, sampling=SamplingConfig(), seed=0)
+    group.rollouts[0].completion.text                      # "A red circle is at the left."
+    group.rollouts[0].breakdown.precision                  # 0.667: shape and colour are true, the place is not
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+REWARD_NAMES = ("precision", "recall", "linguistic")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its reference caption, as a dataset yields it."""
+
+    sample_id: str
+    """Unique in its dataset; names the sample in logs and errors."""
+    load_image: Callable[[], Image.Image]
+    """Returns the image, decoded, in RGB, within the pixel budget. May raise ``ImageError``."""
+    reference: str
+    """The reference caption; never empty."""
+    instruction: str
+    """What the policy is asked, without the image placeholder."""
+    facts: Any = None
+    """What is known of the image beyond the reference; a scene graph for drawn scenes."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample made ready for the policy: tokenised once, its image preprocessed once."""
+
+    sample: Sample
+    prompt_ids: torch.Tensor
+    """LongTensor (P,): the chat-templated prompt, image placeholders expanded."""
+    image_inputs: dict[str, torch.Tensor]
+    """The processor's image tensors (``pixel_values``, ``image_grid_thw``, ...), for this one prompt."""
+    image: Image.Image
+    """The decoded image, for samplers that preprocess by themselves."""
+    text: str
+    """The chat-templated prompt before expansion: one placeholder per image."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the sampler returned for one rollout."""
+
+    token_ids: list[int]
+    """Sampled ids, the end-of-sequence id included where it was sampled."""
+    text: str
+    sampling_logprobs: list[float]
+    """Log-probability of each id in ``token_ids`` under the distribution that it was sampled from."""
+    finished: bool
+    """True where the policy ended the caption by itself, False where ``max_completion_tokens`` cut it."""
+
+
+@dataclass(frozen=True)
+class Assertion:
+    """One atomic claim of a completion."""
+
+    text: str
+    """The claim in a normal form, such as ``red circle: size = large``."""
+    spans: tuple[tuple[int, int], ...]
+    """Where the completion says it: half-open character ranges, repetitions included."""
+    verified: bool
+    """True of the image."""
+    pointable: bool
+    """Refers to something visible that can be located."""
+
+    @property
+    def counted(self) -> bool:
+        """Whether the precision reward counts it."""
+        return self.verified and self.pointable
+
+
+@dataclass(frozen=True)
+class ReferenceUnit:
+    """One atomic content unit of the reference caption."""
+
+    text: str
+    covered: bool
+
+
+@dataclass(frozen=True)
+class RewardBreakdown:
+    """A judge's answer for one completion. NaN means that the judge gave no score."""
+
+    precision: float = math.nan
+    recall: float = math.nan
+    linguistic: float = math.nan
+    """Before any length rule."""
+    clarity: float = math.nan
+    """1 to 5, like ``fluency`` and ``coherence``; ``linguistic`` is their mean, mapped by (s - 1) / 4."""
+    fluency: float = math.nan
+    coherence: float = math.nan
+    assertions: tuple[Assertion, ...] = ()
+    reference_units: tuple[ReferenceUnit, ...] = ()
+    error: str | None = None
+    """Why there is no score, where there is none."""
+
+    @property
+    def rewards(self) -> tuple[float, float, float]:
+        """The three rewards in the order of ``REWARD_NAMES``."""
+        return (self.precision, self.recall, self.linguistic)
+
+    @property
+    def b_capscore(self) -> float:
+        """Harmonic mean of the three rewards: 0 if one is 0, NaN if one is missing."""
+        if any(math.isnan(r) for r in self.rewards):
+            return math.nan
+        if min(self.rewards) <= 0.0:
+            return 0.0
+        return len(self.rewards) / sum(1.0 / r for r in self.rewards)
+
+
+@dataclass
+class Rollout:
+    """A completion and, once it is judged, its scores."""
+
+    completion: Completion
+    breakdown: RewardBreakdown | None = None
+    length: float = math.nan
+    """Of the completion, in the unit of ``reward.length_unit``."""
+    reference_length: float = math.nan
+    advantage: float = math.nan
+
+    @property
+    def length_ratio(self) -> float:
+        """Completion length over reference length."""
+        return self.length / self.reference_length if self.reference_length else math.nan
+
+
+@dataclass
+class RolloutGroup:
+    """All rollouts of one prompt, in the order in which they were asked for."""
+
+    prompt: Prompt
+    rollouts: list[Rollout] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What one weight synchronisation did."""
+
+    strategy: str
+    num_tensors: int
+    bytes_copied: int
+    seconds: float
+    policy_version: int
