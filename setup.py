@@ -1,7 +1,19 @@
 """Packages, dependencies and the native library of balcaprl."""
 
-from setuptools import setup
+from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+NATIVE_LIBRARY = "libbalcaprl_native.so"
 PACKAGE_DIR = {"balcaprl": "engine", "balcaprl.kernels": "kernels/ops"}
 PACKAGES = [
     "balcaprl",
@@ -43,6 +55,65 @@ EXTRAS = {
     "dev": [*TEST, "ruff>=0.9", "mypy>=1.13", "pre-commit>=3.7"],
 }
 
+
+class BuildNative(build_ext):
+    """Builds ``kernels/csrc`` with CMake and puts the library beside the modules of ``balcaprl.kernels``.
+
+    The library is an accelerator, not a need: where it cannot be built the installation goes on, with one warning.
+    """
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # A plain shared library, not a Python extension module: no interpreter tag in its name.
+        package = fullname.rpartition(".")[0]
+        return os.path.join(*package.split("."), NATIVE_LIBRARY)
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        # A library of older sources must not outlive a failed build.
+        target.unlink(missing_ok=True)
+        try:
+            library = self.run_cmake(Path(self.build_temp).resolve() / "native")
+        except (OSError, subprocess.CalledProcessError) as error:
+            output = getattr(error, "output", None) or ""
+            self.warn(
+                f"balcaprl is installed WITHOUT its native CPU library: {error}. All of it works, the CPU kernels fall "
+                "back to plain PyTorch. To build the library, install a C++17 compiler and make or ninja, and install again.\n"
+                + output[-2000:]
+            )
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(library, target)
+
+    @staticmethod
+    def run_cmake(build_dir: Path) -> Path:
+        """Configures and builds in ``build_dir``; returns the library's path."""
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            raise FileNotFoundError("cmake was not found")
+        build_dir.mkdir(parents=True, exist_ok=True)
+        # A cache made by another cmake, or for a folder since moved, would stop the build.
+        (build_dir / "CMakeCache.txt").unlink(missing_ok=True)
+        configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), "-DCMAKE_BUILD_TYPE=Release"]
+        if "CMAKE_GENERATOR" not in os.environ and not shutil.which("make") and shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        for command in (
+            configure,
+            [cmake, "--build", str(build_dir), "--config", "Release", "--target", "balcaprl_native"],
+        ):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+            sys.stdout.write(done.stdout)
+            if done.returncode:
+                raise subprocess.CalledProcessError(done.returncode, command, output=done.stdout)
+        return next(build_dir.rglob(NATIVE_LIBRARY))
+
+
+class PlatformWheel(bdist_wheel):
+    """The library depends on the platform but on no Python version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     name="balcaprl",
     version="0.1.0",
@@ -52,6 +123,9 @@ setup(
     package_dir=PACKAGE_DIR,
     packages=PACKAGES,
     package_data={"balcaprl": ["recipes/*.yaml", "assets/**/*"]},
+    # No sources here: CMakeLists.txt lists them. Optional: setuptools then accepts that the file is not there.
+    ext_modules=[Extension("balcaprl.kernels.native_library", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["balcaprl=balcaprl.cli:main"]},

@@ -1,0 +1,88 @@
+"""The only loader of the compiled library (``kernels/csrc``), through ctypes: no compiler, no libtorch at run time.
+
+Loading is tried once, at the first call. Where it fails everything else still works: ops with ``impl="auto"`` run their
+reference after one warning, ``impl="native"`` raises with the reason.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from pathlib import Path
+
+LIBRARY_NAME = "libbalcaprl_native.so"
+ABI_VERSION = 1  # as kAbiVersion in kernels/csrc/native.h
+
+# Status codes of kernels/csrc/native.h.
+OK = 0
+OUT_OF_MEMORY = 1
+BAD_REWARDS = 2
+BAD_WEIGHTS = 3
+BAD_LENGTHS = 4
+BAD_REFERENCE_LENGTHS = 5
+
+_INT = ctypes.c_int64
+_PTR = ctypes.c_void_p
+_REAL = ctypes.c_double
+_CODE = ctypes.c_int32
+_GROUPED_ADVANTAGES = [_PTR, _INT, _INT, _INT, _PTR, _PTR, _PTR, _INT, _REAL, _REAL, _CODE, _REAL, _PTR]
+_SIGNATURES = {
+    "balcaprl_grouped_advantages_f32": _GROUPED_ADVANTAGES,
+    "balcaprl_grouped_advantages_f64": _GROUPED_ADVANTAGES,
+}
+_REINSTALL = "Install balcaprl again on a machine with cmake and a C++17 compiler (pip install -v shows the build)."
+
+
+def library_path() -> Path:
+    """Where the library is expected: beside this module."""
+    return Path(__file__).resolve().parent / LIBRARY_NAME
+
+
+def is_available() -> bool:
+    """Whether the compiled library is there, loads, and has this module's interface version."""
+    return _load(library_path())[0] is not None
+
+
+def unavailable_reason() -> str | None:
+    """Why the library cannot be used and what to do about it; None where it can."""
+    return _load(library_path())[1]
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library, its functions typed.
+
+    Raises:
+        RuntimeError: it is not available; the message says why.
+    """
+    handle, reason = _load(library_path())
+    if handle is None:
+        raise RuntimeError(f"impl='native' cannot run: {reason}")
+    return handle
+
+
+@functools.cache
+def warn_unavailable() -> None:
+    """Says once per process that ``impl="auto"`` runs without the library."""
+    warnings.warn(
+        f"balcaprl.kernels runs plain PyTorch on the CPU: {unavailable_reason()}", RuntimeWarning, stacklevel=2
+    )
+
+
+@functools.cache
+def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library at ``path``, or None and the reason."""
+    if not path.is_file():
+        return None, f"the native library is not installed (no {path}). {_REINSTALL}"
+    try:
+        handle = ctypes.CDLL(str(path))
+        version = handle.balcaprl_abi_version()
+        if version != ABI_VERSION:
+            return None, f"{path} has interface version {version}, this code needs {ABI_VERSION}. {_REINSTALL}"
+        for name, argtypes in _SIGNATURES.items():
+            function = getattr(handle, name)
+            function.argtypes = argtypes
+            function.restype = _CODE
+    except (OSError, AttributeError) as error:
+        return None, f"{path} does not load: {error}. {_REINSTALL}"
+    return handle, None
