@@ -1,0 +1,169 @@
+"""The warm-start corpus: captions with stated flaws, for a policy that has something left to learn.
+
+``flawed_caption`` starts from what a clean caption would say and damages it at the rates of ``FlawRates``, each flaw drawn
+by itself. Nothing else makes the warm start imperfect.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from balcaprl.data.scenes.caption import (
+    NUMBER_WORDS,
+    ObjectWords,
+    clean_caption,
+    object_sentences,
+    opening_sentence,
+    relation_sentence,
+    told_relation,
+    with_article,
+)
+from balcaprl.data.scenes.world import BACKGROUNDS, COLOURS, FILLS, INVERSE, PLACES, SHAPES, SIZES, Scene
+
+COMMENTARY = (
+    "The mood of the picture is calm and pleasant.",
+    "This adds depth to the whole composition.",
+    "It evokes a sense of wonder and curiosity.",
+    "The arrangement feels playful and modern.",
+    "Overall it makes a strong impression on the viewer.",
+    "Such harmony reminds one of a quiet summer day.",
+    "The artist surely wanted to tell a story.",
+    "Every detail contributes to the lively atmosphere.",
+)
+"""Sentences that point at nothing."""
+
+CaptionStyle = Literal["labels", "clean", "flawed"]
+
+_CHOICES = {
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "size": tuple(SIZES),
+    "fill": FILLS,
+    "place": PLACES,
+}
+
+
+@dataclass(frozen=True)
+class FlawRates:
+    """Probability of each flaw, per caption unless it says otherwise."""
+
+    wrong_attribute: float = 0.15
+    """Per attribute of an object: replaced by another value."""
+    unsaid_attribute: float = 0.15
+    """Per size, fill or place of an object: left out."""
+    omission: float = 0.30
+    """Per object: left out (one always stays)."""
+    wrong_count_or_background: float = 0.20
+    """The opening sentence states another number or background."""
+    no_opening: float = 0.30
+    """The opening sentence is left out."""
+    no_relation: float = 0.40
+    """The relation sentence is left out."""
+    wrong_relation: float = 0.25
+    """The relation sentence, where there is one, tells the inverse."""
+    hallucination: float = 0.50
+    """One or two objects that are not there."""
+    commentary: float = 0.50
+    """One to three sentences that point at nothing."""
+    repetition: float = 0.25
+    """One to three sentences said again."""
+    listing: float = 0.20
+    """All objects in one verbless list."""
+    too_short: float = 0.06
+    """Nothing but one or two bare noun phrases in a sentence."""
+    too_long: float = 0.06
+    """Padded with commentary and repetition far beyond the reference."""
+
+
+def flawed_caption(scene: Scene, rng: np.random.Generator, rates: FlawRates | None = None) -> str:
+    """One caption of the scene with flaws drawn at ``rates``."""
+    rates = rates or FlawRates()
+    told = [ObjectWords.of(item) for item in scene.objects]
+    kept = [words for words in told if rng.uniform() >= rates.omission] or [told[int(rng.integers(len(told)))]]
+    objects = [_damage(words, rates, rng) for words in kept]
+    if rng.uniform() < rates.hallucination:
+        for _ in range(int(rng.integers(1, 3))):
+            objects.insert(int(rng.integers(len(objects) + 1)), _invent(rng))
+    if rng.uniform() < rates.too_short:
+        return _too_short(objects, rng)
+    sentences = _opening(scene, rates, rng)
+    sentences += [_listing(objects)] if rng.uniform() < rates.listing else object_sentences(objects, rng)
+    sentences += _relation(scene, told, rates, rng)
+    return " ".join(_pad(sentences, rates, rng))
+
+
+def label_list(scene: Scene) -> str:
+    """Nothing but attribute words in reading order: the densest thing from which to learn to see."""
+    items = [f" {o.place} {o.size} {o.fill} {o.colour} {o.shape}" for o in scene.objects]
+    return f" {scene.background} background," + ",".join(items) + "."
+
+
+def training_caption(scene: Scene, rng: np.random.Generator, style: CaptionStyle, rates: FlawRates) -> str:
+    """One caption of the scene in the given style."""
+    if style == "labels":
+        return label_list(scene)
+    return clean_caption(scene, rng) if style == "clean" else flawed_caption(scene, rng, rates)
+
+
+def _damage(words: ObjectWords, rates: FlawRates, rng: np.random.Generator) -> ObjectWords:
+    changes: dict[str, str | None] = {}
+    for attribute, values in _CHOICES.items():
+        if rng.uniform() < rates.wrong_attribute:
+            others = [v for v in values if v != getattr(words, attribute)]
+            changes[attribute] = others[int(rng.integers(len(others)))]
+        if attribute in ("size", "fill", "place") and rng.uniform() < rates.unsaid_attribute:
+            changes[attribute] = None
+    return replace(words, **changes)  # type: ignore[arg-type]
+
+
+def _invent(rng: np.random.Generator) -> ObjectWords:
+    return ObjectWords(**{a: values[int(rng.integers(len(values)))] for a, values in _CHOICES.items()})
+
+
+def _too_short(objects: list[ObjectWords], rng: np.random.Generator) -> str:
+    phrases = [" ".join(w for w in (o.colour, o.shape) if w) for o in objects[: int(rng.integers(1, 3))]]
+    return "There is " + " and ".join(with_article(p) for p in phrases) + "."
+
+
+def _opening(scene: Scene, rates: FlawRates, rng: np.random.Generator) -> list[str]:
+    if rng.uniform() < rates.no_opening:
+        return []
+    count, background = len(scene.objects), scene.background
+    if rng.uniform() < rates.wrong_count_or_background:
+        if rng.uniform() < 0.5:
+            count = int(rng.choice([n for n in NUMBER_WORDS if n != count]))
+        else:
+            background = str(rng.choice([b for b in BACKGROUNDS if b != background]))
+    return [opening_sentence(count, background, rng)]
+
+
+def _listing(objects: list[ObjectWords]) -> str:
+    text = ", ".join(o.noun_phrase + (f" {o.place}" if o.place else "") for o in objects)
+    return text[0].upper() + text[1:] + "."
+
+
+def _relation(scene: Scene, told: list[ObjectWords], rates: FlawRates, rng: np.random.Generator) -> list[str]:
+    relation = told_relation(scene)
+    if relation is None or rng.uniform() < rates.no_relation:
+        return []
+    first, name, second = relation
+    if rng.uniform() < rates.wrong_relation:
+        name = INVERSE[name]
+    return [relation_sentence(told[first], name, told[second])]
+
+
+def _pad(sentences: list[str], rates: FlawRates, rng: np.random.Generator) -> list[str]:
+    """Add repetition and commentary: a little at their own rates, a lot where the caption is to be far too long."""
+    sentences = list(sentences)
+    far = rng.uniform() < rates.too_long
+    if far or rng.uniform() < rates.repetition:
+        again = [sentences[int(rng.integers(len(sentences)))] for _ in range(int(rng.integers(1, 4)))]
+        sentences += again * (2 if far else 1)
+    if far or rng.uniform() < rates.commentary:
+        count = int(rng.integers(1, 4)) + (4 if far else 0)
+        for index in rng.choice(len(COMMENTARY), size=count, replace=False):
+            sentences.insert(int(rng.integers(1, len(sentences) + 1)), COMMENTARY[int(index)])
+    return sentences
