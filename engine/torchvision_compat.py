@@ -1,4 +1,4 @@
-"""Lets torchvision and torchaudio stand beside a torch that they were not built for.
+"""Lets torchvision, torchaudio and torchcodec stand beside a torch that they were not built for.
 
 A wheel built for CUDA cannot load its native library beside a CPU build of torch (nor can any mismatched pair), and the
 registries' default wheels are CUDA builds. Two things then break every transformers vision-language class, and vLLM:
@@ -6,8 +6,8 @@ registries' default wheels are CUDA builds. Two things then break every transfor
 - ``import torchvision`` survives the missing library, but registers fake kernels for two operators that nobody has
   declared and dies with "operator torchvision::nms does not exist". Declaring the two schemas beforehand is enough:
   image transforms need no native operator, and only ``torchvision.ops.nms`` itself stays unusable.
-- ``import torchaudio`` dies with an OSError, which transformers and vLLM do not catch: they only ask whether the
-  package is there. It is marked as absent, which it is for all purposes.
+- ``import torchaudio`` and ``import torchcodec`` die with an OSError, which transformers and vLLM do not catch: they
+  only expect that a package may be absent. Both are marked as absent, which they are for all purposes.
 
 Subprocesses that import torchvision need the same cure before anything else runs; vLLM's plugins are loaded too late,
 as importing vLLM is what fails. Hence a start-up hook (``assets/startup``) that travels in ``PYTHONPATH``.
@@ -27,20 +27,23 @@ _SCHEMAS = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
+_HIDEABLE = {"torchaudio": "lib/_torchaudio*", "torchcodec": "libtorchcodec_image*"}
+"""Package -> its native library that is loaded, unguarded, as the package is imported."""
 _STARTUP = Path(__file__).resolve().parent / "assets" / "startup"
 
 
 def ensure_importable() -> bool:
-    """Cure torchvision and torchaudio in this process and in its future children, where they are broken.
+    """Cure the three packages in this process and in its future children, where they are broken.
 
     Does nothing where they are absent, healthy, imported or already cured. Costs milliseconds beyond ``import torch``
-    and imports neither of them.
+    and imports none of them.
 
     Returns:
         Whether this call changed anything in this process.
     """
     changed = _declare_missing_ops()
-    changed = _hide_broken_torchaudio() or changed
+    for name, pattern in _HIDEABLE.items():
+        changed = _hide_if_broken(name, pattern) or changed
     if changed:
         os.environ["PYTHONPATH"] = subprocess_env(os.environ)["PYTHONPATH"]
     return changed
@@ -66,17 +69,15 @@ def _declare_missing_ops() -> bool:
     return bool(missing)
 
 
-def _hide_broken_torchaudio() -> bool:
-    package = _package_folder("torchaudio")
-    if package is None or "torchaudio" in sys.modules:
-        return False
-    if not any((package / "lib").glob("_torchaudio*")) or _loads_library(package / "lib", "_torchaudio*"):
+def _hide_if_broken(name: str, pattern: str) -> bool:
+    package = _package_folder(name)
+    if package is None or name in sys.modules or not any(package.glob(pattern)) or _loads_library(package, pattern):
         return False
     # A None entry makes every import raise ModuleNotFoundError, and find_spec return None.
-    sys.modules["torchaudio"] = None  # type: ignore[assignment]
-    transformers_utils = sys.modules.get("transformers.utils.import_utils")
-    if transformers_utils is not None:
-        transformers_utils.is_torchaudio_available.cache_clear()
+    sys.modules[name] = None  # type: ignore[assignment]
+    answered_before = getattr(sys.modules.get("transformers.utils.import_utils"), f"is_{name}_available", None)
+    if answered_before is not None:
+        answered_before.cache_clear()
     return True
 
 

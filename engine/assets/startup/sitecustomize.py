@@ -1,7 +1,7 @@
-"""Start-up hook of Python subprocesses: cures torchvision and torchaudio just before something asks for them.
+"""Start-up hook of Python subprocesses: cures torchvision and its like just before something asks for them.
 
-``balcaprl.torchvision_compat`` puts this folder into ``PYTHONPATH``. Costs nothing until transformers, torchvision or
-torchaudio is imported; torch is not imported before that.
+``balcaprl.torchvision_compat`` puts this folder into ``PYTHONPATH``. Costs nothing until one of the packages below is
+imported; torch is not imported before that.
 """
 
 import sys
@@ -15,7 +15,7 @@ class _CureFirst(MetaPathFinder):
     """Finds nothing; runs the cure at the first import of a package that the broken ones would take down."""
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname in ("transformers", "torchvision", "torchaudio"):
+        if fullname in ("transformers", "vllm", "torchvision", "torchaudio", "torchcodec"):
             sys.meta_path.remove(self)
             try:
                 from balcaprl.torchvision_compat import ensure_importable
