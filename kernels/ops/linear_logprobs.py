@@ -10,8 +10,8 @@ With g the gradient of ``logprobs``::
 
     d z_tv = g_t ([v = y_t] - p_tv) / tau,     d hidden = dz W,     d weight = dz^T hidden
 
-Tokens are taken in chunks: forward and backward hold the logits of one chunk (at most 2^24 of them, or one token's), and
-the backward computes them again. Softmax and sums are in float32, or float64 for float64 inputs; the products with
+Tokens are taken in chunks: forward and backward hold the logits of one chunk (at most 2^24 of them, or one token's),
+and the backward computes them again. Softmax and sums are in float32, or float64 for float64 inputs; the products with
 ``weight`` are in its own dtype.
 """
 
@@ -113,7 +113,13 @@ def _linear_logprobs_op(hidden, weight, targets, temperature, impl):
         raise ValueError(
             f"targets: expected token ids in [0, {vocabulary}), got {int(targets.min())} to {int(targets.max())}"
         )
-    logprobs, entropy = linear_logprobs_reference(hidden, weight, targets, temperature=temperature)
+    # Written in place: results laid between the chunks' buffers would keep the allocator from using those again.
+    logprobs = torch.empty(hidden.shape[0], dtype=_compute_dtype(hidden.dtype), device=hidden.device)
+    entropy = torch.empty_like(logprobs)
+    with torch.no_grad():
+        for begin, end in chunk_ranges(hidden.shape[0], vocabulary):
+            chunk = _chunk_logprobs(hidden[begin:end], weight, targets[begin:end], temperature)
+            logprobs[begin:end], entropy[begin:end] = chunk
     if not (logprobs.isfinite() & entropy.isfinite()).all():
         raise ValueError("hidden or weight: not finite, or so large that the logits are not")
     return logprobs, entropy

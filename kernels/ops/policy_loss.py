@@ -41,8 +41,8 @@ IMPLS = ("reference",)
 class PolicyLoss(NamedTuple):
     """The loss and what to watch beside it. All are 0-d tensors, float64 where ``logprobs`` is, else float32.
 
-    The metrics are detached and cover the tokens of *this call*, without ``normalizer``: to join parts, weight the means
-    by their tokens. Without tokens they are 0; those whose input was not given are NaN.
+    The metrics are detached and cover the tokens of *this call*, without ``normalizer``: to join parts, weight the
+    means by their tokens. Without tokens they are 0; those whose input was not given are NaN.
     """
 
     loss: Tensor
@@ -144,7 +144,8 @@ def policy_loss(
         None if normalizer is None else float(normalizer),
         impl,
     )
-    return PolicyLoss(loss, *metrics.detach().unbind())
+    present = {"has_reference": reference_logprobs is not None, "has_sampling": sampling_logprobs is not None}
+    return _result(loss, metrics, **present)
 
 
 def check_batch(logprobs: Tensor, per_token: dict[str, Tensor | None], advantages: Tensor, cu_seqlens: Tensor) -> None:
@@ -214,7 +215,9 @@ def policy_loss_reference(
         reference_logprobs,
     )
     scale_T = _token_scale(cu_seqlens, reduction, normalizer, tokens.ratio)
-    return PolicyLoss(_reduced_loss(tokens, scale_T, (clip_low, clip_high), kl_coef), *_metrics(tokens).unbind())
+    loss = _reduced_loss(tokens, scale_T, (clip_low, clip_high), kl_coef)
+    present = {"has_reference": reference_logprobs is not None, "has_sampling": sampling_logprobs is not None}
+    return _result(loss, _metrics(tokens), **present)
 
 
 def _token_terms(
@@ -294,23 +297,32 @@ def _token_gradient(tokens: _Tokens, kl_coef: float) -> Tensor:
 
 
 def _metrics(tokens: _Tokens) -> Tensor:
-    """(5,): the metrics in the order of ``PolicyLoss``."""
+    """(5,): the metrics in the order of ``PolicyLoss``, 0 where their input is missing."""
     ratio = tokens.ratio.detach()
-    differences = (tokens.reference_difference, tokens.sampling_difference)
     if ratio.shape[0] == 0:
-        return torch.stack(
-            [ratio.new_zeros(())] * 3 + [ratio.new_tensor(torch.nan if d is None else 0.0) for d in differences]
-        )
-    divergences = [ratio.new_tensor(torch.nan) if d is None else _k3(d.detach()).mean() for d in differences]
+        return ratio.new_zeros(5)
+    differences = (tokens.reference_difference, tokens.sampling_difference)
+    divergences = [ratio.new_zeros(()) if d is None else _k3(d.detach()).mean() for d in differences]
     return torch.stack([tokens.clipped.to(ratio.dtype).mean(), ratio.mean(), ratio.max(), *divergences])
+
+
+def _result(loss: Tensor, metrics: Tensor, *, has_reference: bool, has_sampling: bool) -> PolicyLoss:
+    """Names the metrics, and says NaN where there was nothing to measure.
+
+    Not done in ``_metrics``: the op must not return NaN, which opcheck holds to be unequal to itself.
+    """
+    clip_fraction, ratio_mean, ratio_max, kl, sampling_kl = metrics.detach().unbind()
+    kl = kl if has_reference else torch.full_like(kl, torch.nan)
+    sampling_kl = sampling_kl if has_sampling else torch.full_like(sampling_kl, torch.nan)
+    return PolicyLoss(loss, clip_fraction, ratio_mean, ratio_max, kl, sampling_kl)
 
 
 @torch.library.custom_op(
     "balcaprl::policy_loss",
     mutates_args=(),
     schema="(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor cu_seqlens, float clip_low, "
-    "float clip_high, Tensor? sampling_logprobs, float? sampling_ratio_cap, Tensor? reference_logprobs, float kl_coef, str reduction, "
-    "float? normalizer, str impl) -> (Tensor loss, Tensor metrics, Tensor grad_logprobs)",
+    "float clip_high, Tensor? sampling_logprobs, float? sampling_ratio_cap, Tensor? reference_logprobs, float kl_coef, "
+    "str reduction, float? normalizer, str impl) -> (Tensor loss, Tensor metrics, Tensor grad_logprobs)",
 )
 def _policy_loss_op(
     logprobs,
