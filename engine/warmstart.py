@@ -51,9 +51,9 @@ class WarmstartConfig:
 
     seed: int = 0
     scenes: SceneConfig = field(default_factory=SceneConfig)
-    batch_size: int = 64
+    batch_size: int = 32
     """Captions of one step."""
-    bucket: int = 4
+    bucket: int = 8
     """Batches whose captions are sorted by length together, so that little is padding."""
     weight_decay: float = 0.01
     beta2: float = 0.98
@@ -65,9 +65,9 @@ class WarmstartConfig:
     rates: FlawRates = field(default_factory=FlawRates)
     """Flaws of the last phase's captions."""
     phases: tuple[Phase, ...] = (
-        Phase("labels", steps=700, lr=2e-3),
-        Phase("clean", steps=250, lr=1e-3),
-        Phase("flawed", steps=120, lr=5e-4),
+        Phase("labels", steps=1300, lr=1.5e-3),
+        Phase("clean", steps=400, lr=1e-3),
+        Phase("flawed", steps=200, lr=5e-4),
     )
 
 

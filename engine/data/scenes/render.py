@@ -15,13 +15,22 @@ def render(scene: Scene) -> Image.Image:
     rng = np.random.default_rng(scene.pixel_seed)
     jitter = scene.config.colour_jitter
     background = np.asarray(BACKGROUNDS[scene.background]) + rng.integers(-jitter, jitter + 1) / 2
-    canvas = np.empty((scene.side, scene.side, 3), np.float32)
-    canvas[:] = background
+    canvas = background.astype(np.float32) + _light(scene.side, scene.config.light)
     for item in sorted(scene.objects, key=lambda o: o.depth):
         colour = np.asarray(COLOURS[item.colour]) + rng.integers(-jitter, jitter + 1, size=3)
         _draw(canvas, item, colour.astype(np.float32))
     canvas += rng.standard_normal(canvas.shape, np.float32) * scene.config.noise
     return Image.fromarray(np.clip(canvas + 0.5, 0, 255).astype(np.uint8), "RGB")
+
+
+@lru_cache(maxsize=8)
+def _light(side: int, strength: float) -> np.ndarray:
+    """Light from above and a warm tint from the left: real pictures tell top from bottom, and so do these."""
+    ramp = np.linspace(strength, -strength, side, dtype=np.float32)
+    light = np.repeat(np.repeat(ramp[:, None, None], side, 1), 3, 2)
+    light[..., 0] += ramp[None, :]
+    light[..., 2] -= ramp[None, :]
+    return light
 
 
 def _draw(canvas: np.ndarray, item: SceneObject, colour: np.ndarray) -> None:

@@ -29,10 +29,10 @@ SIZES: dict[str, float] = {"small": 7.5, "medium": 11.5, "large": 16.5}
 """Radius in pixels of an image of 112 x 112."""
 FILLS = ("solid", "striped", "hollow")
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
-    "white": (252, 252, 252),
+    "white": (232, 232, 232),
     "gray": (168, 168, 172),
-    "black": (26, 26, 30),
-    "beige": (240, 220, 176),
+    "black": (34, 34, 36),
+    "beige": (226, 206, 160),
 }
 PLACES = (
     "top left",
@@ -67,6 +67,8 @@ class SceneConfig:
     """Probability that two neighbours are pushed together until one hides part of the other."""
     colour_jitter: int = 10
     """Largest change of each colour channel, of 255."""
+    light: float = 16.0
+    """Strength of the uneven light on the background, of 255."""
     noise: float = 3.0
     """Standard deviation of the pixel noise, of 255."""
 

@@ -1,0 +1,183 @@
+"""The command line: ``balcaprl train | demo | evaluate | report | warmstart | doctor``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from pydantic import ValidationError
+
+from balcaprl import __version__
+from balcaprl.config import TrainConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+# What a user can mend: told in one line, without a traceback.
+_USER_ERRORS = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ImportError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = build_parser()
+    arguments = _spread_recipe(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(arguments)
+    command = options.command
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("balcaprl").setLevel(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return _COMMANDS[command](options[command])
+    except _USER_ERRORS as error:
+        print(f"balcaprl {command}: {error}", file=sys.stderr)
+        if os.environ.get("BALCAPRL_TRACEBACK"):
+            raise
+        return 1
+
+
+def build_parser() -> ArgumentParser:
+    """All commands with every field of every section explained."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="balcaprl", description="Balanced reinforcement learning for image captioners.")
+    parser.add_argument("--version", action="version", version=f"balcaprl {__version__}")
+    commands = parser.add_subcommands(dest="command")
+    commands.add_subcommand("train", _train_parser(), help="train as a recipe says: balcaprl train recipe.yaml [--steps 100 ...]")
+    commands.add_subcommand("demo", _demo_parser(), help="train the small captioner that ships with the package, in minutes")
+    commands.add_subcommand("evaluate", _evaluate_parser(), help="score a checkpoint on held-out images")
+    commands.add_subcommand("report", _report_parser(), help="write report.html of a run folder anew")
+    commands.add_subcommand("warmstart", _warmstart_parser(), help="rebuild the demo's warm start from scratch")
+    commands.add_subcommand("doctor", ArgumentParser(), help="what is installed, what will be used, what is wrong")
+    return parser
+
+
+def _spread_recipe(arguments: list[str]) -> list[str]:
+    """``train recipe.yaml`` means ``train --config recipe.yaml``; a bare name means a recipe that ships."""
+    if len(arguments) >= 2 and arguments[0] in ("train", "evaluate") and not arguments[1].startswith("-"):
+        name = arguments[1]
+        if arguments[0] == "evaluate":
+            return [arguments[0], "--checkpoint", *arguments[1:]]
+        shipped = RECIPES / f"{name}.yaml"
+        path = str(shipped) if shipped.is_file() and not Path(name).exists() else name
+        return [arguments[0], "--config", path, *arguments[2:]]
+    return arguments
+
+
+def _train_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Train as a recipe and dotted overrides say.")
+    parser.add_argument("--config", action=ActionConfigFile, help="a recipe in YAML")
+    parser.add_class_arguments(TrainConfig)
+    return parser
+
+
+def _demo_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Train the small captioner that ships with the package on drawn scenes.")
+    parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder of everything the run writes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data order and sampling")
+    parser.add_argument("--steps", type=int, default=None, help="training steps; default: those of the demo recipe")
+    parser.add_argument("--sampler", choices=["auto", "vllm", "hf"], default="auto", help="who samples captions")
+    return parser
+
+
+def _evaluate_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Score a checkpoint on held-out images: balcaprl evaluate CHECKPOINT")
+    parser.add_argument("--config", action=ActionConfigFile, help="a recipe in YAML; its data and rollout sections count")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a stock transformers checkpoint folder")
+    parser.add_argument("--out", type=Path, default=None, help="also write scores and captions to this folder")
+    parser.add_class_arguments(TrainConfig, "run", help="the run's configuration")
+    return parser
+
+
+def _report_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Write report.html of a run folder anew.")
+    parser.add_argument("run", type=Path, help="the run folder")
+    return parser
+
+
+def _warmstart_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Train the demo's warm start from scratch (a quarter of an hour on two cores).")
+    parser.add_argument("out", type=Path, help="checkpoint folder to write")
+    return parser
+
+
+def _to_config(options: Namespace | dict[str, Any]) -> TrainConfig:
+    plain = options.as_dict() if isinstance(options, Namespace) else dict(options)
+    plain.pop("config", None)
+    try:
+        return TrainConfig.model_validate(plain)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"bad configuration: {problems}") from error
+
+
+def _run_training(config: TrainConfig) -> int:
+    from balcaprl.trainer import Trainer
+
+    trainer = Trainer(config)
+    try:
+        summary = trainer.train()
+    finally:
+        trainer.close()
+    print(json.dumps(summary, indent=2))
+    print(f"report: {config.output_dir / 'report.html'}", file=sys.stderr)
+    return 0 if trainer.stop_signal is None else 128 + trainer.stop_signal
+
+
+def _train(options: Namespace) -> int:
+    return _run_training(_to_config(options))
+
+
+def _demo(options: Namespace) -> int:
+    import yaml
+
+    plain = yaml.safe_load((RECIPES / "demo.yaml").read_text())
+    plain |= {"output_dir": str(options.out), "seed": options.seed}
+    if options.steps is not None:
+        plain["steps"] = options.steps
+    plain["rollout"]["sampler"] = options.sampler
+    return _run_training(_to_config(plain))
+
+
+def _evaluate(options: Namespace) -> int:
+    from balcaprl.evaluation.standalone import evaluate_checkpoint
+
+    scores = evaluate_checkpoint(options.checkpoint, _to_config(options.run), options.out)
+    print(json.dumps(scores, indent=2))
+    return 0
+
+
+def _report(options: Namespace) -> int:
+    from balcaprl.report import write_report
+
+    print(write_report(options.run))
+    return 0
+
+
+def _warmstart(options: Namespace) -> int:
+    from balcaprl.warmstart import WarmstartConfig, build_warmstart
+
+    build_warmstart(options.out, WarmstartConfig())
+    return 0
+
+
+def _doctor(_: Namespace) -> int:
+    from balcaprl.doctor import print_doctor
+
+    return print_doctor()
+
+
+_COMMANDS = {
+    "train": _train,
+    "demo": _demo,
+    "evaluate": _evaluate,
+    "report": _report,
+    "warmstart": _warmstart,
+    "doctor": _doctor,
+}
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(main())

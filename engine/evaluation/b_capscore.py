@@ -1,0 +1,61 @@
+"""b-CapScore: the harmonic mean of precision, recall and linguistic quality, per image, then averaged.
+
+The linguistic score is taken as judged: the length mask is a training signal, and the mean length ratio stands beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from balcaprl.config import RewardConfig, SamplingConfig
+from balcaprl.metrics import nanmean
+from balcaprl.rewards import Judge, score_groups
+from balcaprl.rollout import Sampler
+from balcaprl.types import REWARD_NAMES, Prompt, RolloutGroup
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one caption per image."""
+
+    scores: dict[str, float]
+    """Means over images: the three rewards, ``b_capscore``, ``length_ratio``; ``num_samples``, ``num_unscorable``."""
+    groups: list[RolloutGroup]
+    """The captions, one rollout a group."""
+
+
+def evaluate_captions(
+    prompts: Sequence[Prompt],
+    sampler: Sampler,
+    judge: Judge,
+    reward: RewardConfig,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    greedy: bool,
+    batch_size: int = 64,
+) -> Evaluation:
+    """Caption each image once and score the captions.
+
+    ``greedy=False`` samples from the policy's own distribution, which shows flaws that greedy decoding hides.
+    """
+    groups: list[RolloutGroup] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        groups += sampler.generate(batch, 1, sampling, seed=seed + start, greedy=greedy)
+    score_groups(judge, groups, reward)
+    return Evaluation(summarise(groups), groups)
+
+
+def summarise(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Means over all scored rollouts of ``groups``."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    breakdowns = [rollout.breakdown for rollout in rollouts if rollout.breakdown is not None]
+    return {
+        **{name: nanmean(getattr(b, name) for b in breakdowns) for name in REWARD_NAMES},
+        "b_capscore": nanmean(b.b_capscore for b in breakdowns),
+        "length_ratio": nanmean(rollout.length_ratio for rollout in rollouts),
+        "num_samples": len(rollouts),
+        "num_unscorable": sum(b.error is not None for b in breakdowns),
+    }

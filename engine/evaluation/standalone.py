@@ -1,0 +1,53 @@
+"""Scoring a checkpoint outside of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from balcaprl.config import TrainConfig
+from balcaprl.data import load_dataset
+from balcaprl.evaluation.b_capscore import evaluate_captions
+from balcaprl.metrics import RunLog
+from balcaprl.policy import Policy
+from balcaprl.rewards import make_judge
+from balcaprl.rollout import make_sampler
+
+
+def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None) -> dict[str, dict[str, float]]:
+    """Scores of a checkpoint folder on the held-out images of a config, sampled and greedy.
+
+    Args:
+        checkpoint: a stock transformers folder.
+        config: its data, rollout, reward, evaluation and model sections count (``model.path`` does not).
+        out: a folder for the scores and captions; none: only return the scores.
+    """
+    model = config.model
+    policy = Policy.from_pretrained(checkpoint, dtype=model.dtype, device=model.device, attention=model.attention)
+    prompts = [policy.prepare(s) for s in load_dataset(config.data, seed=config.seed).evaluation_samples()]
+    if not prompts:
+        raise ValueError("there are no held-out images: set data.num_eval above 0")
+    judge = make_judge(config.reward, config.data.kind)
+    sampler = make_sampler(config.rollout, policy)
+    log = RunLog(out, tensorboard=False) if out is not None else None
+    scores = {}
+    try:
+        for mode in ("sampled", "greedy"):
+            result = evaluate_captions(
+                prompts,
+                sampler,
+                judge,
+                config.reward,
+                config.rollout.sampling,
+                seed=config.evaluation.seed,
+                greedy=mode == "greedy",
+                batch_size=config.evaluation.batch_size,
+            )
+            scores[mode] = result.scores
+            if log is not None:
+                log.log_evaluation(0, mode, result.scores)
+                log.log_eval_captions(0, mode, result.groups)
+    finally:
+        sampler.close()
+        if log is not None:
+            log.close()
+    return scores
