@@ -17,6 +17,7 @@ NATIVE_LIBRARY = "libbalcaprl_native.so"
 PACKAGE_DIR = {"balcaprl": "engine", "balcaprl.kernels": "kernels/ops"}
 PACKAGES = [
     "balcaprl",
+    "balcaprl.assets",
     "balcaprl.data",
     "balcaprl.data.scenes",
     "balcaprl.evaluation",
