@@ -1,0 +1,149 @@
+"""Sampling with the policy's own transformers model.
+
+Not ``model.generate``: that would run the image tower and the prompt once per completion, take its random numbers from
+the global generator, and either keep (T, V) scores or not say what it sampled from. Here every prompt is prefilled
+once, its cache is repeated for the group, and each step samples from logits that are dropped at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from balcaprl.config import SamplingConfig
+from balcaprl.policy import Policy
+from balcaprl.policy.packing import merge_image_inputs
+from balcaprl.rollout.sampler import check_request, make_group
+from balcaprl.types import Prompt, RolloutGroup, SyncReport
+from torch import Tensor
+
+
+class HFRollout:
+    """The ``Sampler`` that needs nothing but transformers; it reads the trainer's weights in place."""
+
+    name = "hf"
+
+    def __init__(self, policy: Policy) -> None:
+        """Sample from ``policy``."""
+        self._policy = policy
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        greedy: bool = False,
+    ) -> list[RolloutGroup]:
+        """See ``Sampler.generate``."""
+        check_request(prompts, group_size)
+        pick = _TokenPicker(self._policy, 1.0 if greedy else sampling.temperature, None if greedy else seed)
+        decoder = _Decoder(self._policy, prompts)
+        hidden = decoder.prefill(group_size)
+        ends = torch.tensor(self._policy.eos_token_ids, device=hidden.device)
+        running = torch.ones(len(prompts) * group_size, dtype=torch.bool, device=hidden.device)
+        tokens: list[Tensor] = []
+        logprobs: list[Tensor] = []
+        kept: list[Tensor] = []
+        for step in range(sampling.max_completion_tokens):
+            if step:
+                hidden = decoder.advance(tokens[-1])
+            token, logprob = pick(hidden)
+            tokens.append(token)
+            logprobs.append(logprob)
+            kept.append(running)
+            running = running & ~torch.isin(token, ends)
+            if not running.any():
+                break
+        lengths = torch.stack(kept, 1).sum(1).tolist()
+        ids = [row[:n] for row, n in zip(torch.stack(tokens, 1).tolist(), lengths, strict=True)]
+        values = [row[:n] for row, n in zip(torch.stack(logprobs, 1).tolist(), lengths, strict=True)]
+        groups = (slice(i * group_size, (i + 1) * group_size) for i in range(len(prompts)))
+        return [make_group(self._policy, p, ids[g], values[g]) for p, g in zip(prompts, groups, strict=True)]
+
+    def sync(self, policy_version: int) -> SyncReport:
+        """See ``Sampler.sync``: there is only one set of weights."""
+        return SyncReport("shared", 0, 0, 0.0, policy_version)
+
+    def close(self) -> None:
+        """See ``Sampler.close``: nothing is held."""
+
+
+class _TokenPicker:
+    """From hidden states (R, D) to sampled ids (R,) and their log-probabilities (R,)."""
+
+    def __init__(self, policy: Policy, temperature: float, seed: int | None) -> None:
+        self._head = policy.lm_head_weight
+        self._banned = list(policy.image_token_ids)
+        self._temperature = temperature
+        self._generator = None if seed is None else torch.Generator(self._head.device).manual_seed(seed)
+
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        logits = hidden @ self._head.T
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self._temperature
+        logits[:, self._banned] = -torch.inf
+        logprobs = logits.log_softmax(-1)
+        if self._generator is None:
+            token = logprobs.argmax(-1, keepdim=True)
+        else:
+            token = torch.multinomial(logprobs.exp(), 1, generator=self._generator)
+        return token[:, 0], logprobs.gather(-1, token)[:, 0]
+
+
+class _Decoder:
+    """Left-padded prompts, their key-value cache, and the rotary position of each row's next token."""
+
+    def __init__(self, policy: Policy, prompts: Sequence[Prompt]) -> None:
+        from transformers import DynamicCache
+
+        self._policy = policy
+        self._prompts = prompts
+        self._cache = DynamicCache()
+        self._num_axes = 1
+        self._mask = torch.zeros(0)
+        self._next_position = torch.zeros(0)
+
+    def prefill(self, group_size: int) -> Tensor:
+        """Run each prompt once and repeat its cache; hidden states (R, D) that predict the first tokens."""
+        policy, device = self._policy, self._policy.device
+        width = max(len(prompt.prompt_ids) for prompt in self._prompts)
+        tokens = torch.full((len(self._prompts), width), policy.pad_token_id)
+        self._mask = torch.zeros_like(tokens)
+        all_positions = [policy.prompt_positions(p.prompt_ids, p.image_inputs) for p in self._prompts]
+        self._num_axes = all_positions[0].shape[0]
+        positions = torch.zeros((self._num_axes, *tokens.shape), dtype=torch.long)
+        for row, prompt in enumerate(self._prompts):
+            start = width - len(prompt.prompt_ids)
+            tokens[row, start:] = prompt.prompt_ids
+            self._mask[row, start:] = 1
+            positions[:, row, start:] = all_positions[row]
+        self._next_position = (positions.amax((0, 2)) + 1).repeat_interleave(group_size).to(device)
+        is_image = (tokens == policy.family.image_token_id(policy.model.config)) & self._mask.bool()
+        image_index = is_image.flatten().nonzero()[:, 0].to(device)
+        image_inputs = merge_image_inputs([prompt.image_inputs for prompt in self._prompts], device)
+        feature_index = torch.arange(len(image_index), device=device)
+        self._mask = self._mask.to(device)
+        embeds = policy.embed(tokens.to(device), image_index, feature_index, image_inputs)
+        hidden = self._run(embeds, positions.to(device))
+        self._cache.batch_repeat_interleave(group_size)
+        self._mask = self._mask.repeat_interleave(group_size, 0)
+        return hidden.repeat_interleave(group_size, 0)
+
+    def advance(self, token: Tensor) -> Tensor:
+        """Append one id (R,) to each row; hidden states (R, D) that predict the next."""
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(token), 1)], 1)
+        positions = self._next_position[None, :, None].expand(self._num_axes, -1, -1)
+        self._next_position = self._next_position + 1
+        return self._run(self._policy.model.get_input_embeddings()(token[:, None]), positions)
+
+    def _run(self, embeds: Tensor, positions: Tensor) -> Tensor:
+        output = self._policy.model.model.language_model(
+            inputs_embeds=embeds,
+            position_ids=self._policy.family.position_ids(positions),
+            attention_mask=self._mask,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state[:, -1]

@@ -1,0 +1,98 @@
+"""What every sampler does, and which one a configuration asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Protocol, runtime_checkable
+
+from balcaprl.config import SamplingConfig, TrainConfig
+from balcaprl.policy import Policy
+from balcaprl.types import Completion, Prompt, Rollout, RolloutGroup, SyncReport
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Draws completions from the policy."""
+
+    name: str
+    """As in ``rollout.sampler``."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        greedy: bool = False,
+    ) -> list[RolloutGroup]:
+        """Sample ``group_size`` completions of each prompt.
+
+        The ids in ``policy.image_token_ids`` are never sampled. ``sampling_logprobs`` are those of the distribution
+        that was sampled from: after the temperature, with the banned ids removed.
+
+        Args:
+            prompts: From ``policy.prepare``.
+            group_size: Completions of each prompt.
+            sampling: Temperature and length.
+            seed: The same seed, prompts and weights give the same completions on the same CPU. The global random
+                state is neither used nor changed.
+            greedy: Take the likeliest token each time; the temperature is then 1, also in ``sampling_logprobs``.
+
+        Returns:
+            One group for each prompt, in order.
+        """
+        ...
+
+    def sync(self, policy_version: int) -> SyncReport:
+        """Make the next ``generate`` draw from the policy's weights as they are now."""
+        ...
+
+    def close(self) -> None:
+        """Free what the sampler holds. A closed sampler cannot generate."""
+        ...
+
+
+def make_sampler(config: TrainConfig, policy: Policy) -> Sampler:
+    """The sampler that ``config.rollout.sampler`` asks for; ``auto`` takes vLLM where it is installed.
+
+    Raises:
+        RuntimeError: For ``vllm`` where it cannot be imported; says how to install it.
+    """
+    name = config.rollout.sampler
+    if name == "auto":
+        name = "vllm" if find_spec("vllm") is not None else "hf"
+    if name == "vllm":
+        from balcaprl.rollout.vllm import VLLMRollout
+
+        return VLLMRollout(
+            policy,
+            max_completion_tokens=config.rollout.sampling.max_completion_tokens,
+            memory_gib=config.rollout.vllm_memory_gib,
+            gpu_memory_utilization=config.rollout.vllm_gpu_memory_utilization,
+        )
+    from balcaprl.rollout.hf import HFRollout
+
+    return HFRollout(policy)
+
+
+def check_request(prompts: Sequence[Prompt], group_size: int) -> None:
+    """Raise ValueError where there is nothing to sample."""
+    if not prompts:
+        raise ValueError("generate needs at least one prompt")
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, is {group_size}")
+
+
+def make_group(
+    policy: Policy, prompt: Prompt, token_ids: Sequence[list[int]], logprobs: Sequence[list[float]]
+) -> RolloutGroup:
+    """A group from sampled ids and their log-probabilities; text without special tokens."""
+    texts = policy.tokenizer.batch_decode(list(token_ids), skip_special_tokens=True)
+    ends = set(policy.eos_token_ids)
+    completions = (
+        Completion(ids, text, lps, finished=bool(ids) and ids[-1] in ends)
+        for ids, text, lps in zip(token_ids, texts, logprobs, strict=True)
+    )
+    return RolloutGroup(prompt, [Rollout(completion) for completion in completions])

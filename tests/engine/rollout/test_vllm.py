@@ -1,0 +1,195 @@
+"""Real vLLM beside a tiny policy: the same distribution before and after every kind of weight change."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from balcaprl.config import SamplingConfig, TrainConfig
+from balcaprl.policy import Group, Policy
+from balcaprl.policy.tiny import build_tiny_qwen
+from balcaprl.rollout import HFRollout, Sampler, make_sampler
+from balcaprl.rollout import vllm as vllm_rollout
+from balcaprl.types import Sample
+from PIL import Image
+
+pytest.importorskip("vllm", reason="vLLM is an optional extra")
+CORPUS = ["A large red circle is above a small blue square.", "Describe the image."] * 3
+SIZES = [(112, 112), (168, 84), (84, 112)]
+SAMPLING = SamplingConfig(temperature=0.8, max_completion_tokens=12)
+
+
+def make_sample(seed, size):
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    text = "Describe the image." + " A small red circle." * seed
+    return Sample(f"s{seed}", lambda: Image.fromarray(pixels), "A red circle.", text)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    folder = build_tiny_qwen(tmp_path_factory.mktemp("qwen"), CORPUS, num_layers=2, vision_depth=2)
+    return Policy.from_pretrained(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def prompts(policy):
+    return [policy.prepare(make_sample(i, size)) for i, size in enumerate(SIZES)]
+
+
+@pytest.fixture(scope="module")
+def sampler(policy):
+    config = TrainConfig.model_validate({"rollout": {"sampler": "auto", "vllm_memory_gib": 0.25}})
+    sampler = make_sampler(config, policy)
+    yield sampler
+    sampler.close()
+
+
+@pytest.fixture
+def changed_policy(policy, sampler):
+    """The policy, to be changed; weights and sampler are restored afterwards."""
+    saved = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    yield policy
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            parameter.copy_(saved[name])
+    sampler.sync(0)
+
+
+def token_ids(groups):
+    return [[rollout.completion.token_ids for rollout in group.rollouts] for group in groups]
+
+
+def largest_difference(policy, groups, temperature):
+    """Between the sampler's log-probabilities and the trainer's."""
+    rollouts = [
+        Group(g.prompt.prompt_ids, [torch.tensor(r.completion.token_ids) for r in g.rollouts], g.prompt.image_inputs)
+        for g in groups
+    ]
+    with torch.no_grad():
+        expected = policy.logprobs(policy.pack(rollouts), temperature, exclude_banned=True)
+    sampled = torch.tensor([lp for g in groups for r in g.rollouts for lp in r.completion.sampling_logprobs])
+    return (sampled - expected).abs().max().item()
+
+
+def test_group_structure_and_parity(policy, sampler, prompts):
+    assert isinstance(sampler, Sampler)
+    assert sampler.name == "vllm"
+    groups = sampler.generate(prompts, 4, SAMPLING, seed=1)
+    assert [g.prompt.sample.sample_id for g in groups] == ["s0", "s1", "s2"]
+    assert [len(g.rollouts) for g in groups] == [4, 4, 4]
+    for completion in (r.completion for g in groups for r in g.rollouts):
+        ended = completion.token_ids[-1] in policy.eos_token_ids
+        assert completion.finished == ended
+        assert ended or len(completion.token_ids) == 12
+        assert len(completion.sampling_logprobs) == len(completion.token_ids)
+        assert completion.text == policy.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    assert largest_difference(policy, groups, 0.8) < 1e-5
+
+
+def test_seed_decides_and_the_global_state_stays(sampler, prompts):
+    before = torch.random.get_rng_state()
+    first, again, other = (token_ids(sampler.generate(prompts, 2, SAMPLING, seed=s)) for s in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert first[0][0] != first[0][1]
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_greedy_agrees_with_transformers(policy, sampler, prompts):
+    by_vllm = sampler.generate(prompts, 2, SAMPLING, seed=0, greedy=True)
+    by_hf = HFRollout(policy).generate(prompts, 2, SAMPLING, seed=0, greedy=True)
+    assert token_ids(by_vllm) == token_ids(by_hf)
+    assert largest_difference(policy, by_vllm, 1.0) < 1e-5
+
+
+@pytest.mark.parametrize("part", ["", "visual", "language_model"], ids=["all", "image-tower", "text"])
+def test_parity_after_sync(changed_policy, sampler, prompts, part):
+    sampler.generate(prompts, 2, SAMPLING, seed=3)  # fills the caches that a sync has to drop
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in changed_policy.model.named_parameters():
+            if part in name:
+                parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+    stale = sampler.generate(prompts, 2, SAMPLING, seed=3)
+    assert largest_difference(changed_policy, stale, 0.8) > 1e-3, "the change must be visible"
+    report = sampler.sync(5)
+    assert (report.strategy, report.policy_version) == ("reload", 5)
+    assert report.bytes_copied >= 4 * changed_policy.num_parameters
+    assert report.num_tensors >= len(list(changed_policy.model.parameters()))
+    groups = sampler.generate(prompts, 2, SAMPLING, seed=3)
+    assert largest_difference(changed_policy, groups, 0.8) < 1e-5
+
+
+def test_banned_ids_are_never_sampled(changed_policy, sampler, prompts):
+    policy, prompt = changed_policy, prompts[0]
+    group = Group(prompt.prompt_ids, [torch.tensor([9])], prompt.image_inputs)
+    image_token = policy.model.config.image_token_id
+    with torch.no_grad():
+        hidden = policy.hidden_states(policy.pack([group]))[0]
+        # The placeholder's own embedding never enters a forward: its head row alone can be made to win.
+        policy.lm_head_weight[image_token] = 1000 * hidden / hidden.norm()
+        assert (policy.lm_head_weight @ hidden).argmax() == image_token
+        assert policy.lm_head_weight[image_token] @ hidden > 200
+    sampler.sync(1)
+    for greedy in (False, True):
+        (result,) = sampler.generate([prompt], 8, SAMPLING, seed=0, greedy=greedy)
+        completions = [r.completion for r in result.rollouts]
+        assert not {i for c in completions for i in c.token_ids} & set(policy.image_token_ids)
+        assert all(math.isfinite(lp) for c in completions for lp in c.sampling_logprobs)
+        assert max(c.sampling_logprobs[0] for c in completions) > -12
+
+
+def test_eos_is_kept_and_ends_a_completion(policy, sampler, prompts, monkeypatch):
+    (group,) = sampler.generate(prompts[:1], 1, SAMPLING, seed=0)
+    ids = group.rollouts[0].completion.token_ids
+    monkeypatch.setattr(policy.model.generation_config, "eos_token_id", ids[3])
+    (group,) = sampler.generate(prompts[:1], 1, SAMPLING, seed=0)
+    completion = group.rollouts[0].completion
+    assert completion.token_ids == ids[: ids.index(ids[3]) + 1]
+    assert completion.finished
+
+
+def test_other_expansion_is_an_error(sampler, prompts):
+    from dataclasses import replace
+
+    ids = prompts[0].prompt_ids
+    longer = replace(prompts[0], prompt_ids=torch.cat([ids[:10], ids[8:]]))
+    with pytest.raises(RuntimeError, match=r"sample s0: vLLM expands the prompt to 3\d tokens"):
+        sampler.generate([longer], 1, SAMPLING, seed=0)
+
+
+def test_threads_stay_ours(sampler, prompts):
+    sampler.generate(prompts[:1], 1, SAMPLING, seed=0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
+
+
+def test_too_long_for_the_model(policy, prompts):
+    sampler = vllm_rollout.VLLMRollout(policy)
+    with pytest.raises(ValueError, match="exceed the model's 4096 positions"):
+        sampler.generate(prompts, 1, SamplingConfig(max_completion_tokens=5000), seed=0)
+
+
+def test_engine_grows_and_closes(policy, sampler, prompts):
+    """Last in the file: it replaces the module's engine."""
+    longer = SamplingConfig(max_completion_tokens=200)
+    groups = sampler.generate(prompts, 1, longer, seed=0)
+    assert largest_difference(policy, groups, 1.0) < 1e-5
+    sampler.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        sampler.generate(prompts, 1, longer, seed=0)
+
+
+def test_missing_vllm_is_explained(policy, monkeypatch):
+    monkeypatch.setattr(vllm_rollout, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"install balcaprl\[cpu\] or balcaprl\[gpu\]"):
+        vllm_rollout.VLLMRollout(policy)
+
+
+def test_vllm_is_imported_by_no_other_import():
+    code = "import sys, balcaprl.rollout, balcaprl.rollout.vllm; assert 'vllm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
