@@ -49,6 +49,9 @@ class DataConfig(_Section):
     """Images whose header announces more are refused unread (decompression bombs)."""
     max_file_bytes: int = Field(64 << 20, ge=1)
     """Image files larger than this are refused unread."""
+    check_headers: bool = True
+    """Read the header of every image at start, so that refused and broken files are counted there. Off: paths and file
+    sizes only, for slow disks; a bad image is then skipped and counted when it is drawn."""
     num_eval: int = Field(128, ge=0)
     """Held-out images. For files: the last ones of a shuffle by ``seed``; for ``scenes``: of the validation seeds."""
     shuffle: bool = True

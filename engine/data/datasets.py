@@ -1,0 +1,171 @@
+"""Data sets as samples: read, checked, split.
+
+    dataset = load_dataset(config.data, seed=config.seed)
+    stream = dataset.train_stream(seed=config.seed)
+    samples = stream.next_decodable(8)
+
+What is checked when: at start every record's text, its image path (inside the image folder, an existing file of an
+allowed size) and, with ``data.check_headers``, the header of its image; a record that fails is counted, and all counts
+are logged in one message. Pixels are decoded when a sample is drawn; a file that turns out damaged then is skipped by
+``SampleStream.next_decodable`` and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from balcaprl.config import DataConfig
+from balcaprl.data.images import ImageError
+from balcaprl.data.record_images import RecordImages
+from balcaprl.data.records import DatasetError, LoadReport, Record, read_jsonl, read_sharegpt4v
+from balcaprl.data.stream import SampleSource, SampleStream, decoded
+from balcaprl.types import Sample
+
+if TYPE_CHECKING:
+    from balcaprl.data.hf_folder import ImageColumn
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set made ready: what to train on, what to hold out, and what was left out."""
+
+    train: SampleSource
+    evaluation: SampleSource
+    report: LoadReport
+    shuffle: bool = True
+
+    def train_stream(self, *, seed: int) -> SampleStream:
+        """The resumable order in which training draws its samples."""
+        return SampleStream(self.train, seed=seed, shuffle=self.shuffle)
+
+    def evaluation_samples(self) -> list[Sample]:
+        """The held-out samples whose images decode, decoded; the others are logged.
+
+        Raises:
+            DatasetError: there are held-out samples, and none decodes.
+        """
+        samples, errors = [], []
+        for index in range(len(self.evaluation)):
+            try:
+                samples.append(decoded(self.evaluation[index]))
+            except ImageError as error:
+                errors.append(str(error))
+        if errors:
+            message = f"{len(errors)} of {len(self.evaluation)} held-out images do not decode: " + "; ".join(errors[:3])
+            if not samples:
+                raise DatasetError(message)
+            logger.warning(message)
+        return samples
+
+
+def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
+    """Read, check and split the data set of ``config``; logs one message that accounts for all records.
+
+    ``seed`` chooses the held-out images. The same files, config and seed give the same data set.
+
+    Raises:
+        DatasetError: the file cannot be read or has another format, nothing usable is left, or ``num_eval`` leaves
+            nothing to train on.
+    """
+    if config.kind == "scenes":
+        return _load_scenes(config)
+    path, root = _locate(config)
+    report = LoadReport(f"{config.kind} {path}")
+    records, column = _read(config, path, report)
+    images = RecordImages(config, root, column)
+    records = images.checked(records, report)
+    if not records:
+        raise DatasetError(f"no usable record is left; mend the data or data.image_root ({root})\n{report}")
+    train, held_out = _split(records, config, seed)
+    report.num_train, report.num_eval = len(train), len(held_out)
+    logger.log(logging.WARNING if report.num_excluded else logging.INFO, "%s", report)
+    return Dataset(_RecordSource(train, images), _RecordSource(held_out, images), report, config.shuffle)
+
+
+def _load_scenes(config: DataConfig) -> Dataset:
+    from balcaprl.data.scenes import scene_samples
+
+    train = scene_samples("train", instruction=config.instruction)
+    validation = scene_samples("validation", instruction=config.instruction)
+    if config.num_eval > len(validation):
+        raise DatasetError(f"data.num_eval: {config.num_eval} exceeds the {len(validation)} validation scenes")
+    report = LoadReport("scenes", num_train=len(train), num_eval=config.num_eval)
+    logger.info("%s", report)
+    return Dataset(train, _FirstSamples(validation, config.num_eval), report, config.shuffle)
+
+
+def _locate(config: DataConfig) -> tuple[Path, Path]:
+    """The data set's path and the image folder."""
+    if config.path is None:
+        raise DatasetError(f"data.path: needed for data.kind {config.kind}")
+    path = config.path
+    if not path.exists():
+        raise DatasetError(f"data.path: {path} does not exist")
+    if path.is_dir() != (config.kind == "hf"):
+        expected = "the folder of a saved data set" if config.kind == "hf" else "a file"
+        raise DatasetError(f"data.path: {path}: data.kind {config.kind} expects {expected}")
+    root = config.image_root or (path if path.is_dir() else path.parent)
+    if not root.is_dir():
+        raise DatasetError(f"data.image_root: {root} is not a folder")
+    return path, root
+
+
+def _read(config: DataConfig, path: Path, report: LoadReport) -> tuple[list[Record], ImageColumn | None]:
+    if config.kind == "hf":
+        from balcaprl.data.hf_folder import read_hf_folder
+
+        return read_hf_folder(path, config.instruction, report)
+    read = read_sharegpt4v if config.kind == "sharegpt4v" else read_jsonl
+    return read(path, config.instruction, report), None
+
+
+def _split(records: list[Record], config: DataConfig, seed: int) -> tuple[list[Record], list[Record]]:
+    """Training records in the file's order, and ``num_eval`` held-out ones."""
+    if config.num_eval >= len(records):
+        raise DatasetError(
+            f"data.num_eval: {config.num_eval} held-out images leave nothing to train on: {len(records)} usable records"
+        )
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(records))
+    num_train = len(records) - config.num_eval
+    return [records[i] for i in sorted(order[:num_train])], [records[i] for i in order[num_train:]]
+
+
+# ------------------------------------------------------------------------------------------------ sources
+
+
+@dataclass(frozen=True)
+class _RecordSource:
+    """Records as samples, their images decoded when they are asked for."""
+
+    records: list[Record]
+    images: RecordImages
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self.records[index]
+        return Sample(record.sample_id, partial(self.images.load, record), record.reference, record.instruction)
+
+
+@dataclass(frozen=True)
+class _FirstSamples:
+    """The first ``size`` samples of a source."""
+
+    source: SampleSource
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return self.source[index]

@@ -1,0 +1,251 @@
+"""Images from untrusted files: confined to a folder, bounded before they are decoded, and always RGB in the end.
+
+A data set names its image files; none of those names may reach outside the image folder, and no file may end the run or
+eat the machine's memory. Everything that can be wrong with an image is an ``ImageError`` with a short ``reason``.
+
+    image = load_image("coco/000000000009.jpg", root, max_pixels=1_003_520, max_source_pixels=64_000_000,
+                       max_file_bytes=64 << 20)
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import stat
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""The formats that are opened; Pillow's many other readers are never tried on a data set's files."""
+MAX_ASPECT_RATIO = 200
+"""Longer side over shorter side; beyond it image processors (Qwen2.5-VL's) refuse an image."""
+
+_URL = re.compile(r"[a-z][a-z0-9+.\-]*://|data:", re.IGNORECASE)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # what undoes each EXIF orientation
+
+
+class ImageError(ValueError):
+    """An image that may not or cannot be used.
+
+    Attributes:
+        reason: one of a few short phrases, for counting: ``missing file``, ``broken image``, ``URL``, ...
+    """
+
+    def __init__(self, message: str, reason: str = "broken image") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def load_image(
+    path: str | os.PathLike[str], root: Path, *, max_pixels: int, max_source_pixels: int, max_file_bytes: int
+) -> Image.Image:
+    """Read an image file that lies in ``root``.
+
+    Args:
+        path: relative to ``root``; no absolute path, no ``..``, no link that leaves ``root``.
+        root: the folder that the path may not leave.
+        max_pixels: a larger image is shrunk to at most this many pixels, keeping its shape.
+        max_source_pixels: an image whose header announces more is refused before anything is decoded.
+        max_file_bytes: a larger file is refused unread.
+
+    Returns:
+        RGB, upright (EXIF orientation applied), transparency laid on white, the first frame of an animation.
+
+    Raises:
+        ImageError: the path is refused, or the file is missing, too large, of another format, or damaged.
+    """
+    with _open_file(path, root, max_file_bytes) as file:
+        return _decode(file, str(path), max_pixels, max_source_pixels)
+
+
+def decode_image(
+    data: bytes, name: str, *, max_pixels: int, max_source_pixels: int, max_file_bytes: int
+) -> Image.Image:
+    """Decode an image file that is already in memory; ``name`` stands in errors. Otherwise as ``load_image``."""
+    return _decode(_open_bytes(data, name, max_file_bytes), name, max_pixels, max_source_pixels)
+
+
+def check_image(path: str | os.PathLike[str], root: Path, *, max_source_pixels: int, max_file_bytes: int) -> None:
+    """Raise the ``ImageError`` that ``load_image`` would, as far as path, size and header tell; decode nothing."""
+    with _open_file(path, root, max_file_bytes) as file:
+        _open_header(file, str(path), max_source_pixels)
+
+
+def check_image_bytes(data: bytes, name: str, *, max_source_pixels: int, max_file_bytes: int) -> None:
+    """Raise the ``ImageError`` that ``decode_image`` would, as far as size and header tell; decode nothing."""
+    _open_header(_open_bytes(data, name, max_file_bytes), name, max_source_pixels)
+
+
+def check_image_file(path: str | os.PathLike[str], root: Path, *, max_file_bytes: int) -> Path:
+    """Return where the image really lies, without opening it.
+
+    Raises:
+        ImageError: the path is refused, or there is no ordinary file of an allowed size.
+    """
+    resolved = resolve_image_path(path, root)
+    try:
+        status = os.stat(resolved)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ImageError(f"{path}: no such file in {root}", "missing file") from None
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror}", "unreadable file") from error
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block, a folder would fail obscurely
+        raise ImageError(f"{path}: not an ordinary file", "not a file")
+    _check_num_bytes(status.st_size, str(path), max_file_bytes)
+    return resolved
+
+
+def resolve_image_path(path: str | os.PathLike[str], root: Path) -> Path:
+    """Return the real location of ``path`` below ``root``, links followed; the file need not exist.
+
+    Raises:
+        ImageError: a URL, an absolute path, a ``..``, or a link that leaves ``root``.
+    """
+    name = os.fspath(path)
+    if _URL.match(name):
+        raise ImageError(f"{name[:80]}: URLs are not fetched; download the image and give its path", "URL")
+    # Windows forms count everywhere: a data set written there must not mean something else here.
+    windows = PureWindowsPath(name)
+    if PurePosixPath(name).is_absolute() or windows.anchor:
+        raise ImageError(f"{name}: absolute path; give it relative to the image folder", "absolute path")
+    if ".." in windows.parts:  # splits at both kinds of slash
+        raise ImageError(f"{name}: '..' may not occur in an image path", "path leaves the image folder")
+    try:
+        resolved_root = os.path.realpath(root)
+        resolved = os.path.realpath(os.path.join(resolved_root, name))
+    except (OSError, ValueError) as error:  # a NUL byte, an unencodable character, a name too long
+        raise ImageError(f"{name!r:.80}: not a usable path: {error}", "not a usable path") from error
+    if os.path.commonpath((resolved_root, resolved)) != resolved_root:
+        raise ImageError(f"{name}: a link leads outside {root}", "path leaves the image folder")
+    return Path(resolved)
+
+
+@contextmanager
+def _open_file(path: str | os.PathLike[str], root: Path, max_file_bytes: int) -> Iterator[BinaryIO]:
+    resolved = check_image_file(path, root, max_file_bytes=max_file_bytes)
+    try:
+        file = open(resolved, "rb")  # noqa: SIM115 - the errors of opening and of reading are told apart
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror}", "unreadable file") from error
+    with file:
+        yield file
+
+
+def _open_bytes(data: bytes, name: str, max_file_bytes: int) -> BinaryIO:
+    _check_num_bytes(len(data), name, max_file_bytes)
+    return io.BytesIO(data)
+
+
+def _check_num_bytes(num_bytes: int, name: str, max_file_bytes: int) -> None:
+    if num_bytes == 0:
+        raise ImageError(f"{name}: empty file", "broken image")
+    if num_bytes > max_file_bytes:
+        raise ImageError(f"{name}: {num_bytes:,} bytes exceed data.max_file_bytes ({max_file_bytes:,})", "too large")
+
+
+def _open_header(file: BinaryIO, name: str, max_source_pixels: int) -> Image.Image:
+    """Read the header and hold it to the bounds; the pixels stay unread."""
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError as error:  # Pillow's own bound, about 179 million pixels
+        raise ImageError(f"{name}: refused unread: {error}", "too large") from error
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{name}: not an image, or not one of {', '.join(FORMATS)}", "not an image") from None
+    except Exception as error:  # Pillow's readers raise nearly anything on damaged files
+        raise ImageError(f"{name}: broken header: {type(error).__name__}: {error}") from error
+    width, height = image.size
+    if min(width, height) < 1:
+        raise ImageError(f"{name}: {width} x {height} pixels")
+    if width * height > max_source_pixels:
+        raise ImageError(
+            f"{name}: {width:,} x {height:,} pixels exceed data.max_source_pixels ({max_source_pixels:,})", "too large"
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageError(
+            f"{name}: {width} x {height} is more than {MAX_ASPECT_RATIO} times longer than wide", "too thin"
+        )
+    return image
+
+
+def _decode(file: BinaryIO, name: str, max_pixels: int, max_source_pixels: int) -> Image.Image:
+    image = _open_header(file, name, max_source_pixels)
+    size = _fitting_size(image.size, max_pixels)
+    try:
+        if image.format == "JPEG":
+            # libjpeg scales while it decodes; twice the target leaves the final filter enough to work with
+            image.draft(image.mode, (2 * size[0], 2 * size[1]))
+        image.load()
+        orientation = _orientation(image)
+        image = _to_rgb(image)
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        return _upright(image, orientation)
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise ImageError(f"{name}: cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) where there is none to be read. TIFF is turned by Pillow's reader itself."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged metadata spoils no picture
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
+    upright = image if turn is None else image.transpose(turn)
+    upright.info = {}  # profiles and comments have served; keep no copy in memory
+    return upright
+
+
+def _fitting_size(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
+    """The largest size of the same shape with at most ``max_pixels`` pixels, never larger than ``size``."""
+    width, height = size
+    if width * height <= max_pixels:
+        return size
+    scale = math.sqrt(max_pixels / (width * height))
+    width, height = max(1, int(width * scale)), max(1, int(height * scale))
+    return min(width, max_pixels // height), min(height, max_pixels // width)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB, transparency laid on white."""
+    if image.mode.startswith(("I", "F")):
+        return _deep_gray_to_rgb(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _deep_gray_to_rgb(image: Image.Image) -> Image.Image:
+    """16-bit values are scaled by their range; 32-bit and floating point ones have none and are stretched."""
+    gray = np.asarray(image).astype(np.float64)
+    if not np.isfinite(gray).all():
+        raise ValueError("pixel values are not finite")
+    low, high = float(gray.min()), float(gray.max())
+    # Pillow before 11 opens 16-bit PNG files in mode "I".
+    if image.mode.startswith("I;16") or (image.format == "PNG" and high <= 65535):
+        low, high = 0.0, 65535.0
+    scaled = (gray - low) * (255.0 / (high - low)) if high > low else np.zeros_like(gray)
+    return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
