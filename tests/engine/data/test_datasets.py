@@ -23,7 +23,7 @@ def root(tmp_path):
     folder.mkdir()
     for index in range(6):
         Image.new("RGB", (32, 24), (40 * index, 0, 0)).save(folder / f"{index}.png")
-    Image.new("RGB", (5000, 5000)).save(folder / "huge.png")
+    Image.new("1", (5000, 5000)).save(folder / "huge.png")
     (folder / "text.png").write_text("no image")
     (tmp_path / "outside.png").write_bytes((folder / "0.png").read_bytes())
     (folder / "leaves.png").symlink_to(tmp_path / "outside.png")

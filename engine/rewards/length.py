@@ -1,0 +1,95 @@
+"""Caption lengths, and what the length ratio does to the linguistic reward.
+
+``rho = completion length / reference length``, both in ``reward.length_unit``.
+
+==========  =========================================================================================================
+``mask``    the linguistic reward counts where ``tau_low <= rho <= tau_high`` and is 0 elsewhere; done inside
+            ``balcaprl.kernels.grouped_advantages``, which normalises afterwards
+``linear``  the linguistic reward times ``max(0, 1 - |1 - rho|)``
+``none``    nothing
+==========  =========================================================================================================
+
+A missing score (NaN) stays missing under every rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from balcaprl.config import RewardConfig
+from balcaprl.types import REWARD_NAMES, RolloutGroup
+from torch import Tensor
+
+LINGUISTIC = REWARD_NAMES.index("linguistic")
+CountTokens = Callable[[str], int]
+
+
+def measure_length(text: str, config: RewardConfig, count_tokens: CountTokens | None = None) -> float:
+    """Length of a caption in ``reward.length_unit``: words separated by white space, or tokens of the policy.
+
+    Raises:
+        ValueError: tokens are asked for without ``count_tokens``.
+    """
+    if config.length_unit == "words":
+        return float(len(text.split()))
+    if count_tokens is None:
+        raise ValueError("reward.length_unit is tokens: count_tokens is needed, such as Policy.count_tokens")
+    return float(count_tokens(text))
+
+
+def is_outside_bounds(length: float, reference_length: float, config: RewardConfig) -> bool:
+    """Whether the ``mask`` rule takes the linguistic reward of such a caption."""
+    return not config.tau_low <= length / reference_length <= config.tau_high
+
+
+def linear_factor(lengths: Tensor, reference_lengths: Tensor) -> Tensor:
+    """(R,), (R,) -> (R,): what the ``linear`` rule multiplies the linguistic reward with."""
+    return (1.0 - (1.0 - lengths / reference_lengths).abs()).clamp(min=0.0)
+
+
+def reward_matrix(groups: Sequence[RolloutGroup], dtype: torch.dtype = torch.float32) -> Tensor:
+    """(R, 3): the rewards of all rollouts, group after group, in the order of ``REWARD_NAMES``; before any length rule.
+
+    NaN where the judge gave no score.
+
+    Raises:
+        ValueError: a rollout was not judged.
+    """
+    rows = []
+    for group in groups:
+        for rollout in group.rollouts:
+            if rollout.breakdown is None:
+                raise ValueError(f"{group.prompt.sample.sample_id}: a rollout was not judged; call score_groups first")
+            rows.append(rollout.breakdown.rewards)
+    return torch.tensor(rows, dtype=dtype).reshape(-1, len(REWARD_NAMES))
+
+
+def length_vectors(groups: Sequence[RolloutGroup], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """(R,), (R,): completion and reference lengths of all rollouts, group after group."""
+    pairs = [(rollout.length, rollout.reference_length) for group in groups for rollout in group.rollouts]
+    lengths, reference_lengths = torch.tensor(pairs, dtype=dtype).reshape(-1, 2).unbind(1)
+    return lengths.contiguous(), reference_lengths.contiguous()
+
+
+def advantage_inputs(groups: Sequence[RolloutGroup], config: RewardConfig) -> dict[str, Any]:
+    """The arguments of ``balcaprl.kernels.grouped_advantages`` that carry rewards and length rule.
+
+    Returns:
+        ``rewards`` (R, 3) float32, and for the ``mask`` rule also ``lengths``, ``reference_lengths``, ``masked_reward``
+        and ``length_bounds``.
+    """
+    rewards = reward_matrix(groups)
+    lengths, reference_lengths = length_vectors(groups)
+    if config.length_rule == "mask":
+        return {
+            "rewards": rewards,
+            "lengths": lengths,
+            "reference_lengths": reference_lengths,
+            "masked_reward": LINGUISTIC,
+            "length_bounds": (config.tau_low, config.tau_high),
+        }
+    if config.length_rule == "linear":
+        rewards[:, LINGUISTIC] *= linear_factor(lengths, reference_lengths)
+    return {"rewards": rewards}

@@ -1,0 +1,108 @@
+"""Word overlap with the reference caption: a proxy for images of which only a reference caption is known.
+
+This is **not** the reward of the paper, which asks a strong model whether each assertion is true of the image. Here
+an assertion is verified if the reference says it too: a true remark that the reference leaves out counts as wrong, a
+paraphrase in other words is not recognised, a negated statement counts as its opposite. It needs no model and no
+network, is deterministic and cheap, and is English only (stop words, endings and word forms).
+
+Units of a text are its content words, in a simple stem, and the pairs of neighbouring content words ("red cup"; "the
+cup is red" gives the same pair). A unit said twice is one unit, so that repetition gains nothing.
+
+- precision: assertions that are verified (the reference has the unit) and pointable (no word of commentary such as
+  "atmosphere") over all assertions; 0 without assertions.
+- recall: units of the reference that the caption has, over all units of the reference.
+- linguistic: the mean of clarity, fluency and coherence (``balcaprl.rewards.lexical_style``), mapped by (s - 1) / 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from balcaprl.rewards.lexical_style import linguistic_scores
+from balcaprl.rewards.lexical_words import COMMENTARY, FRAME_WORDS, FUNCTION_WORDS, LINKING_VERBS, Word, split_words
+from balcaprl.types import Assertion, ReferenceUnit, RewardBreakdown, Sample
+
+Span = tuple[int, int]
+Unit = tuple[str, ...]
+"""A stem, or two stems in alphabetical order."""
+
+
+class LexicalJudge:
+    """Scores captions by their words; see the module's docstring for what that is worth."""
+
+    name = "lexical"
+
+    def score(self, sample: Sample, captions: Sequence[str]) -> list[RewardBreakdown]:
+        """One breakdown per caption; never fails on any text.
+
+        A reference without a single word gives breakdowns with an ``error``.
+        """
+        reference = _reference_units(sample.reference)
+        if not reference.units:
+            return [RewardBreakdown(error="the reference caption has no words") for _ in captions]
+        return [_score(caption, reference) for caption in captions]
+
+
+@dataclass(frozen=True)
+class _Reference:
+    units: tuple[Unit, ...]
+    """What the recall asks for."""
+    known: frozenset[Unit]
+    """All that the reference says, function words included."""
+
+
+def _score(caption: str, reference: _Reference) -> RewardBreakdown:
+    words = split_words(caption)
+    said = content_units(words)
+    assertions = tuple(
+        Assertion(
+            text=" ".join(unit),
+            spans=tuple(spans),
+            verified=unit in reference.known,
+            pointable=not any(stem in COMMENTARY for stem in unit),
+        )
+        for unit, spans in said.items()
+    )
+    covered = said.keys() | {(word.stem,) for word in words}
+    units = tuple(ReferenceUnit(" ".join(unit), unit in covered) for unit in reference.units)
+    clarity, fluency, coherence = linguistic_scores(caption, words)
+    return RewardBreakdown(
+        precision=sum(a.counted for a in assertions) / len(assertions) if assertions else 0.0,
+        recall=sum(u.covered for u in units) / len(units),
+        linguistic=((clarity + fluency + coherence) / 3 - 1) / 4,
+        clarity=clarity,
+        fluency=fluency,
+        coherence=coherence,
+        assertions=assertions,
+        reference_units=units,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _reference_units(reference: str) -> _Reference:
+    words = split_words(reference)
+    all_words = {(word.stem,) for word in words}
+    # A reference of function words alone ("It is what it is.") is asked for these.
+    units = list(content_units(words)) or sorted(all_words)
+    return _Reference(tuple(units), frozenset(all_words.union(units)))
+
+
+def content_units(words: Sequence[Word]) -> dict[Unit, list[Span]]:
+    """The content words and pairs of neighbours of a text, in order of appearance, each with all its places."""
+    units: dict[Unit, list[Span]] = {}
+    previous: Word | None = None
+    for word in words:
+        if word.starts_clause:
+            previous = None
+        if word.text in FUNCTION_WORDS or word.stem in FRAME_WORDS:
+            if word.text not in LINKING_VERBS:
+                previous = None
+            continue
+        units.setdefault((word.stem,), []).append((word.start, word.end))
+        if previous is not None and previous.stem != word.stem:
+            first, second = sorted((previous.stem, word.stem))
+            units.setdefault((first, second), []).append((previous.start, word.end))
+        previous = word
+    return units
