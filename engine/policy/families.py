@@ -47,6 +47,10 @@ class Family(ABC):
     def banned_token_ids(self, config: Any) -> tuple[int, ...]:
         """Ids that a completion must never hold: they would ask for images that are not there."""
 
+    def published_name(self, name: str) -> str:
+        """The name that vLLM knows a parameter by: the published checkpoints' where transformers has renamed it."""
+        return name
+
     @abstractmethod
     def vision_modules(self, model: Any) -> list[nn.Module]:
         """What ``freeze_vision`` freezes: the image tower, not the projection into the text model."""
@@ -128,6 +132,13 @@ class Llava(Family):
     def banned_token_ids(self, config: Any) -> tuple[int, ...]:
         """See ``Family``."""
         return (self.image_token_id(config),)
+
+    def published_name(self, name: str) -> str:
+        """See ``Family``: transformers 5 dropped a level of CLIP's names, in memory and in what it saves."""
+        tower = "model.vision_tower."
+        if name.startswith(tower) and not name.startswith(f"{tower}vision_model."):
+            return f"{tower}vision_model.{name.removeprefix(tower)}"
+        return name
 
     def vision_modules(self, model: Any) -> list[nn.Module]:
         """See ``Family``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import os
 import random
@@ -40,7 +41,8 @@ class VLLMRollout:
     """The ``Sampler`` that runs vLLM beside the trainer, loaded from the policy's own weights.
 
     The engine is made at the first ``generate``, as only then the lengths and image sizes are known, and made anew
-    should a request outgrow it. It always starts from the policy's present weights.
+    should a request outgrow it. It always starts from the policy's present weights. vLLM allows one engine at a time in
+    a process: close one before another generates.
     """
 
     name = "vllm"
@@ -122,7 +124,7 @@ class VLLMRollout:
         started = time.perf_counter()
         if self._llm is None:
             return SyncReport("unloaded", 0, 0, 0.0, policy_version)
-        tensors = {name: tensor.detach() for name, tensor in self._policy.model.state_dict().items()}
+        tensors = self._named_tensors()
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
         self._drop_caches()
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -156,8 +158,19 @@ class VLLMRollout:
         self._image_size = (max(width for width, _ in sizes), max(height for _, height in sizes))
         self._shut_down()
         with tempfile.TemporaryDirectory(prefix="balcaprl-vllm-") as folder:
-            self._policy.save(folder)
+            self._save_without_weights(folder)
             self._llm = self._load(folder)
+
+    def _save_without_weights(self, folder: str) -> None:
+        """All that vLLM reads from a checkpoint folder but the weights, which it gets from memory."""
+        config = copy.deepcopy(self._policy.model.config)
+        config.architectures = [self._architecture]
+        config.save_pretrained(folder)
+        self._policy.processor.save_pretrained(folder)
+
+    @property
+    def _architecture(self) -> str:
+        return type(self._policy.model).__name__
 
     def _load(self, folder: str) -> Any:
         os.environ.update(_ENVIRONMENT)
@@ -168,7 +181,7 @@ class VLLMRollout:
             warnings.simplefilter("ignore", FutureWarning)
             from vllm import LLM
 
-            _inspect_in_process(self._policy.model.config.architectures)
+            _inspect_in_process(self._architecture)
             width, height = self._image_size
             dtype: Any = str(self._policy.dtype).removeprefix("torch.")
             memory: dict[str, Any] = {"gpu_memory_utilization": self._gpu_memory_utilization}
@@ -176,6 +189,7 @@ class VLLMRollout:
                 memory = {"kv_cache_memory_bytes": int(self._memory_gib * 2**30)}
             return LLM(
                 folder,
+                load_format=_register_memory_loader(self._named_tensors()),
                 dtype=dtype,
                 enforce_eager=self._policy.device.type == "cpu",
                 max_model_len=self._max_model_len,
@@ -211,6 +225,11 @@ class VLLMRollout:
             logprobs=0,
             detokenize=False,
         )
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the policy by the name under which vLLM loads it."""
+        rename = self._policy.family.published_name
+        return {rename(name): tensor.detach() for name, tensor in self._policy.model.state_dict().items()}
 
     def _drop_caches(self) -> None:
         """Prefixes, preprocessed images and image features: all may stem from the old weights."""
@@ -252,16 +271,34 @@ def _ban(token_ids: Sequence[int]) -> type:
     return BannedTokens
 
 
-def _inspect_in_process(architectures: Sequence[str]) -> None:
+def _register_memory_loader(tensors: dict[str, Tensor]) -> str:
+    """A vLLM load format that takes the weights from memory: no copy on disk, whatever their size."""
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    name = "balcaprl_memory"
+
+    @register_model_loader(name)
+    class MemoryLoader(BaseModelLoader):
+        def download_model(self, model_config: Any) -> None:
+            """There is nothing to download."""
+
+        def load_weights(self, model: Any, model_config: Any) -> None:
+            model.load_weights(iter(tensors.items()))
+            tensors.clear()  # vLLM's registry keeps this class, and must not keep a policy alive
+
+    return name
+
+
+def _inspect_in_process(architecture: str) -> None:
     """Hand vLLM the model class itself: it would start a whole Python process just to look at it."""
     from vllm.model_executor.models.registry import ModelRegistry
 
-    for architecture in architectures:
-        if architecture not in ModelRegistry.models:
-            raise RuntimeError(f"this vLLM does not know the architecture {architecture}: set rollout.sampler to hf")
-        registered = ModelRegistry.models[architecture]
-        if hasattr(registered, "load_model_cls"):
-            ModelRegistry.register_model(architecture, registered.load_model_cls())
+    if architecture not in ModelRegistry.models:
+        raise RuntimeError(f"this vLLM does not know the architecture {architecture}: set rollout.sampler to hf")
+    registered = ModelRegistry.models[architecture]
+    if hasattr(registered, "load_model_cls"):
+        ModelRegistry.register_model(architecture, registered.load_model_cls())
 
 
 @contextlib.contextmanager

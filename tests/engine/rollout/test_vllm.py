@@ -9,7 +9,7 @@ import pytest
 import torch
 from balcaprl.config import SamplingConfig, TrainConfig
 from balcaprl.policy import Group, Policy
-from balcaprl.policy.tiny import build_tiny_qwen
+from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
 from balcaprl.rollout import HFRollout, Sampler, make_sampler
 from balcaprl.rollout import vllm as vllm_rollout
 from balcaprl.types import Sample
@@ -175,13 +175,29 @@ def test_too_long_for_the_model(policy, prompts):
 
 
 def test_engine_grows_and_closes(policy, sampler, prompts):
-    """Last in the file: it replaces the module's engine."""
+    """Last to use the module's engine, which it replaces and closes."""
     longer = SamplingConfig(max_completion_tokens=200)
     groups = sampler.generate(prompts, 1, longer, seed=0)
     assert largest_difference(policy, groups, 1.0) < 1e-5
     sampler.close()
     with pytest.raises(RuntimeError, match="closed"):
         sampler.generate(prompts, 1, longer, seed=0)
+
+
+def test_llava_parity_before_and_after_sync(tmp_path):
+    """After the module's engine is closed: vLLM allows one at a time."""
+    llava = Policy.from_pretrained(build_tiny_llava(tmp_path, CORPUS, num_layers=2), device="cpu")
+    prompts = [llava.prepare(make_sample(i, size)) for i, size in enumerate(SIZES)]
+    sampler = vllm_rollout.VLLMRollout(llava, memory_gib=0.25)
+    try:
+        assert largest_difference(llava, sampler.generate(prompts, 2, SAMPLING, seed=0), 0.8) < 1e-5
+        with torch.no_grad():
+            for parameter in llava.model.parameters():
+                parameter *= 1.1
+        sampler.sync(1)
+        assert largest_difference(llava, sampler.generate(prompts, 2, SAMPLING, seed=0), 0.8) < 1e-5
+    finally:
+        sampler.close()
 
 
 def test_missing_vllm_is_explained(policy, monkeypatch):
