@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from balcaprl.kernels import grouped_advantages, policy_loss
 from balcaprl.kernels.grouped_advantages import grouped_advantages_reference
 from balcaprl.kernels.policy_loss import policy_loss_reference
-from torch import Tensor
 
 Sizes = dict[str, int]
 Inputs = dict[str, Tensor]

@@ -16,11 +16,12 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
-import balcaprl
 import torch
-from balcaprl.kernels import native
 from registry import OPS, Op
 from timing import copy_bandwidth, measure, passes_of
+
+import balcaprl
+from balcaprl.kernels import native
 
 ROOT = Path(__file__).resolve().parents[1]
 

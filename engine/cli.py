@@ -45,8 +45,12 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="balcaprl", description="Balanced reinforcement learning for image captioners.")
     parser.add_argument("--version", action="version", version=f"balcaprl {__version__}")
     commands = parser.add_subcommands(dest="command")
-    commands.add_subcommand("train", _train_parser(), help="train as a recipe says: balcaprl train recipe.yaml [--steps 100 ...]")
-    commands.add_subcommand("demo", _demo_parser(), help="train the small captioner that ships with the package, in minutes")
+    commands.add_subcommand(
+        "train", _train_parser(), help="train as a recipe says: balcaprl train recipe.yaml [--steps 100 ...]"
+    )
+    commands.add_subcommand(
+        "demo", _demo_parser(), help="train the small captioner that ships with the package, in minutes"
+    )
     commands.add_subcommand("evaluate", _evaluate_parser(), help="score a checkpoint on held-out images")
     commands.add_subcommand("report", _report_parser(), help="write report.html of a run folder anew")
     commands.add_subcommand("warmstart", _warmstart_parser(), help="rebuild the demo's warm start from scratch")
@@ -84,7 +88,9 @@ def _demo_parser() -> ArgumentParser:
 
 def _evaluate_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Score a checkpoint on held-out images: balcaprl evaluate CHECKPOINT")
-    parser.add_argument("--config", action=ActionConfigFile, help="a recipe in YAML; its data and rollout sections count")
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="a recipe in YAML; its data and rollout sections count"
+    )
     parser.add_argument("--checkpoint", type=Path, required=True, help="a stock transformers checkpoint folder")
     parser.add_argument("--out", type=Path, default=None, help="also write scores and captions to this folder")
     parser.add_class_arguments(TrainConfig, "run", help="the run's configuration")
@@ -114,8 +120,11 @@ def _to_config(options: Namespace | dict[str, Any]) -> TrainConfig:
 
 
 def _run_training(config: TrainConfig) -> int:
+    from transformers.utils.logging import disable_progress_bar
+
     from balcaprl.trainer import Trainer
 
+    disable_progress_bar()
     trainer = Trainer(config)
     try:
         summary = trainer.train()

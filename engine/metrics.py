@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import psutil
-from balcaprl.types import Rollout, RolloutGroup
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from balcaprl.types import Rollout, RolloutGroup
 
 if TYPE_CHECKING:
     from PIL import Image

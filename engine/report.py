@@ -21,10 +21,11 @@ from typing import Any
 import jinja2
 import numpy as np
 import yaml
-from balcaprl.charts import Chart, Series, line_chart, moving_mean, stacked_chart
-from balcaprl.metrics import EVAL_CAPTIONS, EVALUATIONS, METRICS, eval_image_path, nanmean, read_jsonl
 from markupsafe import Markup
 from PIL import Image
+
+from balcaprl.charts import Chart, Series, line_chart, moving_mean, stacked_chart
+from balcaprl.metrics import EVAL_CAPTIONS, EVALUATIONS, METRICS, eval_image_path, nanmean, read_jsonl
 
 logger = logging.getLogger(__name__)
 

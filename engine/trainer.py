@@ -31,11 +31,13 @@ from balcaprl.rewards import Judge, ScoreStats, make_judge, score_groups
 from balcaprl.rewards.length import advantage_inputs
 from balcaprl.rollout import Sampler, make_sampler
 from balcaprl.summary import write_summary
-from balcaprl.types import Prompt, RolloutGroup
+from balcaprl.types import Prompt, RewardBreakdown, RolloutGroup
 
 logger = logging.getLogger(__name__)
 
 NUM_REPORT_IMAGES = 12
+_MEANS = ("clip_fraction", "ratio_mean", "kl", "sampling_kl")
+LOSS_METRICS = ("loss", *_MEANS, "ratio_max")
 # A resumed run may differ from its start in these alone.
 _FREE_FIELDS = ("output_dir", "steps", "threads", "checkpoint", "logging", "evaluation")
 
@@ -59,7 +61,12 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, *, judge: Judge | None = None, sampler: Sampler | None = None, policy: Policy | None = None
+        self,
+        config: TrainConfig,
+        *,
+        judge: Judge | None = None,
+        sampler: Sampler | None = None,
+        policy: Policy | None = None,
     ) -> None:
         self.config = config
         self.step = 0
@@ -78,7 +85,7 @@ class Trainer:
         if checkpoint is not None:
             self._restore(load_state(checkpoint))
         self.resumed_from = self.step if checkpoint is not None else None
-        self.sampler = sampler or make_sampler(config.rollout, self.policy)
+        self.sampler = sampler or make_sampler(config, self.policy)
         self.timer = PhaseTimer(torch.cuda.synchronize if self.policy.device.type == "cuda" else None)
         self._eval_prompts: list[Prompt] | None = None
 
@@ -142,7 +149,8 @@ class Trainer:
         """``epochs_per_batch`` updates from one batch of rollouts; returns the loss metrics of the last."""
         with self.timer("update"):
             parts = self.pack_parts(groups, advantages)
-            metrics: dict[str, float] = {"num_skipped_updates": 0.0, "num_nonfinite_updates": 0.0}
+            metrics = dict.fromkeys((*LOSS_METRICS, "grad_norm", "lr"), float("nan"))
+            metrics |= {"num_skipped_updates": 0.0, "num_nonfinite_updates": 0.0}
             for _ in range(self.config.optim.epochs_per_batch):
                 if not parts:  # nothing to learn from: an update would only follow old momentum
                     metrics["num_skipped_updates"] += 1
@@ -162,16 +170,20 @@ class Trainer:
     def log_step(self, groups: list[RolloutGroup], stats: ScoreStats, losses: dict[str, float]) -> None:
         """Write the step's metrics and completions, and move the progress line."""
         times = self.timer.finish_step()
-        num_tokens = sum(len(r.completion.token_ids) for g in groups for r in g.rollouts)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        num_tokens = sum(len(r.completion.token_ids) for r in rollouts)
         scores = summarise(groups)
         metrics = {
             **{f"reward/{name}": scores[name] for name in ("precision", "recall", "linguistic", "b_capscore")},
             "length_ratio": scores["length_ratio"],
             **stats.metrics(),
             **losses,
+            "num_missing_scores": float(
+                sum(math.isnan(x) for r in rollouts for x in (r.breakdown or RewardBreakdown()).rewards)
+            ),
             "num_flat_groups": float(sum(all(r.advantage == 0.0 for r in g.rollouts) for g in groups)),
             "num_undecodable": float(self.stream.num_undecodable),
-            "finished_fraction": nanmean(float(r.completion.finished) for g in groups for r in g.rollouts),
+            "finished_fraction": nanmean(float(r.completion.finished) for r in rollouts),
             "tokens": float(num_tokens),
             "policy_version": float(self.policy_version),
             "sync/bytes": float(self.sync_report.bytes_copied),
@@ -199,17 +211,18 @@ class Trainer:
             and (self.reference is not None or bool((advantages[index * size : (index + 1) * size] != 0).any()))
         ]
         count = min(self.config.optim.accumulation_steps, len(keep))
-        return [self._pack(groups, advantages, part) for part in np.array_split(keep, count)] if count else []
+        parts = np.array_split(keep, count) if count else []
+        return [self._pack(groups, advantages, part.tolist()) for part in parts]
 
     def _pack(self, groups: list[RolloutGroup], advantages: torch.Tensor, indices: Sequence[int]) -> UpdateParts:
         device, size = self.policy.device, self.config.rollout.group_size
-        chosen = [groups[int(i)] for i in indices]
+        chosen = [groups[i] for i in indices]
         rollouts = [rollout for group in chosen for rollout in group.rollouts]
         packed = self.policy.pack([to_policy_group(group) for group in chosen])
         sampling = [value for rollout in rollouts for value in rollout.completion.sampling_logprobs]
         return UpdateParts(
             packed=packed,
-            advantages=torch.cat([advantages[int(i) * size : (int(i) + 1) * size] for i in indices]).to(device),
+            advantages=torch.cat([advantages[i * size : (i + 1) * size] for i in indices]).to(device),
             sampling_logprobs=torch.tensor(sampling, dtype=torch.float32, device=device),
             num_tokens=len(sampling),
         )
@@ -244,7 +257,7 @@ class Trainer:
             result.loss.backward()
             share = part.num_tokens / num_tokens
             totals["loss"] = totals.get("loss", 0.0) + result.loss.item()
-            for name in ("clip_fraction", "ratio_mean", "kl", "sampling_kl"):
+            for name in _MEANS:
                 totals[name] = totals.get(name, 0.0) + share * getattr(result, name).item()
             totals["ratio_max"] = max(totals.get("ratio_max", 0.0), result.ratio_max.item())
         return totals
@@ -274,6 +287,7 @@ class Trainer:
         settings = self.config.evaluation
         for mode in ("sampled", "greedy"):
             results[mode] = evaluate_captions(
+                self.policy,
                 self.eval_prompts,
                 self.sampler,
                 self.judge,
@@ -430,5 +444,3 @@ def refuse_changed_config(saved: dict[str, Any], current: dict[str, Any]) -> Non
             "the configuration differs from that of the run to resume; use another output_dir, or restore: "
             + "; ".join(changed)
         )
-
-

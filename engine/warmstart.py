@@ -9,6 +9,7 @@ come from the training split.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from balcaprl.data.scenes.corpus import CaptionStyle, FlawRates, flawed_caption, training_caption
 from balcaprl.data.scenes.render import render
-from balcaprl.data.scenes.world import Scene, SceneConfig, make_scene
+from balcaprl.data.scenes.world import COLOURS, FILLS, SHAPES, SIZES, Scene, SceneConfig, make_scene
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,12 +46,17 @@ class Phase:
     warmup_steps: int = 30
 
 
+_GRID_CLASSES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "fill": FILLS}
+
+
 @dataclass(frozen=True)
 class WarmstartConfig:
     """Everything that determines the warm start."""
 
     seed: int = 0
     scenes: SceneConfig = field(default_factory=SceneConfig)
+    tower_scenes: SceneConfig = field(default_factory=lambda: SceneConfig(count_weights=(0, 0, 0, 0, 1)))
+    """What the tower is trained on: crowded scenes, so that more is to be seen in each image."""
     batch_size: int = 32
     """Captions of one step."""
     bucket: int = 8
@@ -64,11 +70,86 @@ class WarmstartConfig:
     vision_depth: int = 3
     rates: FlawRates = field(default_factory=FlawRates)
     """Flaws of the last phase's captions."""
+    tower: Phase = Phase("labels", steps=1500, lr=2e-3)
+    """The image tower's own training, before the phases; its style does not matter."""
     phases: tuple[Phase, ...] = (
         Phase("labels", steps=1300, lr=1.5e-3),
         Phase("clean", steps=400, lr=1e-3),
         Phase("flawed", steps=200, lr=5e-4),
     )
+
+
+def grid_targets(scene: Scene, tokens: int) -> torch.Tensor:
+    """What each image token has to tell: (tokens * tokens, 7) of presence, row, column and the four attributes.
+
+    An object belongs to the token that holds its centre; attributes of empty tokens are -100.
+    """
+    targets = torch.full((tokens, tokens, 3 + len(_GRID_CLASSES)), -100)
+    targets[..., 0] = 0
+    targets[..., 1] = torch.arange(tokens)[:, None]
+    targets[..., 2] = torch.arange(tokens)[None, :]
+    for item in scene.objects:
+        row, column = (int(v * tokens / scene.side) for v in (item.y, item.x))
+        targets[row, column, 0] = 1
+        for index, (attribute, classes) in enumerate(_GRID_CLASSES.items()):
+            targets[row, column, 3 + index] = classes.index(item.value(attribute))
+    return targets.flatten(0, 1)
+
+
+class _ImageBatches(IterableDataset):
+    """Endless batches of processed images with ``grid_targets``; runs in a worker process."""
+
+    def __init__(self, folder: Path, config: WarmstartConfig, first_scene: int) -> None:
+        self.folder, self.config, self.first_scene = folder, config, first_scene
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        torch.set_num_threads(1)
+        processor = _load_processor(self.folder)
+        for start in itertools.count(self.first_scene, self.config.batch_size):
+            scenes = [make_scene(start + i, self.config.tower_scenes) for i in range(self.config.batch_size)]
+            batch = dict(processor.image_processor(images=[render(s) for s in scenes], return_tensors="pt"))
+            batch["targets"] = torch.cat([grid_targets(s, s.side // 28) for s in scenes])
+            yield batch
+
+
+def train_tower(
+    model: Any, folder: Path, config: WarmstartConfig, first_scene: int, report: Callable[[str], None]
+) -> None:
+    """Teach the image tower to see, through a linear head that is thrown away: what is in each token's part of the image."""
+    tokens = config.tower_scenes.side // 28
+    sizes = [2, tokens, tokens, *(len(classes) for classes in _GRID_CLASSES.values())]
+    tower = model.model.visual
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        head = torch.nn.Linear(config.hidden_size, sum(sizes))
+    optimizer = _make_optimizer([*tower.parameters(), *head.parameters()], config)
+    loader = DataLoader(_ImageBatches(folder, config, first_scene), batch_size=None, num_workers=1, prefetch_factor=4)
+    phase, hits = config.tower, []
+    started = time.monotonic()
+    for step, batch in zip(range(phase.steps), loader, strict=False):
+        features = tower(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output
+        scores = head(features).split(sizes, dim=-1)
+        targets = batch["targets"].unbind(-1)
+        loss = sum(torch.nn.functional.cross_entropy(s, t) for s, t in zip(scores, targets, strict=True))
+        _update(optimizer, phase, step, loss, config)
+        hits.append([float((s.argmax(-1) == t)[t >= 0].float().mean()) for s, t in zip(scores, targets, strict=True)])
+        if (step + 1) % 50 == 0:
+            report(
+                f"tower {step + 1}/{phase.steps}: {np.mean(hits[-20:], 0).round(3)}, {time.monotonic() - started:.0f} s"
+            )
+
+
+def _make_optimizer(parameters: Any, config: WarmstartConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=1.0, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
+
+
+def _update(optimizer: torch.optim.AdamW, phase: Phase, step: int, loss: Any, config: WarmstartConfig) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = _learning_rate(phase, step)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 class _CaptionBatches(IterableDataset):
@@ -88,10 +169,7 @@ class _CaptionBatches(IterableDataset):
 
         while True:
             scenes = [make_scene(index + i, self.config.scenes) for i in range(size)]
-            captions = [
-                training_caption(scene, rng_of(scene), self.phase.style, self.config.rates)
-                for scene in scenes
-            ]
+            captions = [training_caption(scene, rng_of(scene), self.phase.style, self.config.rates) for scene in scenes]
             order = sorted(range(size), key=lambda i: len(captions[i]))
             starts = np.random.default_rng([self.config.seed, index]).permutation(self.config.bucket)
             for start in starts * self.config.batch_size:
@@ -135,26 +213,19 @@ def train_phase(
     model: Any, folder: Path, config: WarmstartConfig, phase: Phase, first_scene: int, report: Callable[[str], None]
 ) -> None:
     """Train ``model`` in place on one phase of captions."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=phase.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay
-    )
+    optimizer = _make_optimizer(model.parameters(), config)
     loader = DataLoader(
         _CaptionBatches(folder, config, phase, first_scene), batch_size=None, num_workers=1, prefetch_factor=4
     )
     model.train()
     started, losses, hits = time.monotonic(), [], []
-    for step, batch in zip(range(phase.steps), loader):
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(phase, step)
+    for step, batch in zip(range(phase.steps), loader, strict=False):
         labels = batch.pop("labels")[:, 1:]
         hidden = model.model(**batch).last_hidden_state[:, :-1][labels != -100]
         targets = labels[labels != -100]
         logits = model.lm_head(hidden)
         loss = torch.nn.functional.cross_entropy(logits.float(), targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        _update(optimizer, phase, step, loss, config)
         losses.append(loss.item())
         hits.append((logits.argmax(-1) == targets).float().mean().item())
         if (step + 1) % 20 == 0:
@@ -188,8 +259,9 @@ def build_warmstart(folder: Path, config: WarmstartConfig, report: Callable[[str
     )
     from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    first_scene = 0
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    train_tower(model, folder, config, 0, report)
+    first_scene = config.tower.steps * config.batch_size
     for phase in config.phases:
         train_phase(model, folder, config, phase, first_scene, report)
         first_scene += phase.steps * config.batch_size

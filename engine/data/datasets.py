@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from balcaprl.config import DataConfig
 from balcaprl.data.images import ImageError
 from balcaprl.data.record_images import RecordImages

@@ -9,6 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.progress import track
+
 from balcaprl.config import DataConfig
 from balcaprl.data.images import (
     ImageError,
@@ -19,12 +22,11 @@ from balcaprl.data.images import (
     load_image,
 )
 from balcaprl.data.records import LoadReport, Record
-from rich.console import Console
-from rich.progress import track
 
 if TYPE_CHECKING:
-    from balcaprl.data.hf_folder import ImageColumn
     from PIL import Image
+
+    from balcaprl.data.hf_folder import ImageColumn
 
 # Checks of files wait for the disk, not for the processor: more threads than cores pay, above all on network disks.
 _CHECK_THREADS = 16

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
+
 from balcaprl.data.images import ImageError
 from balcaprl.data.records import DatasetError
 from balcaprl.types import Sample

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from balcaprl.config import RewardConfig, SamplingConfig
 from balcaprl.metrics import nanmean
+from balcaprl.policy import Policy
 from balcaprl.rewards import Judge, score_groups
 from balcaprl.rollout import Sampler
 from balcaprl.types import REWARD_NAMES, Prompt, RolloutGroup
@@ -26,6 +27,7 @@ class Evaluation:
 
 
 def evaluate_captions(
+    policy: Policy,
     prompts: Sequence[Prompt],
     sampler: Sampler,
     judge: Judge,
@@ -44,7 +46,7 @@ def evaluate_captions(
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         groups += sampler.generate(batch, 1, sampling, seed=seed + start, greedy=greedy)
-    score_groups(judge, groups, reward)
+    score_groups(judge, groups, reward, count_tokens=policy.count_tokens)
     return Evaluation(summarise(groups), groups)
 
 

@@ -27,12 +27,13 @@ def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None)
     if not prompts:
         raise ValueError("there are no held-out images: set data.num_eval above 0")
     judge = make_judge(config.reward, config.data.kind)
-    sampler = make_sampler(config.rollout, policy)
+    sampler = make_sampler(config, policy)
     log = RunLog(out, tensorboard=False) if out is not None else None
     scores = {}
     try:
         for mode in ("sampled", "greedy"):
             result = evaluate_captions(
+                policy,
                 prompts,
                 sampler,
                 judge,

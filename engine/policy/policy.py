@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from balcaprl.kernels import linear_logprobs
 from balcaprl.policy.families import Family, family_of
 from balcaprl.policy.packing import Group, PackedBatch, check_group, pack_rows
 from balcaprl.torchvision_compat import ensure_importable
 from balcaprl.types import Prompt, Sample
-from torch import Tensor
 
 _NOT_IMAGE_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
@@ -125,6 +126,10 @@ class Policy:
         """Fills rows; never attended to."""
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self.eos_token_ids[0])
+
+    def count_tokens(self, text: str) -> int:
+        """Length of a text in the policy's tokens, without special ones."""
+        return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def prepare(self, sample: Sample) -> Prompt:
         """Apply the chat template and the processor, once for the whole life of the prompt.

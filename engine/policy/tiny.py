@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from balcaprl.torchvision_compat import ensure_importable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from balcaprl.torchvision_compat import ensure_importable
 
 _QWEN_SPECIALS = [
     "<|endoftext|>",

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from balcaprl.config import RewardConfig
 from balcaprl.rewards.length import CountTokens, is_outside_bounds, measure_length
@@ -147,7 +147,8 @@ def _validated(answer: object, private: Sequence[str]) -> RewardBreakdown:
             return RewardBreakdown(error=f"{name} is outside [0, 1]")
     if all(math.isnan(reward) for reward in rewards.values() if reward is not None):
         return RewardBreakdown(error="the judge gave no score and no reason")
-    return replace(answer, **{name: _clamped(reward) for name, reward in rewards.items() if reward is not None})
+    clamped: dict[str, Any] = {name: _clamped(reward) for name, reward in rewards.items() if reward is not None}
+    return replace(answer, **clamped)
 
 
 def _as_number(reward: object) -> float | None:

@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from balcaprl.config import RewardConfig
 from balcaprl.types import REWARD_NAMES, RolloutGroup
-from torch import Tensor
 
 LINGUISTIC = REWARD_NAMES.index("linguistic")
 CountTokens = Callable[[str], int]

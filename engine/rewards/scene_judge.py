@@ -333,9 +333,9 @@ def _coherence(parsed: ParsedCaption, claims: Claims) -> float:
     repeated_claims = sum(len(c.sentences) > 1 for c in retold) / max(1, len(retold))
     padding = sum(s.is_commentary for s in sentences) / len(sentences)
     openings = [s.words[:2] for s in sentences]
-    monotonous = sum(
-        a == b == c for a, b, c in zip(openings, openings[1:], openings[2:], strict=False)
-    ) / len(sentences)
+    monotonous = sum(a == b == c for a, b, c in zip(openings, openings[1:], openings[2:], strict=False)) / len(
+        sentences
+    )
     return _clip(
         5.0
         - 4.0 * repeated_sentences

@@ -68,7 +68,7 @@ _FUNCTION_WORDS = VERBS | _ARTICLES | {
     "color", "colour", "we", "see", "whose", "as", "here", "plain", "located", "placed", "very", "just",
 }  # fmt: skip
 _CLAUSE_BREAKS = {",", ";", ":", "and", "while", "but", "where", "which", "-"}
-_TOKEN = re.compile(r"[A-Za-z]+(?:['’-][A-Za-z]+)*|\d+|[^\w\s]", re.UNICODE)
+_TOKEN = re.compile(r"[A-Za-z]+(?:['\u2019-][A-Za-z]+)*|\d+|[^\w\s]", re.UNICODE)
 _SENTENCE = re.compile(r"[^.!?\n]*[.!?\n]*")
 MAX_CHARACTERS = 20_000
 """Longer texts are judged by their first part; no policy of a sane length limit writes more."""

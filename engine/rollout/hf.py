@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from balcaprl.config import SamplingConfig
 from balcaprl.policy import Policy
 from balcaprl.policy.packing import merge_image_inputs
 from balcaprl.rollout.sampler import check_request, make_group
 from balcaprl.types import Prompt, RolloutGroup, SyncReport
-from torch import Tensor
 
 
 class HFRollout:

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from balcaprl.config import SamplingConfig
 from balcaprl.policy import Policy
 from balcaprl.rollout.sampler import check_request, make_group
 from balcaprl.torchvision_compat import ensure_importable
 from balcaprl.types import Prompt, RolloutGroup, SyncReport
-from torch import Tensor
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine has to see the trainer's tensors

@@ -31,9 +31,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from balcaprl.kernels import native
 from balcaprl.kernels.checks import check_choice, check_impl, check_number, check_tensor
-from torch import Tensor
 
 METHODS = ("c-gdpo", "gdpo", "grpo")
 IMPLS = ("reference", "native")

@@ -20,9 +20,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from balcaprl.kernels.checks import check_impl, check_number, check_tensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from balcaprl.kernels.checks import check_impl, check_number, check_tensor
 
 IMPLS = ("reference",)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

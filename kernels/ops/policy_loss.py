@@ -31,8 +31,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from balcaprl.kernels.checks import check_choice, check_impl, check_number, check_tensor
 from torch import Tensor
+
+from balcaprl.kernels.checks import check_choice, check_impl, check_number, check_tensor
 
 REDUCTIONS = ("token-mean", "sequence-mean", "constant")
 IMPLS = ("reference",)

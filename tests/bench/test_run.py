@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from balcaprl.kernels import native
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from balcaprl.checkpoint import TrainerState, list_checkpoints, load_state, save_checkpoint
 
 

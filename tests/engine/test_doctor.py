@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
+
 from balcaprl import doctor
 from balcaprl.doctor import Finding
-from rich.console import Console
 
 
 @pytest.fixture

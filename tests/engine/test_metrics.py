@@ -12,6 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
+
 from balcaprl.metrics import (
     LOG_FILES,
     PhaseTimer,
@@ -27,8 +30,6 @@ from balcaprl.metrics import (
     truncate_jsonl,
 )
 from balcaprl.types import Assertion, Completion, ReferenceUnit, RewardBreakdown, Rollout, RolloutGroup
-from PIL import Image
-from rich.console import Console
 
 
 def make_group(sample_id="scene-7", captions=("A red circle.", "A blue square.")):

@@ -9,11 +9,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import yaml
+from PIL import Image, ImageDraw
+
 from balcaprl.charts import Series, line_chart, moving_mean, stacked_chart, thin
 from balcaprl.config import TrainConfig
 from balcaprl.metrics import eval_image_path, save_eval_image
 from balcaprl.report import MAX_IMAGES, format_change, load_run, segments, summary_table, write_report
-from PIL import Image, ImageDraw
 
 EVIL = '<script>alert("x")</script>'
 FLAWED = "There is a large red circle at the top. A small green square is at the left. It feels calm and modern."

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
+
 from balcaprl.kernels import grouped_advantages, native
 from balcaprl.kernels.grouped_advantages import METHODS, grouped_advantages_reference
 from balcaprl.kernels.testing import assert_as_accurate
-from torch import Tensor
 
 NAN = math.nan
 IMPLS = ("reference", "native")

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
+
 from balcaprl.kernels import LogProbs, linear_logprobs
 from balcaprl.kernels.linear_logprobs import chunk_ranges, linear_logprobs_reference
 from balcaprl.kernels.testing import assert_as_accurate
-from torch import Tensor
 
 
 def problem(

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from balcaprl.kernels import PolicyLoss, policy_loss
 from balcaprl.kernels.policy_loss import REDUCTIONS, policy_loss_reference
 from balcaprl.kernels.testing import assert_as_accurate
-from torch import Tensor
 
 LENGTHS = (3, 0, 5, 1, 4)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from balcaprl.kernels.testing import assert_as_accurate
 
 EXACT = torch.tensor([1.0, -2.0], dtype=torch.float64)

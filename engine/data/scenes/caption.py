@@ -65,7 +65,9 @@ def object_clause(words: ObjectWords, form: int) -> str:
     if words.place is None:
         return (f"there is {phrase}", f"{phrase} can be seen", f"the picture shows {phrase}", f"it has {phrase}")[form]
     where = place_phrase(words.place)
-    return (f"{phrase} is {where}", f"{where} there is {phrase}", f"{phrase} sits {where}", f"{where} is {phrase}")[form]
+    return (f"{phrase} is {where}", f"{where} there is {phrase}", f"{phrase} sits {where}", f"{where} is {phrase}")[
+        form
+    ]
 
 
 def object_sentences(objects: Sequence[ObjectWords], rng: np.random.Generator) -> list[str]:

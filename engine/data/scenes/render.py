@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image
@@ -68,7 +68,7 @@ def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) 
     return _polygon_distance(_polygon(shape) * np.float32(radius), dx, dy)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _polygon(shape: str) -> np.ndarray:
     """Vertices (N, 2) of a unit shape, y downwards."""
     if shape == "square":
@@ -84,7 +84,20 @@ def _polygon(shape: str) -> np.ndarray:
     if shape == "cross":
         a, b = 0.36, 1.05
         return np.array(
-            [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)],
+            [
+                (-a, -b),
+                (a, -b),
+                (a, -a),
+                (b, -a),
+                (b, a),
+                (a, a),
+                (a, b),
+                (-a, b),
+                (-a, a),
+                (-b, a),
+                (-b, -a),
+                (-a, -a),
+            ],
             np.float32,
         )
     raise ValueError(f"no such shape: {shape}")

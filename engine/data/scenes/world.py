@@ -180,16 +180,14 @@ def _place_centres(
         pairs = [(i, j) for i in range(len(cells)) for j in range(i) if _adjacent(int(cells[i]), int(cells[j]))]
         if pairs:
             _overlap(centres, *pairs[int(rng.integers(len(pairs)))], cells=cells, radii=radii, cell=cell)
-    return [(x, y) for x, y in centres]
+    return [(float(x), float(y)) for x, y in centres]
 
 
 def _adjacent(a: int, b: int) -> bool:
     return abs(a // 3 - b // 3) + abs(a % 3 - b % 3) == 1
 
 
-def _overlap(
-    centres: list[list[float]], i: int, j: int, *, cells: np.ndarray, radii: list[float], cell: float
-) -> None:
+def _overlap(centres: list[list[float]], i: int, j: int, *, cells: np.ndarray, radii: list[float], cell: float) -> None:
     """Move objects i and j towards each other along their axis, each staying in its own cell."""
     axis = 0 if int(cells[i]) // 3 == int(cells[j]) // 3 else 1
     first, second = (i, j) if centres[i][axis] < centres[j][axis] else (j, i)

@@ -6,9 +6,10 @@ import sys
 
 import datasets
 import pytest
+from PIL import Image
+
 from balcaprl.config import DataConfig
 from balcaprl.data import DatasetError, ImageError, load_dataset
-from PIL import Image
 
 
 def share_record(image, caption="A cat.", question="<image>\nWhat is it?", **more):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from balcaprl.data.images import ImageError, check_image, decode_image, load_image
 from PIL import Image
+
+from balcaprl.data.images import ImageError, check_image, decode_image, load_image
 
 LIMITS = {"max_pixels": 1_000_000, "max_source_pixels": 64_000_000, "max_file_bytes": 1 << 20}
 HEADER_LIMITS = {name: LIMITS[name] for name in ("max_source_pixels", "max_file_bytes")}

@@ -4,10 +4,11 @@ import json
 import logging
 
 import pytest
+from PIL import Image
+
 from balcaprl.data import DatasetError, ImageError, SampleStream
 from balcaprl.data.stream import MAX_PERMUTED
 from balcaprl.types import Sample
-from PIL import Image
 
 
 class Numbers:

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from balcaprl.policy import Group, Policy, UnsupportedFamilyError
 from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
 from balcaprl.types import Sample
-from PIL import Image
 
 CORPUS = ["A large red circle is above a small blue square.", "Describe the image."] * 3
 SMALL = {"hidden_size": 48, "intermediate_size": 64, "num_layers": 2, "num_heads": 4, "vision_hidden_size": 32}

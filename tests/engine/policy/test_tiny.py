@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
 from PIL import Image
+
+from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
 
 CORPUS = ["A large red circle is above a small blue square.", "Describe the image.", "A small red square."] * 3
 BUILDERS = {"qwen": build_tiny_qwen, "llava": build_tiny_llava}

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from balcaprl.config import RewardConfig
 from balcaprl.kernels import grouped_advantages
 from balcaprl.rewards import LexicalJudge, advantage_inputs, make_judge, reward_matrix, score_groups

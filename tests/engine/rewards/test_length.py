@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from balcaprl.config import RewardConfig
 from balcaprl.kernels import grouped_advantages
 from balcaprl.rewards.length import advantage_inputs, is_outside_bounds, length_vectors, linear_factor, measure_length

@@ -5,12 +5,13 @@ import math
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
 from balcaprl.rewards import LexicalJudge
 from balcaprl.rewards.lexical_judge import content_units
 from balcaprl.rewards.lexical_words import split_words, stem
 from balcaprl.types import Sample
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 CAPTIONS = json.loads((Path(__file__).parents[2] / "data" / "photographs.json").read_text())
 REFERENCE = "A red cup of espresso stands on a red saucer. A metal spoon lies on the saucer beside the cup."

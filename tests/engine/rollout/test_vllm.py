@@ -7,13 +7,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from balcaprl.config import SamplingConfig, TrainConfig
 from balcaprl.policy import Group, Policy
 from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
 from balcaprl.rollout import HFRollout, Sampler, make_sampler
 from balcaprl.rollout import vllm as vllm_rollout
 from balcaprl.types import Sample
-from PIL import Image
 
 pytest.importorskip("vllm", reason="vLLM is an optional extra")
 CORPUS = ["A large red circle is above a small blue square.", "Describe the image."] * 3

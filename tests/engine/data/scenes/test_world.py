@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from balcaprl.data.scenes import SceneConfig, make_scene, scene_sample, scene_samples, scene_seed
 from balcaprl.data.scenes.caption import reference_caption
 from balcaprl.data.scenes.corpus import FlawRates, flawed_caption, label_list
@@ -90,7 +91,9 @@ def test_relations_are_antisymmetric():
         assert not any((b, name, a) in relations for a, name, b in relations)
 
 
-@pytest.mark.parametrize("bad", [{"side": 100}, {"side": 115}, {"count_weights": (1.0,)}, {"count_weights": (0.5,) * 5}])
+@pytest.mark.parametrize(
+    "bad", [{"side": 100}, {"side": 115}, {"count_weights": (1.0,)}, {"count_weights": (0.5,) * 5}]
+)
 def test_bad_configs_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         SceneConfig(**bad)

@@ -1,0 +1,38 @@
+# From a fresh clone: `make demo` trains the demo, `make test` passes the tests. Both install all they need into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# CPU builds of torch and its companions. Asked for these three packages alone, so that nothing else waits for the index.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint bench
+demo: $(VENV)/.cpu
+	$(BIN)/balcaprl demo --out demo-run
+
+test: $(VENV)/.test
+	$(BIN)/pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	# mypy looks for packages where they are imported from: show it the two folders as the one package that they become.
+	rm -rf build/typing && mkdir -p build/typing
+	cp -rs $(CURDIR)/engine build/typing/balcaprl && cp -rs $(CURDIR)/kernels/ops build/typing/balcaprl/kernels
+	MYPYPATH=build/typing $(BIN)/mypy -p balcaprl
+
+bench: $(VENV)/.test
+	$(BIN)/pytest bench/ --benchmark-only
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) torch torchvision torchaudio
+	touch $@
+
+$(VENV)/.cpu: $(VENV)/.torch setup.py CMakeLists.txt $(wildcard kernels/csrc/*)
+	$(PIP) -e '.[cpu]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.cpu
+	$(PIP) -e '.[cpu,dev]'
+	touch $@

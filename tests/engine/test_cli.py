@@ -1,0 +1,120 @@
+"""The command line: recipes, overrides, help, and errors that a user can act on."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from balcaprl.cli import build_parser, main
+from balcaprl.config import TrainConfig
+
+
+def run_cli(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "balcaprl.cli", *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+
+
+def leaf_fields(model, prefix=""):
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if hasattr(annotation, "model_fields"):
+            yield from leaf_fields(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field.description
+
+
+def test_every_field_is_explained():
+    assert all(description for _, description in leaf_fields(TrainConfig))
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "--help"])
+    assert exit_info.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, description in leaf_fields(TrainConfig):
+        assert f"--{name}" in text
+        first_words = " ".join(description.split()[:4]).replace("``", "")
+        assert first_words in text.replace("``", ""), name
+
+
+def test_print_config_gives_a_recipe_that_can_be_used(capsys, tmp_path):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "demo", "--steps", "7", "--print_config"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert TrainConfig.model_validate(yaml.safe_load(text)).steps == 7
+    options = build_parser().parse_args(["train", "--config", str(path)])
+    assert options.train.rollout.group_size == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--rollout.group_sizes", "4"], "group_sizes"),
+        (["train", "--rollout.group_size", "0"], "group_size"),
+        (["train", "--advantage.method", "ppo"], "method"),
+        (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["frobnicate"], "frobnicate"),
+    ],
+)
+def test_bad_arguments_name_the_culprit(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_key_in_a_recipe_is_refused(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("optim:\n  learning_rate: 0.1\n")
+    with pytest.raises(SystemExit):
+        main(["train", str(path)])
+    assert "learning_rate" in capsys.readouterr().err
+
+
+def test_a_missing_data_set_is_one_clear_line(tmp_path, capsys):
+    status = main(["train", "--data.kind", "jsonl", "--data.path", str(tmp_path / "no.jsonl")])
+    assert status == 1
+    error = capsys.readouterr().err
+    assert "no.jsonl" in error
+    assert "Traceback" not in error
+
+
+def test_bounds_that_cross_are_refused(capsys):
+    try:
+        status = main(["train", "--reward.tau_low", "3"])
+    except SystemExit as error:
+        status = error.code
+    assert status != 0
+    assert "tau_low" in capsys.readouterr().err
+
+
+def test_help_is_quick_to_import():
+    """The command line itself imports nothing heavy."""
+    code = "import sys, balcaprl.cli; print([m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_demo_writes_the_promised_summary(tmp_path):
+    result = run_cli("demo", "--out", tmp_path, "--seed", 3, "--steps", 1, "--sampler", "hf")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    scores = {"precision", "recall", "linguistic", "b_capscore", "length_ratio"}
+    assert scores <= summary["before"].keys()
+    assert scores <= summary["after"].keys()
+    assert (summary["steps"], summary["sampler"], summary["seed"]) == (1, "hf", 3)
+    assert summary["train_seconds"] > 0
+    assert (tmp_path / "report.html").exists()
+    checkpoint = next((tmp_path / "checkpoints").iterdir())
+    result = run_cli(
+        "evaluate", checkpoint, "--run.rollout.sampler", "hf", "--run.data.num_eval", 4, "--out", tmp_path / "e"
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["sampled"]["num_samples"] == 4
