@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from balcaprl.config import STATE_FILE
+
 FOLDER = "checkpoints"
-_STATE = "trainer_state.json"
 _TENSORS = "optimizer.safetensors"
 _NAME = re.compile(r"step_(\d{8})")
 
@@ -63,7 +64,7 @@ def save_checkpoint(output_dir: Path, state: TrainerState, save_model: Callable[
         "data": state.data,
         "config": state.config,
     }
-    (partial / _STATE).write_text(json.dumps(plain, indent=2) + "\n")
+    (partial / STATE_FILE).write_text(json.dumps(plain, indent=2) + "\n")
     _fsync_tree(partial)
     os.replace(partial, final)
     _fsync(parent)
@@ -77,7 +78,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     parent = output_dir / FOLDER
     if not parent.is_dir():
         return []
-    return sorted(p for p in parent.iterdir() if _NAME.fullmatch(p.name) and (p / _STATE).is_file())
+    return sorted(p for p in parent.iterdir() if _NAME.fullmatch(p.name) and (p / STATE_FILE).is_file())
 
 
 def load_state(checkpoint: Path) -> TrainerState:
@@ -87,7 +88,7 @@ def load_state(checkpoint: Path) -> TrainerState:
         ValueError: if the folder holds no trainer state.
     """
     try:
-        plain = json.loads((checkpoint / _STATE).read_text())
+        plain = json.loads((checkpoint / STATE_FILE).read_text())
         tensors = load_file(checkpoint / _TENSORS)
     except FileNotFoundError as error:
         raise ValueError(f"{checkpoint} holds no trainer state ({error.filename} is missing)") from error

@@ -14,7 +14,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from pydantic import ValidationError
 
 from balcaprl import __version__
-from balcaprl.config import TrainConfig
+from balcaprl.config import STATE_FILE, TrainConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 # What a user can mend: told in one line, without a traceback.
@@ -59,14 +59,20 @@ def build_parser() -> ArgumentParser:
 
 
 def _spread_recipe(arguments: list[str]) -> list[str]:
-    """``train recipe.yaml`` means ``train --config recipe.yaml``; a bare name means a recipe that ships."""
-    if len(arguments) >= 2 and arguments[0] in ("train", "evaluate") and not arguments[1].startswith("-"):
-        name = arguments[1]
-        if arguments[0] == "evaluate":
-            return [arguments[0], "--checkpoint", *arguments[1:]]
+    """Where a configuration comes from when ``--config`` does not say.
+
+    ``train recipe.yaml`` means ``train --config recipe.yaml``; a bare name means a recipe that ships. ``evaluate FOLDER`` takes
+    the configuration of the run that wrote the checkpoint.
+    """
+    if len(arguments) < 2 or arguments[1].startswith("-"):
+        return arguments
+    command, name, *rest = arguments
+    if command == "train":
         shipped = RECIPES / f"{name}.yaml"
-        path = str(shipped) if shipped.is_file() and not Path(name).exists() else name
-        return [arguments[0], "--config", path, *arguments[2:]]
+        return [command, "--config", str(shipped if shipped.is_file() and not Path(name).exists() else name), *rest]
+    state = Path(name) / STATE_FILE
+    if command == "evaluate" and state.is_file() and not any(a.split("=")[0] == "--config" for a in rest):
+        return [command, name, "--config", json.dumps(json.loads(state.read_text())["config"]), *rest]
     return arguments
 
 
@@ -87,13 +93,11 @@ def _demo_parser() -> ArgumentParser:
 
 
 def _evaluate_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Score a checkpoint on held-out images: balcaprl evaluate CHECKPOINT")
-    parser.add_argument(
-        "--config", action=ActionConfigFile, help="a recipe in YAML; its data and rollout sections count"
-    )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a stock transformers checkpoint folder")
+    parser = ArgumentParser(description="Score a checkpoint on held-out images, under the configuration of its run.")
+    parser.add_argument("folder", type=Path, help="a stock transformers checkpoint folder")
+    parser.add_argument("--config", action=ActionConfigFile, help="a recipe; default: that of the run, if it has one")
     parser.add_argument("--out", type=Path, default=None, help="also write scores and captions to this folder")
-    parser.add_class_arguments(TrainConfig, "run", help="the run's configuration")
+    parser.add_class_arguments(TrainConfig)
     return parser
 
 
@@ -109,8 +113,7 @@ def _warmstart_parser() -> ArgumentParser:
     return parser
 
 
-def _to_config(options: Namespace | dict[str, Any]) -> TrainConfig:
-    plain = options.as_dict() if isinstance(options, Namespace) else dict(options)
+def _to_config(plain: dict[str, Any]) -> TrainConfig:
     plain.pop("config", None)
     try:
         return TrainConfig.model_validate(plain)
@@ -136,7 +139,7 @@ def _run_training(config: TrainConfig) -> int:
 
 
 def _train(options: Namespace) -> int:
-    return _run_training(_to_config(options))
+    return _run_training(_to_config(options.as_dict()))
 
 
 def _demo(options: Namespace) -> int:
@@ -153,7 +156,9 @@ def _demo(options: Namespace) -> int:
 def _evaluate(options: Namespace) -> int:
     from balcaprl.evaluation.standalone import evaluate_checkpoint
 
-    scores = evaluate_checkpoint(options.checkpoint, _to_config(options.run), options.out)
+    plain = options.as_dict()
+    folder, out = plain.pop("folder"), plain.pop("out")
+    scores = evaluate_checkpoint(folder, _to_config(plain), out)
     print(json.dumps(scores, indent=2))
     return 0
 

@@ -28,6 +28,7 @@ from balcaprl.optim import PolicyOptimizer
 from balcaprl.policy import Group, Policy
 from balcaprl.report import write_report
 from balcaprl.rewards import Judge, ScoreStats, make_judge, score_groups
+from balcaprl.rewards.balance import within_group_correlations
 from balcaprl.rewards.length import advantage_inputs
 from balcaprl.rollout import Sampler, make_sampler
 from balcaprl.summary import write_summary
@@ -176,6 +177,7 @@ class Trainer:
         metrics = {
             **{f"reward/{name}": scores[name] for name in ("precision", "recall", "linguistic", "b_capscore")},
             "length_ratio": scores["length_ratio"],
+            **{f"correlation/{pair}": value for pair, value in within_group_correlations(groups).items()},
             **stats.metrics(),
             **losses,
             "num_missing_scores": float(

@@ -1,9 +1,9 @@
 """The demo's warm start: a tiny captioner that sees well and writes badly, made from scratch.
 
-Three supervised phases on drawn scenes: bare attribute lists, from which the model learns to see; clean captions, from which
-it learns to write; then captions damaged at the stated rates of ``FlawRates``, from which it learns the flaws that
-reinforcement learning has to remove. (Trained on flawed captions alone, a model of this size never learns to see.) Seeds
-come from the training split.
+Four supervised phases on drawn scenes. The image tower learns to see, through a linear head that is thrown away; bare
+attribute lists teach the text model to read what the tower saw; clean captions teach it to write; and captions damaged at
+the stated rates of ``FlawRates`` teach it the flaws that reinforcement learning has to remove. (Trained on flawed captions
+alone, a model of this size never learns to see.) Seeds come from the training split.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from balcaprl.data.scenes.world import COLOURS, FILLS, SHAPES, SIZES, Scene, Sce
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+PhaseStyle = Literal["tower", "labels", "clean", "flawed"]
 INSTRUCTION = "Describe the image."
 _CORPUS_SIZE = 4000
 
@@ -37,8 +38,9 @@ _CORPUS_SIZE = 4000
 class Phase:
     """One supervised phase."""
 
-    style: CaptionStyle
-    """``labels``: bare attribute lists. ``clean``: true, well-formed captions. ``flawed``: damaged at the stated rates."""
+    style: PhaseStyle
+    """``tower``: no captions, but what is in each part of the image. ``labels``: bare attribute lists. ``clean``: true,
+    well-formed captions. ``flawed``: captions damaged at the stated rates."""
     steps: int
     lr: float
     """Peak learning rate; it warms up linearly and falls along a cosine."""
@@ -70,12 +72,11 @@ class WarmstartConfig:
     vision_depth: int = 3
     rates: FlawRates = field(default_factory=FlawRates)
     """Flaws of the last phase's captions."""
-    tower: Phase = Phase("labels", steps=1500, lr=2e-3)
-    """The image tower's own training, before the phases; its style does not matter."""
+    tower: Phase = Phase("tower", steps=2000, lr=2e-3)
     phases: tuple[Phase, ...] = (
-        Phase("labels", steps=1300, lr=1.5e-3),
-        Phase("clean", steps=400, lr=1e-3),
-        Phase("flawed", steps=200, lr=5e-4),
+        Phase("labels", steps=650, lr=1.5e-3),
+        Phase("clean", steps=250, lr=1e-3),
+        Phase("flawed", steps=150, lr=5e-4),
     )
 
 
@@ -113,7 +114,7 @@ class _ImageBatches(IterableDataset):
 
 
 def train_tower(
-    model: Any, folder: Path, config: WarmstartConfig, first_scene: int, report: Callable[[str], None]
+    model: Any, folder: Path, config: WarmstartConfig, phase: Phase, first_scene: int, report: Callable[[str], None]
 ) -> None:
     """Teach the image tower to see, through a linear head that is thrown away: what is in each token's part of the image."""
     tokens = config.tower_scenes.side // 28
@@ -124,8 +125,7 @@ def train_tower(
         head = torch.nn.Linear(config.hidden_size, sum(sizes))
     optimizer = _make_optimizer([*tower.parameters(), *head.parameters()], config)
     loader = DataLoader(_ImageBatches(folder, config, first_scene), batch_size=None, num_workers=1, prefetch_factor=4)
-    phase, hits = config.tower, []
-    started = time.monotonic()
+    started, hits = time.monotonic(), []
     for step, batch in zip(range(phase.steps), loader, strict=False):
         features = tower(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output
         scores = head(features).split(sizes, dim=-1)
@@ -169,7 +169,10 @@ class _CaptionBatches(IterableDataset):
 
         while True:
             scenes = [make_scene(index + i, self.config.scenes) for i in range(size)]
-            captions = [training_caption(scene, rng_of(scene), self.phase.style, self.config.rates) for scene in scenes]
+            captions = [
+                training_caption(scene, rng_of(scene), cast(CaptionStyle, self.phase.style), self.config.rates)
+                for scene in scenes
+            ]
             order = sorted(range(size), key=lambda i: len(captions[i]))
             starts = np.random.default_rng([self.config.seed, index]).permutation(self.config.bucket)
             for start in starts * self.config.batch_size:
@@ -238,13 +241,15 @@ def train_phase(
 def build_warmstart(folder: Path, config: WarmstartConfig, report: Callable[[str], None] = print) -> Path:
     """Build the warm start's checkpoint folder from its configuration alone.
 
-    Writes a stock transformers folder (bfloat16 weights) and ``warmstart.json``: the recipe and the weights' SHA-256.
-    The weights are not expected to be the same bits on another kind of processor.
+    Writes a stock transformers folder (bfloat16 weights) and ``warmstart.json``: the recipe and the weights' SHA-256. What each
+    phase ends with is kept in ``<folder>.phases`` and not made twice: a build that was interrupted goes on with the phase
+    that it was in. The weights are not expected to be the same bits on another kind of processor.
     """
     from balcaprl.policy.tiny import build_tiny_qwen
 
+    work = folder.with_name(folder.name + ".phases")
     corpus = [
-        flawed_caption(make_scene(i, config.scenes), np.random.default_rng([1, i]), config.rates)
+        flawed_caption(make_scene(i, config.scenes), np.random.default_rng([1, i]), FlawRates())
         for i in range(_CORPUS_SIZE)
     ]
     build_tiny_qwen(
@@ -257,17 +262,35 @@ def build_warmstart(folder: Path, config: WarmstartConfig, report: Callable[[str
         vision_depth=config.vision_depth,
         seed=config.seed,
     )
-    from transformers import AutoModelForImageTextToText
-
-    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    train_tower(model, folder, config, 0, report)
-    first_scene = config.tower.steps * config.batch_size
-    for phase in config.phases:
-        train_phase(model, folder, config, phase, first_scene, report)
+    model: Any = _load_model(folder)
+    first_scene = 0
+    for index, phase in enumerate((config.tower, *config.phases)):
+        done = work / f"{phase.style}-{_fingerprint(config, index)}"
+        if done.is_dir():
+            model = _load_model(done)
+            report(f"{phase.style}: taken from {done}")
+        else:
+            train = train_tower if phase.style == "tower" else train_phase
+            train(model, folder, config, phase, first_scene, report)
+            model.save_pretrained(done.with_suffix(".partial"))
+            done.with_suffix(".partial").rename(done)
         first_scene += phase.steps * config.batch_size
-        model.to(torch.float32).save_pretrained(folder / "phases" / phase.style)
     model.to(torch.bfloat16).save_pretrained(folder)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     recipe = {"config": asdict(config), "sha256": digest}
     (folder / "warmstart.json").write_text(json.dumps(recipe, indent=2) + "\n")
     return folder
+
+
+def _load_model(folder: Path) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+
+
+def _fingerprint(config: WarmstartConfig, index: int) -> str:
+    """Of everything that the state after phase ``index`` follows from."""
+    phases = (config.tower, *config.phases)
+    rates = config.rates if any(phase.style == "flawed" for phase in phases[: index + 1]) else FlawRates()
+    plain = asdict(replace(config, phases=phases[1 : index + 1], rates=rates))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]

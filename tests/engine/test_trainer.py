@@ -175,7 +175,7 @@ def test_the_policy_follows_its_reward(tiny_model, tmp_path):
             return [RewardBreakdown(rate, rate, rate) for rate in rates]
 
     settings = config(
-        tiny_model, tmp_path, steps=12, optim={"lr": 3e-3}, data={"num_eval": 0}, rollout={"group_size": 8},
+        tiny_model, tmp_path, steps=30, optim={"lr": 1e-2}, data={"num_eval": 0}, rollout={"group_size": 8},
         reward={"length_rule": "none"},
     )  # fmt: skip
     run(settings, LikesLongWords())

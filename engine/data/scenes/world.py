@@ -25,7 +25,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "pink": (240, 138, 182),
     "brown": (118, 74, 44),
 }
-SIZES: dict[str, float] = {"small": 7.5, "medium": 11.5, "large": 16.5}
+SIZES: dict[str, float] = {"small": 8.5, "medium": 12.0, "large": 16.5}
 """Radius in pixels of an image of 112 x 112."""
 FILLS = ("solid", "striped", "hollow")
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
