@@ -32,7 +32,7 @@ def main() -> None:
     policy = Policy.from_pretrained(options.model or demo_model_path(), dtype="float32", device="cpu")
     samples = [scene_sample("validation", i, instruction="Describe the image.") for i in range(options.prompts)]
     prompts = [policy.prepare(sample) for sample in samples]
-    groups = HFRollout(policy).generate(prompts, options.group_size, SamplingConfig(max_completion_tokens=160), seed=0)
+    groups = HFRollout(policy).generate(prompts, options.group_size, SamplingConfig(max_completion_tokens=128), seed=0)
     score_groups(SceneJudge(), groups, RewardConfig())
     result = {
         "scores": summarise(groups),

@@ -9,6 +9,7 @@ import yaml
 
 from balcaprl.cli import build_parser, main
 from balcaprl.config import TrainConfig
+from balcaprl.metrics import read_jsonl
 
 
 def run_cli(*arguments):
@@ -118,3 +119,19 @@ def test_demo_writes_the_promised_summary(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["sampled"]["num_samples"] == 4
+
+
+def test_real_photographs_train_with_the_lexical_judge(photograph_set, tmp_path):
+    """A ShareGPT4V set of real pictures, five steps, on the demo's model."""
+    path, root = photograph_set
+    result = run_cli(
+        "train", "--output_dir", tmp_path, "--steps", 5, "--data.kind", "sharegpt4v", "--data.path", path,
+        "--data.image_root", root, "--data.max_pixels", 12544, "--data.num_eval", 2, "--rollout.sampler", "hf",
+        "--rollout.prompts_per_step", 4, "--rollout.group_size", 4, "--rollout.sampling.max_completion_tokens", 40,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    assert len(lines) == 5
+    assert all(line["num_unscorable"] == 0 for line in lines)
+    assert any(line["grad_norm"] and line["grad_norm"] > 0 for line in lines)
+    assert len({c["sample_id"] for c in read_jsonl(tmp_path / "completions.jsonl")}) == 8
