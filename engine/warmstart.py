@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from balcaprl.data.scenes.corpus import CaptionStyle, FlawRates, flawed_caption, training_caption
+from balcaprl.assets import DEMO_TOKENIZER
+from balcaprl.data.scenes.corpus import CaptionStyle, FlawRates, training_caption
 from balcaprl.data.scenes.render import render
 from balcaprl.data.scenes.world import COLOURS, FILLS, SHAPES, SIZES, Scene, SceneConfig, make_scene
 
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 PhaseStyle = Literal["tower", "labels", "clean", "flawed"]
 INSTRUCTION = "Describe the image."
-_CORPUS_SIZE = 4000
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ class WarmstartConfig:
     tower: Phase = Phase("tower", steps=2000, lr=2e-3)
     phases: tuple[Phase, ...] = (
         Phase("labels", steps=650, lr=1.5e-3),
-        Phase("clean", steps=250, lr=1e-3),
-        Phase("flawed", steps=150, lr=5e-4),
+        Phase("clean", steps=600, lr=1e-3),
+        Phase("flawed", steps=300, lr=7e-4),
     )
 
 
@@ -248,14 +249,9 @@ def build_warmstart(folder: Path, config: WarmstartConfig, report: Callable[[str
     from balcaprl.policy.tiny import build_tiny_qwen
 
     work = folder.with_name(folder.name + ".phases")
-    corpus = [
-        flawed_caption(make_scene(i, config.scenes), np.random.default_rng([1, i]), FlawRates())
-        for i in range(_CORPUS_SIZE)
-    ]
     build_tiny_qwen(
         folder,
-        [*corpus, *[INSTRUCTION] * 2],
-        max_vocab_size=768,
+        Tokenizer.from_file(str(DEMO_TOKENIZER)),
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
         vision_hidden_size=config.vision_hidden_size,
@@ -289,8 +285,8 @@ def _load_model(folder: Path) -> Any:
 
 
 def _fingerprint(config: WarmstartConfig, index: int) -> str:
-    """Of everything that the state after phase ``index`` follows from."""
-    phases = (config.tower, *config.phases)
-    rates = config.rates if any(phase.style == "flawed" for phase in phases[: index + 1]) else FlawRates()
-    plain = asdict(replace(config, phases=phases[1 : index + 1], rates=rates))
+    """Of everything that the state after phase ``index`` follows from: flaw rates count once captions are flawed."""
+    plain = asdict(replace(config, phases=config.phases[:index]))
+    if not any(phase.style == "flawed" for phase in config.phases[:index]):
+        del plain["rates"]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]

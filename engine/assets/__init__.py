@@ -4,6 +4,10 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 
+DEMO_TOKENIZER = _FOLDER / "demo_tokenizer.json"
+"""The warm start's vocabulary: every word of the scenes world as one token, trained on its captions. It ships, so that
+changing how captions are written does not change what a token id means."""
+
 
 def demo_model_path() -> Path:
     """The demo's warm start, a stock checkpoint folder.

@@ -49,7 +49,7 @@ _VOCAB_MULTIPLE = 64
 
 def build_tiny_qwen(
     folder: str | Path,
-    corpus: Iterable[str],
+    corpus: Iterable[str] | Tokenizer,
     *,
     max_vocab_size: int = 2048,
     hidden_size: int = 192,
@@ -79,7 +79,10 @@ def build_tiny_qwen(
     _require_divisible(hidden_size=hidden_size, num_heads=num_heads)
     _require_divisible(num_heads=num_heads, num_kv_heads=num_kv_heads)
     _require_divisible(vision_hidden_size=vision_hidden_size, vision_num_heads=vision_num_heads)
-    tokenizer = _train_tokenizer(corpus, _QWEN_SPECIALS, max_vocab_size)
+    if isinstance(corpus, Tokenizer):
+        tokenizer = corpus
+    else:
+        tokenizer = _train_tokenizer(corpus, _QWEN_SPECIALS, max_vocab_size)
     text = _text_config(tokenizer, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, max_positions)
     vision = {
         "depth": vision_depth,

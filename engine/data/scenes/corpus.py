@@ -6,6 +6,7 @@ by itself. Nothing else makes the warm start imperfect.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -50,12 +51,12 @@ _CHOICES = {
 class FlawRates:
     """Probability of each flaw, per caption unless it says otherwise."""
 
-    wrong_attribute: float = 0.15
+    wrong_attribute: float = 0.10
     """Per attribute of an object: replaced by another value."""
     unsaid_attribute: float = 0.15
     """Per size, fill or place of an object: left out."""
-    omission: float = 0.30
-    """Per object: left out (one always stays)."""
+    omission: float = 0.25
+    """Per object after the first: the caption breaks off before it, and leaves out the rest of the objects."""
     wrong_count_or_background: float = 0.20
     """The opening sentence states another number or background."""
     no_opening: float = 0.30
@@ -64,9 +65,9 @@ class FlawRates:
     """The relation sentence is left out."""
     wrong_relation: float = 0.25
     """The relation sentence, where there is one, tells the inverse."""
-    hallucination: float = 0.50
-    """One or two objects that are not there."""
-    commentary: float = 0.50
+    hallucination: float = 0.60
+    """One or two objects that are not there, told after those that are."""
+    commentary: float = 0.60
     """One to three sentences that point at nothing."""
     repetition: float = 0.25
     """One to three sentences said again."""
@@ -82,11 +83,10 @@ def flawed_caption(scene: Scene, rng: np.random.Generator, rates: FlawRates | No
     """One caption of the scene with flaws drawn at ``rates``."""
     rates = rates or FlawRates()
     told = [ObjectWords.of(item) for item in scene.objects]
-    kept = [words for words in told if rng.uniform() >= rates.omission] or [told[int(rng.integers(len(told)))]]
+    kept = [told[0], *itertools.takewhile(lambda _: rng.uniform() >= rates.omission, told[1:])]
     objects = [_damage(words, rates, rng) for words in kept]
     if rng.uniform() < rates.hallucination:
-        for _ in range(int(rng.integers(1, 3))):
-            objects.insert(int(rng.integers(len(objects) + 1)), _invent(rng))
+        objects += [_invent(rng) for _ in range(int(rng.integers(1, 3)))]
     if rng.uniform() < rates.too_short:
         return _too_short(objects, rng)
     sentences = _opening(scene, rates, rng)
