@@ -169,7 +169,8 @@ class OptimConfig(_Section):
     epochs_per_batch: int = Field(1, ge=1)
     """Updates made from one batch of rollouts."""
     accumulation_steps: int = Field(1, ge=1)
-    """Parts into which a batch is split to save memory; does not change the result."""
+    """Parts, of completions of similar length, into which a batch is split: saves memory and padding, and does not change
+    the result."""
 
 
 class EvaluationConfig(_Section):

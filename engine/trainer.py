@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import signal
@@ -32,7 +33,7 @@ from balcaprl.rewards.balance import within_group_correlations
 from balcaprl.rewards.length import advantage_inputs
 from balcaprl.rollout import Sampler, make_sampler
 from balcaprl.summary import write_summary
-from balcaprl.types import Prompt, RewardBreakdown, RolloutGroup
+from balcaprl.types import Prompt, RewardBreakdown, Rollout, RolloutGroup
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ _FREE_FIELDS = ("output_dir", "steps", "threads", "checkpoint", "logging", "eval
 
 
 @dataclass
-class UpdateParts:
+class UpdatePart:
     """One part of a batch, packed, with its slice of everything the loss needs."""
 
     packed: Any
@@ -100,8 +101,8 @@ class Trainer:
                 self.timer.start_step()
                 groups = self.sample_groups()
                 stats = self.score_groups(groups)
-                advantages = self.compute_advantages(groups)
-                losses = self.update_policy(groups, advantages)
+                self.compute_advantages(groups)
+                losses = self.update_policy(groups)
                 self.sync_weights()
                 self.step += 1
                 self.log_step(groups, stats, losses)
@@ -131,8 +132,8 @@ class Trainer:
         with self.timer("score"):
             return score_groups(self.judge, groups, self.config.reward, count_tokens=self.policy.count_tokens)
 
-    def compute_advantages(self, groups: list[RolloutGroup]) -> torch.Tensor:
-        """(R,) float32, also written to each rollout."""
+    def compute_advantages(self, groups: list[RolloutGroup]) -> None:
+        """Write its advantage to each rollout."""
         settings = self.config.advantage
         advantages = grouped_advantages(
             **advantage_inputs(groups, self.config.reward),
@@ -144,12 +145,11 @@ class Trainer:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         for rollout, advantage in zip(rollouts, advantages.tolist(), strict=True):
             rollout.advantage = advantage
-        return advantages
 
-    def update_policy(self, groups: list[RolloutGroup], advantages: torch.Tensor) -> dict[str, float]:
+    def update_policy(self, groups: list[RolloutGroup]) -> dict[str, float]:
         """``epochs_per_batch`` updates from one batch of rollouts; returns the loss metrics of the last."""
         with self.timer("update"):
-            parts = self.pack_parts(groups, advantages)
+            parts = self.pack_parts(groups)
             metrics = dict.fromkeys((*LOSS_METRICS, "grad_norm", "lr"), float("nan"))
             metrics |= {"num_skipped_updates": 0.0, "num_nonfinite_updates": 0.0}
             for _ in range(self.config.optim.epochs_per_batch):
@@ -199,37 +199,38 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ the update
 
-    def pack_parts(self, groups: list[RolloutGroup], advantages: torch.Tensor) -> list[UpdateParts]:
-        """The batch in ``accumulation_steps`` parts, without the groups that carry no gradient.
+    def pack_parts(self, groups: list[RolloutGroup]) -> list[UpdatePart]:
+        """The batch in ``accumulation_steps`` parts of rollouts of similar length, so that little of a part is padding.
 
-        A group whose advantages are all exactly 0 has an exactly zero policy gradient; unless the divergence term is on,
-        it needs no forward. Its tokens still count in the global denominator.
+        Rollouts that carry no gradient are left out: empty ones, and, unless the divergence term is on, those whose advantage
+        is exactly 0. Their tokens still count in the global denominator.
         """
-        size = self.config.rollout.group_size
-        keep = [
-            index
+        chosen = [
+            (len(rollout.completion.token_ids), index, place)
             for index, group in enumerate(groups)
-            if any(r.completion.token_ids for r in group.rollouts)
-            and (self.reference is not None or bool((advantages[index * size : (index + 1) * size] != 0).any()))
+            for place, rollout in enumerate(group.rollouts)
+            if rollout.completion.token_ids and (self.reference is not None or rollout.advantage != 0.0)
         ]
-        count = min(self.config.optim.accumulation_steps, len(keep))
-        parts = np.array_split(keep, count) if count else []
-        return [self._pack(groups, advantages, part.tolist()) for part in parts]
+        count = min(self.config.optim.accumulation_steps, len(chosen))
+        parts = np.array_split(np.array(sorted(chosen)), count) if count else []
+        return [self._pack(groups, sorted((int(i), int(j)) for _, i, j in part)) for part in parts]
 
-    def _pack(self, groups: list[RolloutGroup], advantages: torch.Tensor, indices: Sequence[int]) -> UpdateParts:
-        device, size = self.policy.device, self.config.rollout.group_size
-        chosen = [groups[i] for i in indices]
-        rollouts = [rollout for group in chosen for rollout in group.rollouts]
-        packed = self.policy.pack([to_policy_group(group) for group in chosen])
+    def _pack(self, groups: list[RolloutGroup], places: Sequence[tuple[int, int]]) -> UpdatePart:
+        """One part: the rollouts at the given (group, place), in order."""
+        device = self.policy.device
+        by_group = [
+            (i, [groups[i].rollouts[j] for _, j in each]) for i, each in itertools.groupby(places, lambda p: p[0])
+        ]
+        rollouts = [rollout for _, each in by_group for rollout in each]
         sampling = [value for rollout in rollouts for value in rollout.completion.sampling_logprobs]
-        return UpdateParts(
-            packed=packed,
-            advantages=torch.cat([advantages[i * size : (i + 1) * size] for i in indices]).to(device),
+        return UpdatePart(
+            packed=self.policy.pack([to_policy_group(groups[i].prompt, each) for i, each in by_group]),
+            advantages=torch.tensor([rollout.advantage for rollout in rollouts], dtype=torch.float32, device=device),
             sampling_logprobs=torch.tensor(sampling, dtype=torch.float32, device=device),
             num_tokens=len(sampling),
         )
 
-    def _accumulate(self, parts: list[UpdateParts], normalizer: float) -> dict[str, float]:
+    def _accumulate(self, parts: list[UpdatePart], normalizer: float) -> dict[str, float]:
         """Gradients of all parts; returns the loss and the token-weighted means of its metrics."""
         loss_config, several = self.config.loss, self.config.optim.epochs_per_batch > 1
         temperature = self.config.rollout.sampling.temperature
@@ -424,10 +425,10 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) & 0x7FFFFFFF
 
 
-def to_policy_group(group: RolloutGroup) -> Group:
-    """What the policy needs of a rollout group."""
-    completions = [torch.tensor(r.completion.token_ids, dtype=torch.long) for r in group.rollouts]
-    return Group(group.prompt.prompt_ids, completions, group.prompt.image_inputs)
+def to_policy_group(prompt: Prompt, rollouts: Sequence[Rollout]) -> Group:
+    """What the policy needs of some rollouts of one prompt."""
+    completions = [torch.tensor(r.completion.token_ids, dtype=torch.long) for r in rollouts]
+    return Group(prompt.prompt_ids, completions, prompt.image_inputs)
 
 
 def refuse_changed_config(saved: dict[str, Any], current: dict[str, Any]) -> None:

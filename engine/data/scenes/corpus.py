@@ -57,13 +57,13 @@ class FlawRates:
     """Per size, fill or place of an object: left out."""
     omission: float = 0.25
     """Per object after the first: the caption breaks off before it, and leaves out the rest of the objects."""
-    wrong_count_or_background: float = 0.20
+    wrong_count_or_background: float = 0.15
     """The opening sentence states another number or background."""
     no_opening: float = 0.30
     """The opening sentence is left out."""
-    no_relation: float = 0.40
+    no_relation: float = 0.30
     """The relation sentence is left out."""
-    wrong_relation: float = 0.25
+    wrong_relation: float = 0.05
     """The relation sentence, where there is one, tells the inverse."""
     hallucination: float = 0.60
     """One or two objects that are not there, told after those that are."""
