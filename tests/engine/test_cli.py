@@ -114,9 +114,7 @@ def test_demo_writes_the_promised_summary(tmp_path):
     assert summary["train_seconds"] > 0
     assert (tmp_path / "report.html").exists()
     checkpoint = next((tmp_path / "checkpoints").iterdir())
-    result = run_cli(
-        "evaluate", checkpoint, "--run.rollout.sampler", "hf", "--run.data.num_eval", 4, "--out", tmp_path / "e"
-    )
+    result = run_cli("evaluate", checkpoint, "--data.num_eval", 4, "--out", tmp_path / "e")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["sampled"]["num_samples"] == 4
 
