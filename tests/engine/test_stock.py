@@ -14,6 +14,8 @@ from balcaprl.policy import Group
 from balcaprl.torchvision_compat import subprocess_env
 from balcaprl.trainer import Trainer
 
+pytest.importorskip("vllm", reason="vLLM is an optional extra")
+
 NUM_IMAGES = 2
 STOCK_VLLM = """
 import json, os, sys
