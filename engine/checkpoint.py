@@ -1,8 +1,8 @@
 """Checkpoints: a stock transformers folder plus the trainer's state, complete or absent.
 
 ``checkpoints/step_00000050/`` opens in ``AutoModelForImageTextToText`` and in vLLM like any published model. Beside the
-model lie ``optimizer.safetensors`` and ``trainer_state.json``. A checkpoint is written under another name, flushed to disk,
-and renamed: a kill at any moment leaves the previous one whole.
+model lie ``trainer/optimizer.safetensors`` and ``trainer_state.json``. A checkpoint is written under another name, flushed
+to disk, and renamed: a kill at any moment leaves the previous one whole.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from balcaprl.config import STATE_FILE
 
 FOLDER = "checkpoints"
-_TENSORS = "optimizer.safetensors"
+# In a folder of its own: vLLM takes every safetensors file beside the model for a part of the model.
+_TENSORS = Path("trainer") / "optimizer.safetensors"
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -57,6 +58,7 @@ def save_checkpoint(output_dir: Path, state: TrainerState, save_model: Callable[
     partial = parent / f".partial_{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     save_model(partial)
+    (partial / _TENSORS).parent.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, partial / _TENSORS)
     plain = {
         "step": state.step,
