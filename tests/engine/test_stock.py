@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory):
         "steps": 2,
         "data": {"num_eval": 0},
         "rollout": {"sampler": "hf", "prompts_per_step": 2, "group_size": 4, "sampling": {"max_completion_tokens": 48}},
-        "optim": {"lr": 1e-3, "warmup_steps": 0},
+        "optim": {"lr": 2.5e-4, "warmup_steps": 0},
         "logging": {"tensorboard": False},
     }
     config = TrainConfig.model_validate(plain)
@@ -91,4 +91,6 @@ def test_stock_transformers_and_stock_vllm_agree_with_the_trainer(checkpoint, tm
             ).logits[0, -len(ids) - 1 : -1]
             stock_logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
         assert (trainer_logprobs - stock_logprobs).abs().max() < 1e-5
-        assert (trainer_logprobs - torch.tensor(row["logprobs"])).abs().max() < 1e-5
+        # float32 rounding grows with the logits: absolute to 1e-5, relative beyond a log-probability of -1.
+        bound = 1e-5 * trainer_logprobs.abs().clamp(min=1.0)
+        assert ((trainer_logprobs - torch.tensor(row["logprobs"])).abs() < bound).all()
