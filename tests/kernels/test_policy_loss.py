@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from balcaprl.kernels import PolicyLoss, policy_loss
-from balcaprl.kernels.policy_loss import REDUCTIONS, policy_loss_reference
+from balcaprl.kernels.policy_loss import policy_loss_reference
 from balcaprl.kernels.testing import assert_as_accurate
+from balcaprl.kernels.token_loss import REDUCTIONS
 
 LENGTHS = (3, 0, 5, 1, 4)
 
