@@ -15,7 +15,7 @@
 namespace balcaprl {
 
 // Raise it with every change of a signature, a status code or an enumeration, here and in kernels/ops/native.py.
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 
 enum Status : int32_t {
   kOk = 0,
@@ -24,6 +24,8 @@ enum Status : int32_t {
   kBadWeights = 3,
   kBadLengths = 4,
   kBadReferenceLengths = 5,
+  kBadLogits = 6,
+  kBadTargets = 7,
 };
 
 }  // namespace balcaprl

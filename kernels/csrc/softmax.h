@@ -40,6 +40,8 @@ struct SoftmaxTable {
                                            const SoftmaxRow& row, int64_t target);
   // marks[v] |= -1 where x_v >= threshold.
   void (*mark[kNumLogitsTypes])(const void* x, int64_t count, float threshold, int32_t* marks);
+  // One logit as a float.
+  float (*value[kNumLogitsTypes])(const void* x);
   int32_t lanes;
 };
 

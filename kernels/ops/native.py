@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import warnings
 from pathlib import Path
 
 LIBRARY_NAME = "libbalcaprl_native.so"
-ABI_VERSION = 1  # as kAbiVersion in kernels/csrc/native.h
+ABI_VERSION = 2  # as kAbiVersion in kernels/csrc/native.h
 
 # Status codes of kernels/csrc/native.h.
 OK = 0
@@ -21,17 +22,30 @@ BAD_REWARDS = 2
 BAD_WEIGHTS = 3
 BAD_LENGTHS = 4
 BAD_REFERENCE_LENGTHS = 5
+BAD_LOGITS = 6
+BAD_TARGETS = 7
 
 _INT = ctypes.c_int64
 _PTR = ctypes.c_void_p
 _REAL = ctypes.c_double
 _CODE = ctypes.c_int32
 _GROUPED_ADVANTAGES = [_PTR, _INT, _INT, _INT, _PTR, _PTR, _PTR, _INT, _REAL, _REAL, _CODE, _REAL, _PTR]
+_SOFTMAX_ROWS = [_CODE, _PTR, _INT]  # type of the logits, logits, row stride
 _SIGNATURES = {
+    "balcaprl_set_simd_level": [_CODE],
+    "balcaprl_softmax_stats": [*_SOFTMAX_ROWS, _INT, _INT, _REAL, *[_PTR] * 5],
+    "balcaprl_softmax_gradient": [*_SOFTMAX_ROWS, _INT, _INT, _PTR, _INT, _REAL, *[_PTR] * 5],
+    "balcaprl_softmax_mark": [*_SOFTMAX_ROWS, _INT, _PTR, _INT, _REAL, *[_PTR] * 3, _REAL, _PTR],
+    "balcaprl_softmax_gather_gradient": [*_SOFTMAX_ROWS, _PTR, _INT, _PTR, _INT, _REAL, *[_PTR] * 6],
     "balcaprl_grouped_advantages_f32": _GROUPED_ADVANTAGES,
     "balcaprl_grouped_advantages_f64": _GROUPED_ADVANTAGES,
 }
 _REINSTALL = "Install balcaprl again on a machine with cmake and a C++17 compiler (pip install -v shows the build)."
+
+
+SIMD_LEVELS = ("plain", "avx2", "avx512")
+SIMD_VARIABLE = "BALCAPRL_SIMD"
+"""Environment variable with the highest of ``SIMD_LEVELS`` to use; read when the library is loaded."""
 
 
 def library_path() -> Path:
@@ -61,6 +75,28 @@ def library() -> ctypes.CDLL:
     return handle
 
 
+def set_simd_level(level: str | None) -> str:
+    """Asks the vector code for an instruction set, one of ``SIMD_LEVELS``; None: the best that there is.
+
+    Not while an op runs in another thread.
+
+    Returns:
+        The level in use from now on: not above ``level``, and not above what this machine has.
+
+    Raises:
+        ValueError: no such level.
+        RuntimeError: the library is not available.
+    """
+    return _set_simd_level(library(), level)
+
+
+def _set_simd_level(handle: ctypes.CDLL, level: str | None) -> str:
+    if level is not None and level not in SIMD_LEVELS:
+        raise ValueError(f"level: expected one of {', '.join(SIMD_LEVELS)}; got {level!r}")
+    wanted = -1 if level is None else SIMD_LEVELS.index(level)
+    return SIMD_LEVELS[handle.balcaprl_set_simd_level(wanted)]
+
+
 @functools.cache
 def warn_unavailable() -> None:
     """Says once per process that ``impl="auto"`` runs without the library."""
@@ -83,6 +119,9 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
             function = getattr(handle, name)
             function.argtypes = argtypes
             function.restype = _CODE
+        _set_simd_level(handle, os.environ.get(SIMD_VARIABLE))
     except (OSError, AttributeError) as error:
         return None, f"{path} does not load: {error}. {_REINSTALL}"
+    except ValueError as error:
+        return None, f"environment variable {SIMD_VARIABLE}: {error}"
     return handle, None

@@ -120,6 +120,11 @@ void mark(const void* logits, int64_t count, float threshold, int32_t* marks) {
   for (; i < count; ++i) marks[i] |= load_one(x + i) >= threshold ? -1 : 0;
 }
 
+template <typename T>
+float value(const void* logit) {
+  return load_one(static_cast<const T*>(logit));
+}
+
 }  // namespace
 
 extern const SoftmaxTable softmax_table;
@@ -128,6 +133,7 @@ const SoftmaxTable softmax_table = {
     {gradient<float>, gradient<BFloat16>, gradient<Float16>},
     {gather_gradient<float>, gather_gradient<BFloat16>, gather_gradient<Float16>},
     {mark<float>, mark<BFloat16>, mark<Float16>},
+    {value<float>, value<BFloat16>, value<Float16>},
     kLanes,
 };
 

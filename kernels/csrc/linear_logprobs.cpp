@@ -1,0 +1,166 @@
+// What the language-model head does beside its matrix products, on the logits of a chunk of tokens: statistics of the softmax,
+// log-probability of the target, and the gradient, written over the logits. linear_logprobs and linear_policy_loss share it.
+//
+// Rows of logits lie `row_stride` values apart. `targets`, `row_max`, `row_sum`, `logprobs` and `grad_logprobs` have one
+// value per row of the chunk. `rows` lists, rising, the rows that have a gradient; the gradient of rows[i] goes to row i, so
+// that the matrix products after it see only those. Work is cut into blocks that do not depend on the number of threads.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "native.h"
+#include "softmax.h"
+
+namespace {
+
+using balcaprl::LogitsType;
+using balcaprl::softmax_table;
+using balcaprl::SoftmaxRow;
+using balcaprl::SoftmaxStats;
+
+template <typename Block>
+void parallel_for(int64_t num_blocks, const Block& run) {
+  for (int64_t block = 0; block < num_blocks; ++block) run(block);
+}
+
+constexpr int64_t kStripe = 1024;  // columns
+constexpr int64_t kRowBlock = 8;
+
+int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+int64_t size_of(int32_t type) { return type == balcaprl::kFloat32 ? 4 : 2; }
+
+// The logits of a chunk, or of a range of its columns.
+struct Logits {
+  char* data;
+  int32_t type;
+  int64_t row_stride;
+  int64_t num_columns;
+
+  char* at(int64_t row, int64_t column) const { return data + (row * row_stride + column) * size_of(type); }
+};
+
+// What is known of each row once its statistics are.
+struct RowValues {
+  float scale;
+  const int64_t* targets;
+  const float* max;
+  const float* sum;
+  const float* logprobs;
+  const float* grad_logprobs;
+
+  SoftmaxRow row(int64_t t) const {
+    const float gradient = grad_logprobs[t] * scale;
+    // 1 - p by way of expm1: near p = 1 it keeps its digits.
+    return SoftmaxRow{max[t], scale, -gradient / sum[t], -gradient * std::expm1(logprobs[t])};
+  }
+};
+
+bool valid_type(int32_t type) { return type >= 0 && type < balcaprl::kNumLogitsTypes; }
+
+bool valid_rows(const int64_t* rows, int64_t num_rows) {
+  for (int64_t i = 0; i < num_rows; ++i) {
+    if (rows[i] < (i == 0 ? 0 : rows[i - 1] + 1)) return false;
+  }
+  return true;
+}
+
+bool valid_targets(const int64_t* targets, int64_t count, int64_t vocabulary) {
+  return std::all_of(targets, targets + count, [=](int64_t y) { return y >= 0 && y < vocabulary; });
+}
+
+}  // namespace
+
+// Writes row_max, row_sum, logprobs and, where `entropy` is not null, entropy. A row whose logits are not finite gives
+// NaN or an infinity in logprobs.
+BALCAPRL_EXPORT int32_t balcaprl_softmax_stats(int32_t type, const void* logits, int64_t row_stride, int64_t num_rows,
+                                               int64_t vocabulary, double scale, const int64_t* targets,
+                                               float* row_max, float* row_sum, float* logprobs, float* entropy) {
+  if (!valid_type(type)) return balcaprl::kBadLogits;
+  if (!valid_targets(targets, num_rows, vocabulary)) return balcaprl::kBadTargets;
+  const auto& table = softmax_table();
+  const Logits all{static_cast<char*>(const_cast<void*>(logits)), type, row_stride, vocabulary};
+  parallel_for(blocks_of(num_rows, kRowBlock), [&](int64_t block) {
+    for (int64_t t = block * kRowBlock; t < std::min(num_rows, (block + 1) * kRowBlock); ++t) {
+      SoftmaxStats stats;
+      table.stats[type](all.at(t, 0), vocabulary, static_cast<float>(scale), entropy != nullptr, &stats);
+      const double chosen = table.value[type](all.at(t, targets[t]));
+      row_max[t] = stats.max;
+      row_sum[t] = static_cast<float>(stats.sum);
+      logprobs[t] = static_cast<float>((chosen - static_cast<double>(stats.max)) * scale - std::log(stats.sum));
+      if (entropy != nullptr) entropy[t] = static_cast<float>(stats.entropy);
+    }
+  });
+  return balcaprl::kOk;
+}
+
+// Writes the gradient of the logits over them. The logits are columns [first_column, first_column + num_columns) of the
+// vocabulary; targets count from its start.
+BALCAPRL_EXPORT int32_t balcaprl_softmax_gradient(int32_t type, void* logits, int64_t row_stride, int64_t first_column,
+                                                  int64_t num_columns, const int64_t* rows, int64_t num_rows,
+                                                  double scale, const int64_t* targets, const float* row_max,
+                                                  const float* row_sum, const float* logprobs,
+                                                  const float* grad_logprobs) {
+  if (!valid_type(type) || !valid_rows(rows, num_rows)) return balcaprl::kBadLogits;
+  const auto& table = softmax_table();
+  const Logits all{static_cast<char*>(logits), type, row_stride, num_columns};
+  const RowValues values{static_cast<float>(scale), targets, row_max, row_sum, logprobs, grad_logprobs};
+  // Stripes of columns, each from the first row to the last: a row then never moves onto one that is still to be read.
+  parallel_for(blocks_of(num_columns, kStripe), [&](int64_t block) {
+    const int64_t begin = block * kStripe, size = std::min(kStripe, num_columns - begin);
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const int64_t t = rows[i];
+      table.gradient[type](all.at(t, begin), all.at(i, begin), size, values.row(t), targets[t] - first_column - begin);
+    }
+  });
+  return balcaprl::kOk;
+}
+
+// marks[v] = 1 for the columns whose softmax reaches eps in one of the rows or that are one's target, else 0.
+BALCAPRL_EXPORT int32_t balcaprl_softmax_mark(int32_t type, const void* logits, int64_t row_stride, int64_t vocabulary,
+                                              const int64_t* rows, int64_t num_rows, double scale,
+                                              const int64_t* targets, const float* row_max, const float* row_sum,
+                                              double eps, uint8_t* marks) {
+  if (!valid_type(type) || !valid_rows(rows, num_rows)) return balcaprl::kBadLogits;
+  const auto& table = softmax_table();
+  const Logits all{static_cast<char*>(const_cast<void*>(logits)), type, row_stride, vocabulary};
+  const double log_eps = std::log(eps);
+  parallel_for(blocks_of(vocabulary, kStripe), [&](int64_t block) {
+    const int64_t begin = block * kStripe, size = std::min(kStripe, vocabulary - begin);
+    int32_t seen[kStripe] = {};
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const int64_t t = rows[i];
+      // p >= eps said of the logit itself; a little lower, so that rounding only ever keeps one more.
+      const double threshold = static_cast<double>(row_max[t]) + (log_eps + std::log(row_sum[t]) - 1e-5) / scale;
+      table.mark[type](all.at(t, begin), size, static_cast<float>(threshold), seen);
+      const int64_t target = targets[t] - begin;
+      if (target >= 0 && target < size) seen[target] = -1;
+    }
+    for (int64_t v = 0; v < size; ++v) marks[begin + v] = seen[v] != 0 ? 1 : 0;
+  });
+  return balcaprl::kOk;
+}
+
+// The gradient of the listed rows and columns, both rising, into `out` (num_rows, num_columns), apart from the logits.
+BALCAPRL_EXPORT int32_t balcaprl_softmax_gather_gradient(int32_t type, const void* logits, int64_t row_stride,
+                                                         const int64_t* rows, int64_t num_rows, const int64_t* columns,
+                                                         int64_t num_columns, double scale, const int64_t* targets,
+                                                         const float* row_max, const float* row_sum,
+                                                         const float* logprobs, const float* grad_logprobs, void* out) {
+  if (!valid_type(type) || !valid_rows(rows, num_rows)) return balcaprl::kBadLogits;
+  const auto& table = softmax_table();
+  const Logits all{static_cast<char*>(const_cast<void*>(logits)), type, row_stride, 0};
+  const Logits result{static_cast<char*>(out), type, num_columns, num_columns};
+  const RowValues values{static_cast<float>(scale), targets, row_max, row_sum, logprobs, grad_logprobs};
+  parallel_for(blocks_of(num_rows, kRowBlock), [&](int64_t block) {
+    for (int64_t i = block * kRowBlock; i < std::min(num_rows, (block + 1) * kRowBlock); ++i) {
+      const int64_t t = rows[i];
+      const int64_t* found = std::lower_bound(columns, columns + num_columns, targets[t]);
+      const bool here = found != columns + num_columns && *found == targets[t];
+      table.gather_gradient[type](all.at(t, 0), result.at(i, 0), columns, num_columns, values.row(t),
+                                  here ? found - columns : -1);
+    }
+  });
+  return balcaprl::kOk;
+}
