@@ -2,6 +2,9 @@
 
 Loading is tried once, at the first call. Where it fails everything else still works: ops with ``impl="auto"`` run their
 reference after one warning, ``impl="native"`` raises with the reason.
+
+The library brings no threads of its own. It runs its blocks on the team of the OpenMP runtime that torch's kernels use,
+with ``torch.get_num_threads()`` threads; where that runtime has no entry that it knows it runs on the calling thread.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import functools
 import os
 import warnings
 from pathlib import Path
+
+import torch
 
 LIBRARY_NAME = "libbalcaprl_native.so"
 ABI_VERSION = 2  # as kAbiVersion in kernels/csrc/native.h
@@ -32,6 +37,7 @@ _CODE = ctypes.c_int32
 _GROUPED_ADVANTAGES = [_PTR, _INT, _INT, _INT, _PTR, _PTR, _PTR, _INT, _REAL, _REAL, _CODE, _REAL, _PTR]
 _SOFTMAX_ROWS = [_CODE, _PTR, _INT]  # type of the logits, logits, row stride
 _SIGNATURES = {
+    "balcaprl_probe_threads": [_INT, _PTR, _PTR],
     "balcaprl_set_simd_level": [_CODE],
     "balcaprl_softmax_stats": [*_SOFTMAX_ROWS, _INT, _INT, _REAL, *[_PTR] * 5],
     "balcaprl_softmax_gradient": [*_SOFTMAX_ROWS, _INT, _INT, _PTR, _INT, _REAL, *[_PTR] * 5],
@@ -40,6 +46,7 @@ _SIGNATURES = {
     "balcaprl_grouped_advantages_f32": _GROUPED_ADVANTAGES,
     "balcaprl_grouped_advantages_f64": _GROUPED_ADVANTAGES,
 }
+_TEAM_ENTRIES = ("GOMP_parallel", "omp_get_max_threads")
 _REINSTALL = "Install balcaprl again on a machine with cmake and a C++17 compiler (pip install -v shows the build)."
 
 
@@ -72,6 +79,8 @@ def library() -> ctypes.CDLL:
     handle, reason = _load(library_path())
     if handle is None:
         raise RuntimeError(f"impl='native' cannot run: {reason}")
+    # The thread count is kept per calling thread, and torch sets it in a new thread only when it is asked.
+    torch.get_num_threads()
     return handle
 
 
@@ -119,9 +128,45 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
             function = getattr(handle, name)
             function.argtypes = argtypes
             function.restype = _CODE
+        _hand_over_threads(handle)
         _set_simd_level(handle, os.environ.get(SIMD_VARIABLE))
     except (OSError, AttributeError) as error:
         return None, f"{path} does not load: {error}. {_REINSTALL}"
     except ValueError as error:
         return None, f"environment variable {SIMD_VARIABLE}: {error}"
     return handle, None
+
+
+def probe_threads(num_blocks: int) -> list[tuple[int, int]]:
+    """Runs empty blocks over the library's threads: for each block how often it ran (1), and a number naming its thread."""
+    visits, runners = torch.zeros(2, num_blocks, dtype=torch.int64)
+    library().balcaprl_probe_threads(num_blocks, visits.data_ptr(), runners.data_ptr())
+    return list(zip(visits.tolist(), runners.tolist(), strict=True))
+
+
+def _hand_over_threads(handle: ctypes.CDLL) -> None:
+    """Tells the library where torch's OpenMP runtime starts a team of threads, if that can be found."""
+    handle.balcaprl_set_thread_runtime.argtypes = [_PTR, _PTR]
+    handle.balcaprl_set_thread_runtime.restype = None
+    entries = thread_runtime()
+    if entries is not None:
+        handle.balcaprl_set_thread_runtime(*entries)
+
+
+@functools.cache
+def thread_runtime() -> tuple[int, int] | None:
+    """Addresses of ``GOMP_parallel`` and ``omp_get_max_threads`` in the runtime that torch uses; None: not found.
+
+    The process's global scope comes first, as it did when torch itself was linked: a runtime that was loaded ahead of torch
+    (vLLM preloads Intel's) is the one that torch runs on. Then torch's library and what that depends on.
+    """
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    for name in (None, str(torch_library)):
+        try:
+            scope = ctypes.CDLL(name)
+            entries = [ctypes.cast(getattr(scope, entry), _PTR).value for entry in _TEAM_ENTRIES]
+        except (OSError, AttributeError, TypeError):  # no such file, no such entry, no global scope (Windows)
+            continue
+        if entries[0] and entries[1]:
+            return entries[0], entries[1]
+    return None
