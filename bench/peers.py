@@ -1,0 +1,305 @@
+"""What our ops are compared with: the trainers' and kernel libraries' own code, called as they call it.
+
+=====================  ===============================================================================================
+TRL 1.16               ``_ChunkedLogProbFunction``, its head. Its advantages and its losses stand inside two methods of
+                       ``GRPOTrainer``: the statements are taken from the installed source and run as they are, so
+                       that no model, accelerator or data set is needed, and nothing is copied
+NVlabs/GDPO            the trainer published with GDPO (a fork of TRL 0.18) is not on any registry; its formula, written
+                       anew from ``trl-GDPO/trl-0.18.0-gdpo/trl/trainer/grpo_trainer.py`` (commit 41f74c5)
+Liger 0.8.5            ``LigerFusedLinearGRPOLoss`` from hidden states; ``triton_grpo_loss`` from logits, on a GPU
+=====================  ===============================================================================================
+
+They hold completions as padded (R, L) tensors, we hold one ragged (T,): ``pad_ragged`` makes the one from the other.
+The packages are imported where they are used; a missing one is an ImportError, which callers turn into a stated reason.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from balcaprl.torchvision_compat import ensure_importable
+
+TRL_VOCABULARY_CHUNK = 32_768  # what TRL's trainer passes to its head
+
+
+def completion_mask(cu_seqlens: Tensor) -> Tensor:
+    """(R, L) float32, 1 where a completion has a token; L is the longest one's length."""
+    lengths_R = cu_seqlens.diff()
+    positions_L = torch.arange(int(lengths_R.max()), device=cu_seqlens.device)
+    return (positions_L < lengths_R[:, None]).float()
+
+
+def pad_ragged(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(T, ...) to (R, L, ...), zeros where there is no token; differentiable."""
+    mask = completion_mask(cu_seqlens).bool()
+    padded = values.new_zeros(*mask.shape, *values.shape[1:])
+    return padded.index_put(mask.nonzero(as_tuple=True), values)
+
+
+# TRL.
+
+
+def trl_grouped_advantages(
+    rewards: Tensor, group_size: int, weights: Sequence[float] | None = None, aggregation: str = "normalize_then_sum"
+) -> Tensor:
+    """TRL's advantages, (R,), from rewards (R, K) with NaN for a missing score.
+
+    Args:
+        rewards: (R, K) floating; groups are contiguous.
+        group_size: rollouts per group.
+        weights: K numbers; None: all 1.
+        aggregation: ``normalize_then_sum`` (our ``gdpo``) or ``sum_then_normalize`` (our ``grpo``).
+    """
+    num_rewards = rewards.shape[1]
+    trainer = SimpleNamespace(
+        multi_objective_aggregation=aggregation,
+        reward_funcs=[None] * num_rewards,
+        reward_weights=rewards.new_ones(num_rewards) if weights is None else rewards.new_tensor(weights),
+        scale_rewards="group",
+    )
+    return _trl_advantage_statements()(trainer, rewards, group_size, rewards.device)
+
+
+def trl_policy_loss(
+    logprobs: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    *,
+    loss_type: str,
+    old_logprobs: Tensor | None = None,
+    reference_logprobs: Tensor | None = None,
+    sampling_ratio: Tensor | None = None,
+    clip: tuple[float, float] = (0.2, 0.2),
+    kl_coef: float = 0.0,
+    max_length: int | None = None,
+) -> Tensor:
+    """TRL's own ``_compute_loss`` on log-probabilities that are already there.
+
+    Args:
+        logprobs: (R, L), differentiable.
+        mask: (R, L), 1 for tokens of a completion.
+        advantages: (R,).
+        loss_type: ``grpo``, ``dapo``, ``bnpo`` or ``dr_grpo``.
+        old_logprobs: (R, L); None: on-policy.
+        reference_logprobs: (R, L), needed above ``kl_coef`` 0.
+        sampling_ratio: (R, L), the truncated importance ratio, as TRL keeps it beside a batch sampled by vLLM.
+        clip: low and high.
+        kl_coef: TRL's ``beta``.
+        max_length: the denominator of ``dr_grpo``.
+    """
+    trainer = _trl_trainer(loss_type, clip, kl_coef, max_length, corrects=sampling_ratio is not None)
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logprobs, torch.zeros_like(mask), None)
+    ids = mask.long()
+    inputs = {
+        "prompt_ids": ids[:, :0],
+        "prompt_mask": ids[:, :0],
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "advantages": advantages,
+        "old_per_token_logps": old_logprobs,
+        "ref_per_token_logps": reference_logprobs,
+        "importance_sampling_ratio": sampling_ratio,
+        "num_items_in_batch": mask.sum(),
+    }
+    return _trl_method("_compute_loss")(trainer, None, inputs)
+
+
+def trl_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, outputs: tuple[str, ...] = ("entropy",)
+) -> tuple[Tensor, Tensor | None]:
+    """TRL's head: log-probabilities and, where ``outputs`` names it, entropy; both (T,)."""
+    function = _trl_head()
+    return function.apply(hidden, weight, None, targets, temperature, TRL_VOCABULARY_CHUNK, None, 1.0, outputs)[:2]
+
+
+@functools.cache
+def _trl_head() -> type[torch.autograd.Function]:
+    ensure_importable()
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import maybe_gather_lm_head_ctx  # noqa: F401 (its backward imports it: not to be timed)
+
+    return ChunkedLogProbFunction
+
+
+def _trl_trainer(
+    loss_type: str, clip: tuple[float, float], kl_coef: float, max_length: int | None, *, corrects: bool
+) -> Any:
+    """The part of a trainer that ``_compute_loss`` looks at: one process, one accumulation step, TRL's defaults."""
+    return SimpleNamespace(
+        loss_type=loss_type,
+        epsilon_low=clip[0],
+        epsilon_high=clip[1],
+        beta=kl_coef,
+        max_completion_length=max_length,
+        use_vllm=corrects,
+        vllm_importance_sampling_correction=corrects,
+        importance_sampling_level="token",
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        aux_loss_enabled=False,
+        _entropy_bonus_enabled=False,
+        current_gradient_accumulation_steps=1,
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
+        _metrics={"train": defaultdict(list)},
+    )
+
+
+@functools.cache
+def _trl_source(module: str) -> ast.Module:
+    """The parsed source of ``trl.trainer.<module>``, without importing the trainer (which would import vLLM).
+
+    Raises:
+        ImportError: TRL is not installed.
+    """
+    spec = find_spec("trl")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("trl is not installed (pip install -e '.[trl]')")
+    return ast.parse((Path(spec.submodule_search_locations[0]) / "trainer" / f"{module}.py").read_text("utf-8"))
+
+
+def _trl_definition(module: str, name: str) -> ast.FunctionDef:
+    for node in ast.walk(_trl_source(module)):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return node
+    raise ImportError(f"this version of trl has no {name} in trl.trainer.{module}; the comparison is written for 1.16")
+
+
+@functools.cache
+def _trl_method(name: str) -> Callable[..., Any]:
+    """A method of TRL's ``GRPOTrainer`` as a function."""
+    return _compiled([_trl_definition("grpo_trainer", name)], name)
+
+
+@functools.cache
+def _trl_advantage_statements() -> Callable[..., Tensor]:
+    """The statements of ``_generate_and_score_completions`` that make advantages of rewards, as a function."""
+    body = _trl_definition("grpo_trainer", "_generate_and_score_completions").body
+    targets = [ast.unparse(n.targets[0]) if isinstance(n, ast.Assign) else "" for n in body]
+    begin = targets.index("unscorable_mask")
+    end = targets.index("advantages", begin) + 1
+    header = "def advantages_of(self, rewards_per_func, num_generations, device):\n    return advantages"
+    function = ast.parse(header).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    function.body = [*body[begin:end], *function.body]
+    return _compiled([function], "advantages_of")
+
+
+def _compiled(definitions: list[ast.FunctionDef], name: str) -> Callable[..., Any]:
+    """Compiles functions of TRL's trainer beside the three helpers that they call."""
+    helpers = [_trl_definition("utils", helper) for helper in ("nanstd", "nanmin", "nanmax")]
+    module = ast.fix_missing_locations(ast.Module(body=[*helpers, *definitions], type_ignores=[]))
+    namespace: dict[str, Any] = {"torch": torch}
+    exec(compile(module, f"<trl {name}>", "exec"), namespace)
+    return namespace[name]
+
+
+# NVlabs' trainer of GDPO.
+
+
+def nvlabs_grouped_advantages(rewards: Tensor, group_size: int, weights: Sequence[float] | None = None) -> Tensor:
+    """The advantages of NVlabs' trainer with ``apply_gdpo``, (R,), from at least two rewards (R, K).
+
+    Each reward is normalised in its group by mean and std (ddof 1, 1e-4 added), the weighted sum over the whole batch
+    likewise. A missing score counts as 0 and is part of the statistics. (With one reward it falls back to plain GRPO.)
+    """
+    groups = rewards.nan_to_num().view(-1, group_size, rewards.shape[1])
+    std, mean = torch.std_mean(groups, dim=1, keepdim=True)
+    normalised = ((groups - mean) / (std + 1e-4)).view_as(rewards)
+    total = (normalised if weights is None else normalised * rewards.new_tensor(weights)).sum(dim=1)
+    return (total - total.mean()) / (total.std() + 1e-4)
+
+
+# Liger.
+
+
+def liger_linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    *,
+    loss_type: str,
+    old_logprobs: Tensor | None = None,
+    reference_logprobs: Tensor | None = None,
+    sampling_ratio: Tensor | None = None,
+    clip: tuple[float, float] = (0.2, 0.2),
+    kl_coef: float = 0.0,
+    temperature: float = 1.0,
+    max_length: int | None = None,
+    chunk_size: int = 1,
+    compiled: bool = False,
+) -> Tensor:
+    """Liger's fused linear GRPO loss: hidden (R, L, D), targets and mask (R, L); else as ``trl_policy_loss``.
+
+    ``chunk_size`` is completions per chunk (Liger's default is 1); each chunk adds its gradient to the weight's.
+    """
+    ensure_importable()
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(
+        beta=kl_coef,
+        compiled=compiled,
+        use_ref_model=reference_logprobs is not None,
+        chunk_size=chunk_size,
+        epsilon_low=clip[0],
+        epsilon_high=clip[1],
+        loss_type=loss_type,
+        max_completion_length=max_length,
+        temperature=temperature,
+    )
+    return loss(
+        hidden,
+        weight,
+        targets,
+        mask,
+        advantages,
+        ref_per_token_logps=reference_logprobs,
+        old_per_token_logps=old_logprobs,
+        vllm_is_ratio=sampling_ratio,
+    )[0]
+
+
+def liger_logits_policy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    *,
+    loss_type: str,
+    old_logprobs: Tensor | None = None,
+    clip: tuple[float, float] = (0.2, 0.2),
+    temperature: float = 1.0,
+    inplace: bool = False,
+) -> Tensor:
+    """Liger's Triton GRPO loss, CUDA only: logits (R, L + 1, V), whose last position it leaves out."""
+    ensure_importable()
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    return triton_grpo_loss(
+        logits,
+        old_logprobs,
+        None,
+        targets,
+        advantages,
+        mask,
+        temperature=temperature,
+        beta=0.0,
+        eps_low=clip[0],
+        eps_high=clip[1],
+        inplace=inplace,
+        loss_type=loss_type,
+        reduce=True,
+    )[0]
