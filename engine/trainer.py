@@ -150,17 +150,14 @@ class Trainer:
         """``epochs_per_batch`` updates from one batch of rollouts; returns the loss metrics of the last."""
         with self.timer("update"):
             parts = self.pack_parts(groups)
-            metrics = dict.fromkeys((*LOSS_METRICS, "grad_norm", "lr"), float("nan"))
-            metrics |= {"num_skipped_updates": 0.0, "num_nonfinite_updates": 0.0}
-            for _ in range(self.config.optim.epochs_per_batch):
-                if not parts:  # nothing to learn from: an update would only follow old momentum
-                    metrics["num_skipped_updates"] += 1
-                    continue
-                metrics |= self._accumulate(parts, self._normalizer(groups))
-                update = self.optimizer.step()
-                update["num_nonfinite_updates"] += metrics["num_nonfinite_updates"]
-                metrics |= update
-            return metrics
+            epochs = self.config.optim.epochs_per_batch
+            if not parts:  # nothing to learn from: an update would only follow old momentum
+                unknown = dict.fromkeys((*LOSS_METRICS, "grad_norm", "lr"), math.nan)
+                return {**unknown, "num_skipped_updates": float(epochs), "num_nonfinite_updates": 0.0}
+            normalizer = self._normalizer(groups)
+            updates = [self._accumulate(parts, normalizer) | self.optimizer.step() for _ in range(epochs)]
+            num_nonfinite = sum(update["num_nonfinite_updates"] for update in updates)
+            return {**updates[-1], "num_skipped_updates": 0.0, "num_nonfinite_updates": num_nonfinite}
 
     def sync_weights(self) -> None:
         """Give the sampler the new weights."""

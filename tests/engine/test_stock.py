@@ -91,6 +91,8 @@ def test_stock_transformers_and_stock_vllm_agree_with_the_trainer(checkpoint, tm
             ).logits[0, -len(ids) - 1 : -1]
             stock_logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
         assert (trainer_logprobs - stock_logprobs).abs().max() < 1e-5
-        # float32 rounding grows with the logits: absolute to 1e-5, relative beyond a log-probability of -1.
-        bound = 1e-5 * trainer_logprobs.abs().clamp(min=1.0)
-        assert ((trainer_logprobs - torch.tensor(row["logprobs"])).abs() < bound).all()
+        difference = (trainer_logprobs - torch.tensor(row["logprobs"])).abs()
+        # float32's own noise: of 4,445 tokens of a trained demo, one differed by 1.3e-5 (mean 1.8e-7), and each side
+        # was as far as 1.5e-5 from the same model in float64.
+        assert difference.mean() < 1e-6
+        assert difference.max() < 3e-5
