@@ -10,19 +10,15 @@
 #include <limits>
 
 #include "native.h"
+#include "parallel.h"
 #include "softmax.h"
 
 namespace {
 
-using balcaprl::LogitsType;
+using balcaprl::parallel_for;
 using balcaprl::softmax_table;
 using balcaprl::SoftmaxRow;
 using balcaprl::SoftmaxStats;
-
-template <typename Block>
-void parallel_for(int64_t num_blocks, const Block& run) {
-  for (int64_t block = 0; block < num_blocks; ++block) run(block);
-}
 
 constexpr int64_t kStripe = 1024;  // columns
 constexpr int64_t kRowBlock = 8;

@@ -8,6 +8,7 @@ library is there. This package imports torch, triton, numpy and the standard lib
 # The ops are imported here, not on demand: an op and its file share a name, and the function must be the one found.
 from balcaprl.kernels.grouped_advantages import grouped_advantages
 from balcaprl.kernels.linear_logprobs import LogProbs, linear_logprobs
+from balcaprl.kernels.linear_policy_loss import linear_policy_loss
 from balcaprl.kernels.policy_loss import PolicyLoss, policy_loss
 
-__all__ = ["LogProbs", "PolicyLoss", "grouped_advantages", "linear_logprobs", "policy_loss"]
+__all__ = ["LogProbs", "PolicyLoss", "grouped_advantages", "linear_logprobs", "linear_policy_loss", "policy_loss"]

@@ -10,9 +10,16 @@ With g the gradient of ``logprobs``::
 
     d z_tv = g_t ([v = y_t] - p_tv) / tau,     d hidden = dz W,     d weight = dz^T hidden
 
-Tokens are taken in chunks: forward and backward hold the logits of one chunk (at most 2^24 of them, or one token's),
-and the backward computes them again. Softmax and sums are in float32, or float64 for float64 inputs; the products with
-``weight`` are in its own dtype.
+Softmax and sums are in float32, or float64 for float64 inputs; the products with ``weight`` are in its own dtype, and
+accumulate in float32. The backward computes the logits again, of the tokens whose gradient is not exactly zero:
+
+=============  =======================================================================================================
+``reference``  plain PyTorch, any device: chunks of tokens, at most 2^24 logits (or one token's) at once
+``native``     CPU, not float64: torch's products with the library's epilogues between them; ``native_head.py``
+``triton``     CUDA, not float64: online softmax over vocabulary tiles, no logits in the forward; ``triton_head.py``
+=============  =======================================================================================================
+
+Under autocast, hidden and weight are cast to its dtype.
 """
 
 from __future__ import annotations
@@ -23,9 +30,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from balcaprl.kernels import launch, native, native_head
 from balcaprl.kernels.checks import check_impl, check_number, check_tensor
+from balcaprl.kernels.native_head import FILTER_BLOCK, HeadGradients
+from balcaprl.kernels.native_softmax import SoftmaxRows
+from balcaprl.kernels.token_loss import compute_dtype
 
-IMPLS = ("reference",)
+IMPLS = ("reference", "native", "triton")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MAX_CHUNK_TOKENS = 1024
 _MAX_CHUNK_LOGITS = 1 << 24
@@ -50,130 +61,270 @@ def linear_logprobs(
         weight: (V, D), dtype and device as ``hidden``.
         targets: (T,) int64, 0 <= target < V.
         temperature: > 0, divides the logits.
-        impl: ``reference`` or ``auto``.
+        impl: ``native`` (CPU), ``triton`` (CUDA; CPU under Triton's interpreter), ``reference`` or ``auto``. Only
+            ``reference`` has float64.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or range, or the logits are not finite; the message
             starts with the argument's name.
+        RuntimeError: ``impl="native"`` and the compiled library is not available.
     """
-    check_tensor("hidden", hidden, shape=("T", "D"), dtypes=_DTYPES)
-    device = hidden.device
-    check_tensor("weight", weight, shape=("V", hidden.shape[1]), dtypes=(hidden.dtype,), device=device)
-    check_tensor("targets", targets, shape=(hidden.shape[0],), dtypes=(torch.int64,), device=device)
-    check_number("temperature", temperature, low=0.0, exclusive_low=True)
+    hidden, weight = check_head(hidden, weight, targets, temperature)
     check_impl("linear_logprobs", impl, IMPLS)
-    logprobs, entropy = _linear_logprobs_op(hidden, weight, targets, float(temperature), impl)
+    logprobs, entropy, *_ = _linear_logprobs_op(hidden, weight, targets, float(temperature), impl)
     return LogProbs(logprobs, entropy.detach())
 
 
-def linear_logprobs_reference(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0) -> LogProbs:
-    """The specification, in plain PyTorch with autograd's own gradient, each chunk recomputed in the backward."""
+def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Checks what can be told without reading values; returns hidden and weight as autocast wants them.
+
+    Raises:
+        ValueError: starts with the argument's name.
+    """
+    check_tensor("hidden", hidden, shape=("T", "D"), dtypes=_DTYPES)
+    check_tensor("weight", weight, shape=("V", hidden.shape[1]), dtypes=_DTYPES, device=hidden.device)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
+    check_tensor("weight", weight, shape=("V", hidden.shape[1]), dtypes=(hidden.dtype,))
+    check_tensor("targets", targets, shape=(hidden.shape[0],), dtypes=(torch.int64,), device=hidden.device)
+    check_number("temperature", temperature, low=0.0, exclusive_low=True)
+    return hidden, weight
+
+
+def resolve_impl(impl: str, hidden: Tensor) -> str:
+    """The implementation that ``impl`` means for ``hidden``; ``auto`` is the fastest that can run.
+
+    Raises:
+        ValueError: it cannot run on such tensors; starts with ``impl``.
+    """
+    has_dtype = hidden.dtype != torch.float64
+    if impl == "auto":
+        if hidden.device.type == "cuda" and has_dtype and launch.has_triton():
+            return "triton"
+        if hidden.device.type != "cpu" or not has_dtype:
+            return "reference"
+        if native.is_available():
+            return "native"
+        native.warn_unavailable()
+        return "reference"
+    if impl == "native" and hidden.device.type != "cpu":
+        raise ValueError(f"impl: 'native' runs on the CPU, hidden is on {hidden.device}")
+    if impl != "reference" and not has_dtype:
+        raise ValueError(f"impl: {impl!r} has no float64; use 'reference' or 'auto'")
+    if impl == "triton":
+        launch.check_triton(hidden.device)
+    return impl
+
+
+def linear_logprobs_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, filter_eps: float | None = None
+) -> LogProbs:
+    """The specification, in plain PyTorch with autograd's own gradient, each chunk recomputed in the backward.
+
+    ``filter_eps`` is ``linear_policy_loss``'s: columns that it leaves out get no gradient.
+    """
     chunks = []
     for begin, end in chunk_ranges(hidden.shape[0], weight.shape[0]):
-        arguments = (hidden[begin:end], weight, targets[begin:end], temperature)
+        arguments = (hidden[begin:end], weight, targets[begin:end], temperature, filter_eps)
         chunks.append(checkpoint(_chunk_logprobs, *arguments, use_reentrant=False))
     if not chunks:
-        chunks.append(_chunk_logprobs(hidden, weight, targets, temperature))
+        chunks.append(_chunk_logprobs(hidden, weight, targets, temperature, filter_eps))
     return LogProbs(torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks]))
 
 
 def chunk_ranges(num_tokens: int, vocabulary: int) -> list[tuple[int, int]]:
-    """Half-open token ranges whose logits are held at once."""
+    """Half-open token ranges whose logits are held at once; whole filter blocks where they are longer than one."""
     size = max(1, min(_MAX_CHUNK_TOKENS, _MAX_CHUNK_LOGITS // max(vocabulary, 1)))
+    if size > FILTER_BLOCK:
+        size -= size % FILTER_BLOCK
     return [(begin, min(begin + size, num_tokens)) for begin in range(0, num_tokens, size)]
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _chunk_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """(tokens, V) logits over temperature, in the compute dtype."""
+    return (hidden @ weight.T).to(compute_dtype(hidden.dtype)) / temperature
 
 
-def _chunk_log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """(tokens, V) log-probabilities in the compute dtype."""
-    logits = (hidden @ weight.T).to(_compute_dtype(hidden.dtype))
-    return (logits / temperature).log_softmax(dim=-1)
-
-
-def _chunk_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    log_softmax = _chunk_log_softmax(hidden, weight, temperature)
+def _chunk_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, filter_eps: float | None = None
+) -> tuple[Tensor, Tensor]:
+    logits = _chunk_logits(hidden, weight, temperature)
+    if filter_eps is not None:
+        kept = kept_columns(logits.detach().softmax(dim=-1), targets, filter_eps)
+        logits = torch.where(kept, logits, logits.detach())
+    log_softmax = logits.log_softmax(dim=-1)
     detached = log_softmax.detach()
     # A probability that underflows to 0 with a logarithm of -inf adds nothing: xlogy's convention, on log p.
     entropy = -(detached.exp() * detached.clamp(min=torch.finfo(detached.dtype).min)).sum(dim=-1)
     return log_softmax.gather(1, targets[:, None])[:, 0], entropy
 
 
-@torch.library.custom_op(
-    "balcaprl::linear_logprobs",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor targets, float temperature, str impl) "
-    "-> (Tensor logprobs, Tensor entropy)",
-)
-def _linear_logprobs_op(hidden, weight, targets, temperature, impl):
-    """Checks values, out of sight of the tracer."""
-    vocabulary = weight.shape[0]
+def kept_columns(softmax_TV: Tensor, targets: Tensor, filter_eps: float) -> Tensor:
+    """(T, V) bool: what ``filter_eps`` keeps of the gradient, blocks of ``FILTER_BLOCK`` tokens beginning at row 0."""
+    kept = softmax_TV >= filter_eps
+    kept.scatter_(1, targets[:, None], True)
+    for block in kept.split(FILTER_BLOCK):
+        if block.shape[0]:
+            block[:] = block.any(dim=0)
+    return kept
+
+
+def reference_rows(head: native_head.Head) -> tuple[SoftmaxRows, Tensor]:
+    """What the op's forward gives, in the compute dtype. The reference's backward needs only log-probabilities."""
+    # Written in place: results laid between the chunks' buffers would keep the allocator from using those again.
+    values = torch.zeros(4, head.hidden.shape[0], dtype=compute_dtype(head.hidden.dtype), device=head.hidden.device)
+    for begin, end in chunk_ranges(head.hidden.shape[0], head.weight.shape[0]):
+        arguments = (head.hidden[begin:end], head.weight, head.targets[begin:end], head.temperature)
+        values[2, begin:end], values[3, begin:end] = _chunk_logprobs(*arguments)
+    row_max, row_sum, logprobs, entropy = (row.clone() for row in values)
+    return SoftmaxRows(row_max, row_sum, logprobs), entropy
+
+
+def reference_gradients(
+    head: native_head.Head, grad_logprobs: Tensor, needs: tuple[bool, bool], filter_eps: float | None
+) -> HeadGradients:
+    """The formula of the module's docstring; ``grad_weight`` is summed over chunks in the compute dtype."""
+    dtype = compute_dtype(head.hidden.dtype)
+    grad_hidden = head.hidden.new_empty(head.hidden.shape) if needs[0] else None
+    grad_weight = head.weight.new_zeros(head.weight.shape, dtype=dtype) if needs[1] else None
+    for begin, end in chunk_ranges(head.hidden.shape[0], head.weight.shape[0]):
+        hidden, targets = head.hidden[begin:end], head.targets[begin:end]
+        scale = grad_logprobs[begin:end, None].to(dtype) / head.temperature
+        softmax = _chunk_logits(hidden, head.weight, head.temperature).softmax(dim=-1)
+        kept = None if filter_eps is None else kept_columns(softmax, targets, filter_eps)
+        grad_logits = softmax.mul_(-scale).scatter_add_(1, targets[:, None], scale)
+        if kept is not None:
+            grad_logits.masked_fill_(~kept, 0.0)
+        grad_logits = grad_logits.to(head.weight.dtype)
+        if grad_hidden is not None:
+            torch.mm(grad_logits, head.weight, out=grad_hidden[begin:end])
+        if grad_weight is not None:
+            grad_weight += grad_logits.T @ hidden
+    return HeadGradients(grad_hidden, None if grad_weight is None else grad_weight.to(head.weight.dtype))
+
+
+def check_logprobs(head: native_head.Head, *results: Tensor) -> None:
+    """Checks the (T,) results of a forward: they are finite unless an input was not, or a target out of range.
+
+    Raises:
+        ValueError: starts with the argument's name.
+    """
+    if torch.stack([result.isfinite().all() for result in results]).all():
+        return
+    check_targets(head)
+    raise ValueError("hidden or weight: not finite, or so large that the logits are not")
+
+
+def check_targets(head: native_head.Head) -> None:
+    """Checks the values of ``targets``."""
+    targets, vocabulary = head.targets, head.weight.shape[0]
     if targets.numel() and not ((targets >= 0) & (targets < vocabulary)).all():
         raise ValueError(
             f"targets: expected token ids in [0, {vocabulary}), got {int(targets.min())} to {int(targets.max())}"
         )
-    # Written in place: results laid between the chunks' buffers would keep the allocator from using those again.
-    logprobs = torch.empty(hidden.shape[0], dtype=_compute_dtype(hidden.dtype), device=hidden.device)
-    entropy = torch.empty_like(logprobs)
-    with torch.no_grad():
-        for begin, end in chunk_ranges(hidden.shape[0], vocabulary):
-            chunk = _chunk_logprobs(hidden[begin:end], weight, targets[begin:end], temperature)
-            logprobs[begin:end], entropy[begin:end] = chunk
-    if not (logprobs.isfinite() & entropy.isfinite()).all():
-        raise ValueError("hidden or weight: not finite, or so large that the logits are not")
-    return logprobs, entropy
+
+
+@torch.library.custom_op(
+    "balcaprl::linear_logprobs",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor targets, float temperature, str impl) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor row_sum)",
+)
+def _linear_logprobs_op(hidden, weight, targets, temperature, impl):
+    """Checks values, out of sight of the tracer. ``row_max`` and ``row_sum`` are for the backward."""
+    impl = resolve_impl(impl, hidden)
+    head = native_head.Head(hidden, weight, targets.contiguous(), temperature)
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows, entropy = head_rows(head, impl)
+    check_logprobs(head, rows.logprobs, entropy)
+    return rows.logprobs, entropy, rows.max, rows.sum
+
+
+def head_rows(head: native_head.Head, impl: str) -> tuple[SoftmaxRows, Tensor]:
+    """The forward of an implementation; values of ``targets`` are checked here or by ``check_logprobs``."""
+    if impl == "triton":
+        from balcaprl.kernels import triton_head
+
+        return triton_head.logprobs_and_entropy(head)
+    check_targets(head)
+    return native_head.logprobs_and_entropy(head) if impl == "native" else reference_rows(head)
 
 
 @_linear_logprobs_op.register_fake
 def _linear_logprobs_fake(hidden, weight, targets, temperature, impl):
-    shape, dtype = hidden.shape[0], _compute_dtype(hidden.dtype)
-    return hidden.new_empty(shape, dtype=dtype), hidden.new_empty(shape, dtype=dtype)
+    dtype = compute_dtype(hidden.dtype)
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4))
 
 
 @torch.library.custom_op(
     "balcaprl::linear_logprobs_backward",
     mutates_args=(),
-    schema="(Tensor grad_logprobs, Tensor hidden, Tensor weight, Tensor targets, float temperature, bool needs_weight) "
+    schema="(Tensor grad_logprobs, Tensor hidden, Tensor weight, Tensor targets, Tensor logprobs, Tensor row_max, "
+    "Tensor row_sum, float temperature, float? filter_eps, bool needs_hidden, bool needs_weight, str impl) "
     "-> (Tensor grad_hidden, Tensor grad_weight)",
 )
-def _linear_logprobs_backward_op(grad_logprobs, hidden, weight, targets, temperature, needs_weight):
-    """Gradients of both factors; ``grad_weight`` is empty where it is not needed.
+def linear_logprobs_backward(
+    grad_logprobs,
+    hidden,
+    weight,
+    targets,
+    logprobs,
+    row_max,
+    row_sum,
+    temperature,
+    filter_eps,
+    needs_hidden,
+    needs_weight,
+    impl,
+):
+    """Gradients of both factors; one that is not needed is (0,)."""
+    impl, needs = resolve_impl(impl, hidden), (needs_hidden, needs_weight)
+    head = native_head.Head(hidden, weight, targets.contiguous(), temperature)
+    rows = SoftmaxRows(row_max.contiguous(), row_sum.contiguous(), logprobs.contiguous())
+    grad_logprobs = grad_logprobs.to(logprobs.dtype).contiguous()
+    with torch.autocast(hidden.device.type, enabled=False):
+        if impl == "triton":
+            from balcaprl.kernels import triton_head
 
-    ``grad_weight`` is summed over chunks in the compute dtype, so that a long batch in bfloat16 loses nothing.
-    """
-    dtype = _compute_dtype(hidden.dtype)
-    grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.zeros(weight.shape if needs_weight else (0, 0), dtype=dtype, device=weight.device)
-    for begin, end in chunk_ranges(hidden.shape[0], weight.shape[0]):
-        scale = grad_logprobs[begin:end, None].to(dtype) / temperature
-        grad_logits = _chunk_log_softmax(hidden[begin:end], weight, temperature).exp_().mul_(-scale)
-        grad_logits.scatter_add_(1, targets[begin:end, None], scale)
-        grad_logits = grad_logits.to(weight.dtype)
-        torch.mm(grad_logits, weight, out=grad_hidden[begin:end])
-        if needs_weight:
-            grad_weight += grad_logits.T @ hidden[begin:end]
-    return grad_hidden, grad_weight.to(weight.dtype)
+            result = triton_head.head_gradients(head, rows, grad_logprobs, needs, filter_eps)
+        elif impl == "native":
+            result = native_head.head_gradients(head, rows, grad_logprobs, needs, filter_eps)
+        else:
+            result = reference_gradients(head, grad_logprobs, needs, filter_eps)
+    return tuple(hidden.new_empty(0) if gradient is None else gradient for gradient in result)
 
 
-@_linear_logprobs_backward_op.register_fake
-def _linear_logprobs_backward_fake(grad_logprobs, hidden, weight, targets, temperature, needs_weight):
-    return torch.empty_like(hidden), weight.new_empty(weight.shape if needs_weight else (0, 0))
+@linear_logprobs_backward.register_fake
+def _linear_logprobs_backward_fake(
+    grad_logprobs,
+    hidden,
+    weight,
+    targets,
+    logprobs,
+    row_max,
+    row_sum,
+    temperature,
+    filter_eps,
+    needs_hidden,
+    needs_weight,
+    impl,
+):
+    grad_hidden = hidden.new_empty(hidden.shape if needs_hidden else (0,))
+    return grad_hidden, weight.new_empty(weight.shape if needs_weight else (0,))
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, targets, ctx.temperature, _ = inputs
-    ctx.save_for_backward(hidden, weight, targets)
+    hidden, weight, targets, ctx.temperature, ctx.impl = inputs
+    logprobs, _, row_max, row_sum = output
+    ctx.save_for_backward(hidden, weight, targets, logprobs, row_max, row_sum)
 
 
-def _backward(ctx, grad_logprobs, _grad_entropy):
-    hidden, weight, targets = ctx.saved_tensors
-    needs_hidden, needs_weight, *_ = ctx.needs_input_grad
-    grad_hidden, grad_weight = _linear_logprobs_backward_op(
-        grad_logprobs, hidden, weight, targets, ctx.temperature, needs_weight
-    )
-    return grad_hidden if needs_hidden else None, grad_weight if needs_weight else None, None, None, None
+def _backward(ctx, grad_logprobs, *_):
+    needs = ctx.needs_input_grad[:2]
+    arguments = (grad_logprobs, *ctx.saved_tensors, ctx.temperature, None, *needs, ctx.impl)
+    gradients = linear_logprobs_backward(*arguments)
+    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None, None
 
 
 _linear_logprobs_op.register_autograd(_backward, setup_context=_setup_context)

@@ -164,7 +164,8 @@ HIDDEN, WEIGHT, TARGETS = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0,
         ("targets", (HIDDEN, WEIGHT, TARGETS - 1), {}),
         ("temperature", (HIDDEN, WEIGHT, TARGETS), {"temperature": 0.0}),
         ("temperature", (HIDDEN, WEIGHT, TARGETS), {"temperature": math.nan}),
-        ("impl", (HIDDEN, WEIGHT, TARGETS), {"impl": "native"}),
+        ("impl", (HIDDEN, WEIGHT, TARGETS), {"impl": "cuda"}),
+        ("impl", (HIDDEN.double(), WEIGHT.double(), TARGETS), {"impl": "native"}),
         ("hidden or weight", (HIDDEN * math.nan, WEIGHT, TARGETS), {}),
         ("hidden or weight", (HIDDEN, WEIGHT * math.inf, TARGETS), {}),
     ],
@@ -174,10 +175,13 @@ def test_bad_argument_is_named(argument: str, arguments: tuple, options: dict) -
         linear_logprobs(*arguments, **options)
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_opcheck(impl: str) -> None:
     hidden, weight, targets = problem(6, 4, 9, torch.float32)
-    torch.library.opcheck(torch.ops.balcaprl.linear_logprobs.default, (hidden, weight, targets, 0.9, "auto"))
-    arguments = (torch.randn(6), hidden.detach(), weight.detach(), targets, 0.9, True)
+    torch.library.opcheck(torch.ops.balcaprl.linear_logprobs.default, (hidden, weight, targets, 0.9, impl))
+    detached = (hidden.detach(), weight.detach(), targets)
+    logprobs, _, row_max, row_sum = torch.ops.balcaprl.linear_logprobs(*detached, 0.9, impl)
+    arguments = (torch.randn(6), *detached, logprobs, row_max, row_sum, 0.9, None, True, True, impl)
     torch.library.opcheck(torch.ops.balcaprl.linear_logprobs_backward.default, arguments)
 
 

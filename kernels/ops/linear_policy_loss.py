@@ -1,0 +1,255 @@
+"""The clipped policy loss straight from hidden states and the language-model head, without the (T, V) logits.
+
+``linear_logprobs`` and ``policy_loss`` (their modules have the mathematics) in one op. The loss needs of each token only
+its log-probability, and its gradient with respect to that, g_t, is known as soon as that is. Hence:
+
+- The backward leaves out tokens whose g_t is exactly zero: no advantage, stopped by the clip. That is exact.
+- On a CPU the gradients of hidden and weight are made in the forward, while the logits of a chunk of tokens are there: three
+  matrix products, not four. They are made if an input requires a gradient, and the backward hands them out.
+- On a GPU (``triton``) the backward computes the logits again, tile by tile.
+
+``filter_eps`` makes the backward cheaper and approximate, as cut cross-entropy does (arXiv 2411.09009): a vocabulary column
+whose softmax stays below it for a whole block of tokens, and that is the target of none of them, *may* be left out
+of their gradient. No entry of d z (see ``linear_logprobs``) with a softmax of at least ``filter_eps`` is ever left out, so
+that each one that is missing is smaller than filter_eps * |g_t| / temperature. The loss and the metrics stay exact.
+Blocks are the implementation's: ``FILTER_BLOCK`` tokens and single columns on the CPU, a tile of the matrix product
+on a GPU. It pays where distributions are peaked, as a trained policy's are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from balcaprl.kernels import native_head
+from balcaprl.kernels.checks import check_impl, check_number
+from balcaprl.kernels.linear_logprobs import (
+    IMPLS,
+    check_head,
+    check_logprobs,
+    check_targets,
+    head_rows,
+    linear_logprobs_backward,
+    linear_logprobs_reference,
+    reference_gradients,
+    resolve_impl,
+)
+from balcaprl.kernels.native_head import Head, HeadGradients
+from balcaprl.kernels.native_softmax import SoftmaxRows
+from balcaprl.kernels.policy_loss import policy_loss_reference
+from balcaprl.kernels.token_loss import (
+    LOSS_SCHEMA,
+    LossArguments,
+    PolicyLoss,
+    TokenLoss,
+    check_arguments,
+    compute_dtype,
+    policy_loss_metrics,
+    token_batch,
+    token_loss,
+)
+
+_NUM_LOSS = len(LossArguments._fields)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    sampling_logprobs: Tensor | None = None,
+    sampling_ratio_cap: float | None = None,
+    reference_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    reduction: str = "token-mean",
+    normalizer: float | None = None,
+    temperature: float = 1.0,
+    filter_eps: float | None = None,
+    impl: str = "auto",
+) -> PolicyLoss:
+    """Loss and metrics of T completion tokens of R rollouts, from what predicts each token.
+
+    Args:
+        hidden: (T, D) float32, float64, bfloat16 or float16: the state that predicts token t.
+        weight: (V, D) of the head, dtype and device as ``hidden``; under autocast both are cast.
+        targets: (T,) int64, the tokens, 0 <= target < V.
+        old_logprobs: (T,) floating, of the policy at the start of this batch's updates; None: on-policy, this forward's own.
+        advantages: (R,) floating.
+        cu_seqlens: (R + 1,) int32: rollout j has tokens cu_seqlens[j] to cu_seqlens[j + 1]. From 0 to T, never falling.
+        clip_low: as all that follow up to ``normalizer``, see ``policy_loss``.
+        temperature: > 0, divides the logits.
+        filter_eps: None: exact. Else above 0 and at most 1, see the module's docstring; 2^-12 is below what bfloat16 keeps
+            of a gradient.
+        impl: ``native`` (CPU), ``triton`` (CUDA; CPU under Triton's interpreter), ``reference`` or ``auto``. Only
+            ``reference`` has float64.
+
+    Returns:
+        The loss, differentiable once in ``hidden`` and ``weight``, and the detached metrics; float64 for float64
+        inputs, else float32.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device, range, or a value that is not finite; the message
+            starts with its name.
+        RuntimeError: ``impl="native"`` and the compiled library is not available.
+    """
+    hidden, weight = check_head(hidden, weight, targets, temperature)
+    arguments = LossArguments(
+        old_logprobs,
+        advantages,
+        cu_seqlens,
+        clip_low,
+        clip_high,
+        sampling_logprobs,
+        sampling_ratio_cap,
+        reference_logprobs,
+        kl_coef,
+        reduction,
+        normalizer,
+    )
+    check_arguments(arguments, hidden.shape[0], hidden.device)
+    if filter_eps is not None:
+        check_number("filter_eps", filter_eps, low=0.0, high=1.0, exclusive_low=True)
+        filter_eps = float(filter_eps)
+    check_impl("linear_policy_loss", impl, IMPLS)
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+    head = (hidden, weight, targets)
+    loss, metrics, *_ = _linear_policy_loss_op(*head, *arguments.plain(), float(temperature), filter_eps, *needs, impl)
+    return arguments.result(loss, metrics)
+
+
+def linear_policy_loss_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    temperature: float = 1.0,
+    filter_eps: float | None = None,
+    **options: Any,
+) -> PolicyLoss:
+    """The specification, in plain PyTorch with autograd's own gradient; arguments as above, unchecked, but no ``impl``."""
+    logprobs, _ = linear_logprobs_reference(hidden, weight, targets, temperature=temperature, filter_eps=filter_eps)
+    return policy_loss_reference(logprobs, old_logprobs, advantages, cu_seqlens, **options)
+
+
+def _gradients_in_forward(hidden: Tensor, impl: str) -> bool:
+    """Whether the op's forward makes the gradients; told without resolving ``impl``, so that it can be traced."""
+    return hidden.device.type == "cpu" and impl != "triton"
+
+
+@torch.library.custom_op(
+    "balcaprl::linear_policy_loss",
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor weight, Tensor targets, {LOSS_SCHEMA}, float temperature, float? filter_eps, "
+    "bool needs_hidden, bool needs_weight, str impl) -> (Tensor loss, Tensor metrics, Tensor grad_logprobs, "
+    "Tensor logprobs, Tensor row_max, Tensor row_sum, Tensor grad_hidden, Tensor grad_weight)",
+)
+def _linear_policy_loss_op(hidden, weight, targets, *rest):
+    """Checks values, out of sight of the tracer. ``grad_hidden`` and ``grad_weight`` are (0,) where they are not made."""
+    arguments = LossArguments(*rest[:_NUM_LOSS])
+    temperature, filter_eps, *needs, impl = rest[_NUM_LOSS:]
+    if not _gradients_in_forward(hidden, impl):
+        needs = [False, False]
+    impl = resolve_impl(impl, hidden)
+    head = Head(hidden, weight, targets.contiguous(), temperature)
+    with torch.autocast(hidden.device.type, enabled=False):
+        parts, rows, gradients = _forward(head, arguments, filter_eps, tuple(needs), impl)
+    dtype = rows.logprobs.dtype
+    loss = torch.stack([part.loss_sum for part in parts]).sum().to(dtype)
+    metrics = policy_loss_metrics(torch.stack([part.metric_sums for part in parts])).to(dtype)
+    grad_logprobs = torch.cat([part.grad_logprobs for part in parts])
+    made = (hidden.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return loss, metrics, grad_logprobs, rows.logprobs, rows.max, rows.sum, *made
+
+
+def _forward(
+    head: Head, arguments: LossArguments, filter_eps: float | None, needs: tuple[bool, bool], impl: str
+) -> tuple[list[TokenLoss], SoftmaxRows, HeadGradients]:
+    """Loss by parts of the tokens, softmax rows, and the gradients that are needed."""
+    num_tokens = head.hidden.shape[0]
+    batch = token_batch(arguments, num_tokens, compute_dtype(head.hidden.dtype), impl)
+    parts: list[TokenLoss] = []
+
+    def add(logprobs: Tensor, begin: int, end: int) -> Tensor:
+        parts.append(token_loss(logprobs, batch.rows(begin, end), arguments.settings, impl))
+        return parts[-1].grad_logprobs
+
+    if impl == "native" and num_tokens:
+        check_targets(head)
+        rows, gradients = native_head.logprobs_and_gradients(head, add, needs, filter_eps)
+        check_logprobs(head, rows.logprobs)
+        return parts, rows, gradients
+    rows, _ = head_rows(head, impl)
+    check_logprobs(head, rows.logprobs)
+    add(rows.logprobs, 0, num_tokens)
+    gradients = HeadGradients(None, None)
+    if any(needs):
+        gradients = reference_gradients(head, parts[0].grad_logprobs, needs, filter_eps)
+    return parts, rows, gradients
+
+
+@_linear_policy_loss_op.register_fake
+def _linear_policy_loss_fake(hidden, weight, targets, *rest):
+    dtype, made = compute_dtype(hidden.dtype), _gradients_in_forward(hidden, rest[-1])
+    needs_hidden, needs_weight = rest[-3:-1]
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(5, dtype=dtype),
+        *(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4)),
+        hidden.new_empty(hidden.shape if made and needs_hidden else (0,)),
+        weight.new_empty(weight.shape if made and needs_weight else (0,)),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, targets = inputs[:3]
+    ctx.temperature, ctx.filter_eps, *ctx.needs, ctx.impl = inputs[3 + _NUM_LOSS :]
+    ctx.made = _gradients_in_forward(hidden, ctx.impl)
+    _, _, grad_logprobs, logprobs, row_max, row_sum, *made = output
+    if ctx.made:
+        ctx.save_for_backward(*made)
+    else:
+        ctx.save_for_backward(grad_logprobs, hidden, weight, targets, logprobs, row_max, row_sum)
+
+
+def _backward(ctx, grad_loss, *_):
+    if ctx.made:
+        gradients = [_scaled(gradient, grad_loss) for gradient in ctx.saved_tensors]
+    else:
+        grad_logprobs, *saved = ctx.saved_tensors
+        # A product on the device: the number is not needed here.
+        arguments = (grad_logprobs * grad_loss, *saved, ctx.temperature, ctx.filter_eps, *ctx.needs, ctx.impl)
+        gradients = linear_logprobs_backward(*arguments)
+    wanted = (g if needed else None for g, needed in zip(gradients, ctx.needs, strict=True))
+    return *wanted, *([None] * (1 + _NUM_LOSS + 5))
+
+
+def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    """gradient * grad_loss: the saved tensor itself where it may be given away, so that nothing of its size is copied.
+
+    It may if the graph is freed after this backward; then autograd makes it the parameter's ``.grad`` as it is. While
+    torch.compile traces, or within a transform of torch.func, values cannot be read and memory is not ours to reuse.
+    """
+    plain = type(gradient) is Tensor and type(grad_loss) is Tensor and not torch.compiler.is_compiling()
+    if not plain or torch._C._functorch.maybe_current_level() is not None or _graph_is_kept():
+        return gradient * grad_loss.to(gradient.dtype)
+    factor = float(grad_loss)
+    return gradient if factor == 1.0 else gradient.mul_(factor)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward was asked to ``retain_graph``; yes where torch cannot tell."""
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if kept is None else kept()
+
+
+_linear_policy_loss_op.register_autograd(_backward, setup_context=_setup_context)

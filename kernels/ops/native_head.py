@@ -1,0 +1,320 @@
+"""The language-model head on the CPU: torch's matrix products, and the library's softmax epilogues between them.
+
+Tokens are taken in chunks whose logits fit a buffer (``chunk_size``). Per chunk: logits = hidden @ weight.T, statistics in
+one read, and where a gradient is wanted, it is written over the logits and multiplied with ``weight`` and ``hidden``
+at once: three matrix products in all. Work that gives nothing is left out:
+
+- Tokens whose gradient is exactly zero: the last two products do not see their rows. Exact.
+- With ``filter_eps``: columns whose softmax stays below it for all tokens of a block (``FILTER_BLOCK`` tokens) and
+  that are no target. Approximate; the products then see the other columns only, gathered.
+
+``_WeightSum`` says how the gradient of the weight is summed. Memory beyond inputs and results does not grow with the
+number of tokens, but for a few numbers per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from balcaprl.kernels.native_softmax import (
+    SoftmaxRows,
+    Tokens,
+    gathered_gradient,
+    marked_columns,
+    write_gradient,
+    write_stats,
+)
+
+FILTER_BLOCK = 128
+"""Tokens that ``filter_eps`` looks at together."""
+
+_LOGITS_BYTES = 40 << 20
+# Fewer tokens make slow products, and more passes over the gradient of the weight. More gain nothing, and their logits
+# leave the cache between the product and the epilogue.
+_CHUNK_TOKENS = 256
+_TILE_BYTES = 12 << 20
+_TILE_COLUMNS = 4096
+_POOL_BYTES = 8 << 20
+_MAX_HALF_SUMS = 2
+# Above this share of the columns gathering costs more than it saves.
+_MAX_KEPT_SHARE = 0.4
+
+
+class Head(NamedTuple):
+    """What the logits are made of."""
+
+    hidden: Tensor
+    """(T, D)."""
+    weight: Tensor
+    """(V, D)."""
+    targets: Tensor
+    """(T,) int64, contiguous."""
+    temperature: float
+
+    @property
+    def scale(self) -> float:
+        """What the logits are multiplied by."""
+        return 1.0 / self.temperature
+
+
+class HeadGradients(NamedTuple):
+    """In the dtype of hidden and weight, contiguous; None where not needed."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+
+
+def chunk_size(num_tokens: int, vocabulary: int, itemsize: int) -> int:
+    """Tokens whose logits are held at once: at least one, else within ``_LOGITS_BYTES``, and whole filter blocks."""
+    size = min(_CHUNK_TOKENS, _LOGITS_BYTES // max(1, vocabulary * itemsize))
+    if size > FILTER_BLOCK:
+        size -= size % FILTER_BLOCK
+    return max(1, min(size, num_tokens))
+
+
+def logprobs_and_entropy(head: Head) -> tuple[SoftmaxRows, Tensor]:
+    """The forward alone: the rows, and the (T,) float32 entropies."""
+    num_tokens = head.hidden.shape[0]
+    rows, entropy = SoftmaxRows.empty(num_tokens), torch.empty(num_tokens)
+    for chunk, logits in _logits_of_chunks(head):
+        write_stats(logits, head.targets[chunk], head.scale, rows.take(chunk), entropy[chunk])
+    return rows, entropy
+
+
+def logprobs_and_gradients(
+    head: Head,
+    gradient_of: Callable[[Tensor, int, int], Tensor],
+    needs: tuple[bool, bool],
+    filter_eps: float | None = None,
+) -> tuple[SoftmaxRows, HeadGradients]:
+    """Forward and backward in one sweep, for a function of the log-probabilities that is known chunk by chunk.
+
+    Args:
+        head: the head.
+        gradient_of: takes the (n,) log-probabilities of tokens ``begin`` to ``end`` and returns their gradient, (n,).
+            Called once for every chunk, in order.
+        needs: which of hidden and weight want a gradient.
+        filter_eps: see the module's docstring.
+    """
+    num_tokens = head.hidden.shape[0]
+    rows, grad_logprobs = SoftmaxRows.empty(num_tokens), torch.empty(num_tokens)
+    sums = _Sums(head, needs, filter_eps, num_tokens)
+    for chunk, logits in _logits_of_chunks(head):
+        tokens = Tokens(head.hidden[chunk], head.targets[chunk], rows.take(chunk), grad_logprobs[chunk])
+        write_stats(logits, tokens.targets, head.scale, tokens.rows, None)
+        tokens.grad_logprobs.copy_(gradient_of(tokens.rows.logprobs, chunk.start, chunk.stop))
+        if any(needs):
+            sums.add(logits, tokens, None if sums.hidden is None else sums.hidden[chunk])
+        del logits  # the buffer is free before the weight's second pass
+    return rows, sums.finish(Tokens(head.hidden, head.targets, rows, grad_logprobs))
+
+
+def head_gradients(
+    head: Head, rows: SoftmaxRows, grad_logprobs: Tensor, needs: tuple[bool, bool], filter_eps: float | None = None
+) -> HeadGradients:
+    """The backward alone, where the (T,) float32 gradient of the log-probabilities arrives later.
+
+    The logits of tokens that have one are computed again, from the ``rows`` of the forward.
+    """
+    every = Tokens(head.hidden, head.targets, rows, grad_logprobs)
+    active = grad_logprobs.nonzero()[:, 0]
+    tokens = every if active.shape[0] == grad_logprobs.shape[0] else every.take(active)
+    num_active = active.shape[0]
+    sums = _Sums(Head(tokens.hidden, head.weight, tokens.targets, head.temperature), needs, filter_eps, num_active)
+    for chunk, logits in _logits_of_chunks(sums.head):
+        sums.add(logits, tokens.take(chunk), None if sums.hidden is None else sums.hidden[chunk])
+        del logits
+    result = sums.finish(tokens)
+    if tokens is every or result.hidden is None:
+        return result
+    grad_hidden = result.hidden.new_zeros(head.hidden.shape)
+    return HeadGradients(grad_hidden.index_copy_(0, active, result.hidden), result.weight)
+
+
+def _logits_of_chunks(head: Head) -> Iterator[tuple[slice, Tensor]]:
+    """Tokens of each chunk with their logits, all in the same buffer."""
+    num_tokens, vocabulary = head.hidden.shape[0], head.weight.shape[0]
+    size = chunk_size(num_tokens, vocabulary, head.weight.element_size())
+    buffer = head.weight.new_empty(min(size, num_tokens), vocabulary)
+    for begin in range(0, num_tokens, size):
+        chunk = slice(begin, min(begin + size, num_tokens))
+        hidden = head.hidden[chunk]
+        yield chunk, torch.mm(hidden, head.weight.T, out=buffer[: hidden.shape[0]])
+
+
+class _Sums:
+    """Gradients of hidden and weight, from the logits of one chunk after the other."""
+
+    def __init__(self, head: Head, needs: tuple[bool, bool], filter_eps: float | None, num_tokens: int) -> None:
+        self.head = head
+        self.filter_eps = filter_eps
+        self.hidden = head.hidden.new_empty(head.hidden.shape) if needs[0] else None
+        size = chunk_size(num_tokens, head.weight.shape[0], head.weight.element_size())
+        block = size if filter_eps is None else min(size, FILTER_BLOCK)
+        self.weight = _WeightSum(head, -(-num_tokens // block)) if needs[1] else None
+
+    def add(self, logits: Tensor, tokens: Tokens, grad_hidden: Tensor | None) -> None:
+        """Adds the gradients of some tokens; their logits are used up, ``grad_hidden`` (n, D) is written."""
+        block = FILTER_BLOCK if self.filter_eps is not None else max(1, logits.shape[0])
+        for begin in range(0, logits.shape[0], block):
+            part = slice(begin, begin + block)
+            self._add_block(logits[part], tokens.take(part), None if grad_hidden is None else grad_hidden[part])
+
+    def _add_block(self, logits: Tensor, tokens: Tokens, grad_hidden: Tensor | None) -> None:
+        active = tokens.grad_logprobs.nonzero()[:, 0]
+        if active.shape[0] == logits.shape[0]:
+            self._add_active(logits, active, tokens, tokens.hidden, grad_hidden)
+            return
+        if grad_hidden is not None:
+            grad_hidden.zero_()
+        if active.shape[0]:
+            hidden = tokens.hidden[active]
+            out = None if grad_hidden is None else torch.empty_like(hidden)
+            self._add_active(logits, active, tokens, hidden, out)
+            if grad_hidden is not None and out is not None:
+                grad_hidden.index_copy_(0, active, out)
+
+    def _add_active(
+        self, logits: Tensor, active: Tensor, tokens: Tokens, hidden: Tensor, grad_hidden: Tensor | None
+    ) -> None:
+        """``hidden`` and ``grad_hidden`` are those of the active rows."""
+        if self.filter_eps is not None:
+            columns = marked_columns(logits, active, tokens, self.head.scale, self.filter_eps)
+            if columns.shape[0] <= _MAX_KEPT_SHARE * logits.shape[1]:
+                grad_logits = gathered_gradient(logits, active, columns, tokens, self.head.scale)
+                if grad_hidden is not None:
+                    _mm_columns(grad_logits, self.head.weight, columns, grad_hidden)
+                if self.weight is not None:
+                    self.weight.add_columns(grad_logits, columns, hidden)
+                return
+        write_gradient(logits, 0, active, tokens, self.head.scale)
+        grad_logits = logits[: active.shape[0]]
+        if grad_hidden is not None:
+            torch.mm(grad_logits, self.head.weight, out=grad_hidden)
+        if self.weight is not None:
+            self.weight.add(grad_logits, hidden)
+
+    def finish(self, tokens: Tokens) -> HeadGradients:
+        """The gradients, once all chunks are in; ``tokens`` are all of them."""
+        return HeadGradients(self.hidden, None if self.weight is None else self.weight.finish(tokens))
+
+
+def _mm_columns(grad_logits: Tensor, weight: Tensor, columns: Tensor, out: Tensor) -> None:
+    """out = grad_logits @ weight[columns], in pieces of bounded size."""
+    pieces = columns.split(max(1, _TILE_BYTES // (weight.shape[1] * weight.element_size())))
+    if len(pieces) == 1:
+        torch.mm(grad_logits, weight.index_select(0, columns), out=out)
+        return
+    total, begin = torch.zeros(out.shape), 0
+    for piece in pieces:
+        total += torch.mm(grad_logits[:, begin : begin + piece.shape[0]], weight.index_select(0, piece))
+        begin += piece.shape[0]
+    out.copy_(total)
+
+
+class _Pooled(NamedTuple):
+    """Gradients of a block that are still to be added to the weight's."""
+
+    grad_logits: Tensor
+    columns: Tensor
+    hidden: Tensor
+
+
+class _WeightSum:
+    """grad_weight = sum of grad_logits.T @ hidden over blocks of tokens.
+
+    In float32 the sum is kept in the result. In half precision every addition there would round, and so, when there are
+    more than ``_MAX_HALF_SUMS`` blocks:
+
+    - Blocks of few columns (``filter_eps``) wait in a pool, and are added up in float32 before the result is touched.
+    - A block of all columns is not added: once all tokens are through, ``finish`` computes the logits again, tile by tile
+      of the vocabulary, and sums each tile over all tokens in float32.
+    """
+
+    def __init__(self, head: Head, num_blocks: int) -> None:
+        self.head = head
+        self.result = head.weight.new_empty(head.weight.shape)
+        self.started = False
+        self.rounds = head.weight.element_size() < 4 and num_blocks > _MAX_HALF_SUMS
+        self.by_tiles = False
+        self.pool: list[_Pooled] = []
+        self.pool_bytes = 0
+
+    def add(self, grad_logits: Tensor, hidden: Tensor) -> None:
+        """A block with all columns; ``grad_logits`` (n, V)."""
+        if self.rounds:
+            self.by_tiles = True
+            self.pool.clear()
+        elif self.started:
+            self.result.addmm_(grad_logits.T, hidden)
+        else:
+            torch.mm(grad_logits.T, hidden, out=self.result)
+            self.started = True
+
+    def add_columns(self, grad_logits: Tensor, columns: Tensor, hidden: Tensor) -> None:
+        """A block with some columns; ``grad_logits`` (n, columns)."""
+        if self.by_tiles:
+            return
+        self.pool.append(_Pooled(grad_logits, columns, hidden))
+        self.pool_bytes += grad_logits.nbytes + columns.nbytes + hidden.nbytes
+        if not self.rounds or self.pool_bytes > _POOL_BYTES:
+            self._empty_pool()
+
+    def _empty_pool(self) -> None:
+        if not self.started:
+            self.result.zero_()
+            self.started = True
+        width = max(1, _TILE_BYTES // (3 * 4 * self.result.shape[1]))
+        if len(self.pool) == 1:
+            for begin in range(0, self.pool[0].columns.shape[0], width):
+                part = slice(begin, begin + width)
+                grad_logits, columns, hidden = self.pool[0]
+                old = self.result.index_select(0, columns[part])
+                self.result.index_copy_(0, columns[part], old.addmm_(grad_logits[:, part].T, hidden))
+        elif self.pool:
+            columns = torch.cat([block.columns for block in self.pool]).unique()
+            for part in columns.split(width):
+                self._add_pooled(part)
+        self.pool.clear()
+        self.pool_bytes = 0
+
+    def _add_pooled(self, columns: Tensor) -> None:
+        """Adds what the pool has for some rising columns, all between the first and the last of them."""
+        total = self.result.index_select(0, columns).float()
+        for block in self.pool:
+            first, last = torch.searchsorted(block.columns, columns[[0, -1]])
+            part = slice(int(first), int(last) + 1)
+            found = block.columns[part]
+            found = found[found <= columns[-1]]
+            product = block.grad_logits[:, part][:, : found.shape[0]].T @ block.hidden
+            total.index_add_(0, torch.searchsorted(columns, found), product.float())
+        self.result.index_copy_(0, columns, total.to(self.result.dtype))
+
+    def finish(self, tokens: Tokens) -> Tensor:
+        """The sum, once all blocks of ``tokens`` are in."""
+        if self.by_tiles:
+            self._sum_by_tiles(tokens)
+        else:
+            self._empty_pool()
+        return self.result
+
+    def _sum_by_tiles(self, tokens: Tokens) -> None:
+        vocabulary, hidden_size = self.result.shape
+        itemsize = self.result.element_size()
+        active = tokens.grad_logprobs.nonzero()[:, 0]
+        # A tile has its sum in float32 and one product; a chunk its hidden states and logits.
+        width = max(1, min(_TILE_COLUMNS, _TILE_BYTES // ((4 + itemsize) * hidden_size)))
+        chunk = max(1, _TILE_BYTES // (itemsize * (hidden_size + width)))
+        for first in range(0, vocabulary, width):
+            weight = self.head.weight[first : first + width]
+            total, product = torch.zeros(weight.shape), torch.empty_like(weight)
+            for index in active.split(chunk):
+                part = tokens.take(index)
+                logits = torch.mm(part.hidden, weight.T)
+                write_gradient(logits, first, torch.arange(logits.shape[0]), part, self.head.scale)
+                total += torch.mm(logits.T, part.hidden, out=product)
+            self.result[first : first + width] = total
