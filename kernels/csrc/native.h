@@ -26,6 +26,8 @@ enum Status : int32_t {
   kBadReferenceLengths = 5,
   kBadLogits = 6,
   kBadTargets = 7,
+  kBadOffsets = 8,
+  kBadValues = 9,
 };
 
 }  // namespace balcaprl

@@ -29,6 +29,8 @@ BAD_LENGTHS = 4
 BAD_REFERENCE_LENGTHS = 5
 BAD_LOGITS = 6
 BAD_TARGETS = 7
+BAD_OFFSETS = 8
+BAD_VALUES = 9
 
 _INT = ctypes.c_int64
 _PTR = ctypes.c_void_p
@@ -37,12 +39,15 @@ _CODE = ctypes.c_int32
 _GROUPED_ADVANTAGES = [_PTR, _INT, _INT, _INT, _PTR, _PTR, _PTR, _INT, _REAL, _REAL, _CODE, _REAL, _PTR]
 _SOFTMAX_ROWS = [_CODE, _PTR, _INT]  # type of the logits, logits, row stride
 _SIGNATURES = {
+    "balcaprl_token_batch": [_INT, _INT, *[_PTR] * 6, _CODE, _REAL, _PTR, _PTR],
+    "balcaprl_token_loss": [_INT, *[_PTR] * 6, *[_REAL] * 4, _PTR, _PTR],
     "balcaprl_probe_threads": [_INT, _PTR, _PTR],
     "balcaprl_set_simd_level": [_CODE],
     "balcaprl_softmax_stats": [*_SOFTMAX_ROWS, _INT, _INT, _REAL, *[_PTR] * 5],
     "balcaprl_softmax_gradient": [*_SOFTMAX_ROWS, _INT, _INT, _PTR, _INT, _REAL, *[_PTR] * 5],
     "balcaprl_softmax_mark": [*_SOFTMAX_ROWS, _INT, _PTR, _INT, _REAL, *[_PTR] * 3, _REAL, _PTR],
     "balcaprl_softmax_gather_gradient": [*_SOFTMAX_ROWS, _PTR, _INT, _PTR, _INT, _REAL, *[_PTR] * 6],
+    "balcaprl_logits_gradient": [*_SOFTMAX_ROWS, _INT, _INT, _REAL, *[_PTR] * 6, _INT],
     "balcaprl_grouped_advantages_f32": _GROUPED_ADVANTAGES,
     "balcaprl_grouped_advantages_f64": _GROUPED_ADVANTAGES,
 }

@@ -33,13 +33,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from balcaprl.kernels import native
 from balcaprl.kernels.checks import check_impl, check_tensor
 from balcaprl.kernels.token_loss import (
     LOSS_SCHEMA,
     LossArguments,
     PolicyLoss,
     check_arguments,
-    check_finite,
     compute_dtype,
     metric_sums,
     policy_loss_metrics,
@@ -50,7 +50,7 @@ from balcaprl.kernels.token_loss import (
     token_terms,
 )
 
-IMPLS = ("reference",)
+IMPLS = ("reference", "native")
 
 
 def policy_loss(
@@ -86,7 +86,7 @@ def policy_loss(
         kl_coef: >= 0; above 0 it needs ``reference_logprobs``. At 0 the divergence is measured only.
         reduction: ``token-mean``, ``sequence-mean`` or ``constant``.
         normalizer: > 0, the global denominator; see the table.
-        impl: ``reference`` or ``auto``.
+        impl: ``native`` (CPU, float32 and below), ``reference`` or ``auto``.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device, range, or a value that is not finite; the message
@@ -108,8 +108,20 @@ def policy_loss(
     )
     check_arguments(arguments, logprobs.shape[0], logprobs.device)
     check_impl("policy_loss", impl, IMPLS)
+    if impl == "native" and (logprobs.device.type != "cpu" or logprobs.dtype == torch.float64):
+        raise ValueError(f"impl: 'native' is for CPU tensors below float64, got {logprobs.dtype} on {logprobs.device}")
     loss, metrics, _ = _policy_loss_op(logprobs, *arguments.plain(), impl)
     return arguments.result(loss, metrics)
+
+
+def _choose(logprobs: Tensor) -> str:
+    """The fastest implementation that can run."""
+    if logprobs.device.type != "cpu" or logprobs.dtype == torch.float64:
+        return "reference"
+    if native.is_available():
+        return "native"
+    native.warn_unavailable()
+    return "reference"
 
 
 def policy_loss_reference(
@@ -132,10 +144,9 @@ def policy_loss_reference(
 def _policy_loss_op(logprobs, *rest):
     """Checks values, out of sight of the tracer; returns the loss, (5,) metrics, and d loss / d logprobs."""
     arguments, impl = LossArguments(*rest[:-1]), rest[-1]
-    impl = "reference" if impl == "auto" else impl
+    impl = _choose(logprobs) if impl == "auto" else impl
     dtype = compute_dtype(logprobs.dtype)
-    batch = token_batch(arguments, logprobs.shape[0], dtype, impl)
-    check_finite(logprobs=logprobs)
+    batch = token_batch(arguments, logprobs.shape[0], dtype, impl, logprobs=logprobs)
     loss, sums, gradient = token_loss(logprobs.to(dtype).contiguous(), batch, arguments.settings, impl)
     return loss.to(dtype), policy_loss_metrics(sums).to(dtype), gradient.to(logprobs.dtype)
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from balcaprl.kernels import native
 from balcaprl.kernels.checks import check_choice, check_number, check_tensor
 
 REDUCTIONS = ("token-mean", "sequence-mean", "constant")
@@ -201,21 +202,59 @@ def check_ragged(cu_seqlens: Tensor, num_tokens: int) -> None:
         )
 
 
-def token_batch(arguments: LossArguments, num_tokens: int, dtype: torch.dtype, impl: str) -> TokenBatch:
+def token_batch(
+    arguments: LossArguments, num_tokens: int, dtype: torch.dtype, impl: str, *, logprobs: Tensor | None = None
+) -> TokenBatch:
     """Checks the values of ``arguments`` and spreads them over ``num_tokens`` tokens.
 
     Args:
         arguments: as ``check_arguments`` accepts them.
         num_tokens: T.
         dtype: float32 or float64, see ``compute_dtype``.
-        impl: of the op, resolved: not ``auto``.
+        impl: of the op, resolved: not ``auto``. ``native`` knows float32.
+        logprobs: (T,) where the caller has passed them in: checked with the others.
 
     Raises:
         ValueError: a value is not finite, or ``cu_seqlens`` are no offsets; starts with the argument's name.
     """
-    check_ragged(arguments.cu_seqlens, num_tokens)
-    check_finite(advantages=arguments.advantages, **arguments.per_token)
+    if impl == "native":
+        return _token_batch_native(arguments, num_tokens, logprobs)
+    _check_values(arguments, num_tokens, logprobs)
     return spread(arguments, num_tokens, dtype)
+
+
+def _check_values(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None) -> None:
+    check_ragged(arguments.cu_seqlens, num_tokens)
+    check_finite(logprobs=logprobs, advantages=arguments.advantages, **arguments.per_token)
+
+
+def _token_batch_native(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None) -> TokenBatch:
+    """``balcaprl_token_batch`` of ``kernels/csrc/policy_loss.cpp``."""
+    # Named, so that converted copies live until the call returns.
+    offsets, advantages_R = arguments.cu_seqlens.contiguous(), _plain_float(arguments.advantages)
+    per_token = (logprobs, arguments.old_logprobs, arguments.sampling_logprobs, arguments.reference_logprobs)
+    floats = [None if t is None else _plain_float(t) for t in per_token]
+    advantages_T, scale_T = torch.empty(2, num_tokens).unbind()
+    status = native.library().balcaprl_token_batch(
+        num_tokens,
+        advantages_R.shape[0],
+        offsets.data_ptr(),
+        advantages_R.data_ptr(),
+        *(None if t is None else t.data_ptr() for t in floats),
+        REDUCTIONS.index(arguments.reduction),
+        0.0 if arguments.normalizer is None else arguments.normalizer,
+        advantages_T.data_ptr(),
+        scale_T.data_ptr(),
+    )
+    if status != native.OK:
+        _check_values(arguments, num_tokens, logprobs)  # says what it was
+        raise ValueError("cu_seqlens or log-probabilities: a value that float32 cannot hold")
+    return TokenBatch(floats[1], advantages_T, scale_T, floats[2], floats[3])
+
+
+def _plain_float(tensor: Tensor) -> Tensor:
+    """Contiguous float32, by a copy only where it is something else."""
+    return tensor.to(torch.float32).contiguous()
 
 
 def spread(arguments: LossArguments, num_tokens: int, dtype: torch.dtype) -> TokenBatch:
@@ -238,14 +277,36 @@ def token_loss(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings, im
         logprobs_T: (T,) in the dtype of ``batch``, contiguous, finite.
         batch: as ``token_batch`` gives it.
         settings: see ``policy_loss``.
-        impl: resolved: not ``auto``.
+        impl: resolved: not ``auto``. ``native`` knows float32.
     """
+    if impl == "native":
+        return _token_loss_native(logprobs_T, batch, settings)
     with torch.no_grad():
         tokens = token_terms(logprobs_T, batch, settings)
         losses_T = token_losses(tokens, batch, settings)
         grad_T = _token_gradient(tokens, batch, settings) * batch.scale
         loss_sum = (losses_T * batch.scale).sum(dtype=torch.float64)
         return TokenLoss(loss_sum, metric_sums(tokens), grad_T)
+
+
+def _token_loss_native(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings) -> TokenLoss:
+    """``balcaprl_token_loss`` of ``kernels/csrc/policy_loss.cpp``: one pass over blocks of tokens, on torch's threads."""
+    sums = torch.empty(1 + len(METRIC_SUMS), dtype=torch.float64)
+    gradient_T = torch.empty(logprobs_T.shape[0])
+    status = native.library().balcaprl_token_loss(
+        logprobs_T.shape[0],
+        logprobs_T.data_ptr(),
+        *(None if t is None else t.data_ptr() for t in batch),
+        settings.clip_low,
+        settings.clip_high,
+        settings.sampling_ratio_cap or 0.0,
+        settings.kl_coef,
+        gradient_T.data_ptr(),
+        sums.data_ptr(),
+    )
+    if status != native.OK:
+        raise MemoryError(f"token_loss: no memory for {logprobs_T.shape[0]} tokens")
+    return TokenLoss(sums[0], sums[1:], gradient_T)
 
 
 def policy_loss_metrics(metric_sums: Tensor) -> Tensor:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from balcaprl.kernels import PolicyLoss, policy_loss
+from balcaprl.kernels import PolicyLoss, native, policy_loss
 from balcaprl.kernels.policy_loss import policy_loss_reference
 from balcaprl.kernels.testing import assert_as_accurate
 from balcaprl.kernels.token_loss import REDUCTIONS
 
 LENGTHS = (3, 0, 5, 1, 4)
+needs_native = pytest.mark.skipif(not native.is_available(), reason=f"no native library: {native.unavailable_reason()}")
 
 
 def offsets(lengths: tuple[int, ...]) -> Tensor:
@@ -130,9 +132,15 @@ def test_gradcheck(reduction: str, extra: dict) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [LENGTHS, (1,), (0, 0, 7), (200, 1, 300)])
 def test_op_agrees_with_autograd_of_the_reference(dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
-    data = batch(dtype, lengths, seed=len(lengths))
+    compare_with_the_reference("auto", dtype, lengths, seed=len(lengths))
+
+
+def compare_with_the_reference(impl: str, dtype: torch.dtype, lengths: tuple[int, ...], seed: int) -> None:
+    """Holds loss, metrics and gradient of the op to the comparison rule."""
+    data = batch(dtype, lengths, seed)
     results, gradients = [], []
-    cases = ((policy_loss, dtype), (policy_loss_reference, dtype), (policy_loss_reference, torch.float64))
+    op = functools.partial(policy_loss, impl=impl)
+    cases = ((op, dtype), (policy_loss_reference, dtype), (policy_loss_reference, torch.float64))
     for function, precision in cases:
         inputs = {k: v if k == "cu_seqlens" else v.to(precision) for k, v in data.items()}
         logprobs = inputs["logprobs"] = inputs["logprobs"].clone().requires_grad_()
@@ -143,6 +151,69 @@ def test_op_agrees_with_autograd_of_the_reference(dtype: torch.dtype, lengths: t
         assert_as_accurate(*(v.detach() for v in values), name=name)
     assert gradients[0].dtype == dtype
     assert_as_accurate(*gradients, kind="gradient")
+
+
+@needs_native
+@pytest.mark.parametrize("level", range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_native_is_as_accurate_as_the_reference(dtype: torch.dtype, level: int) -> None:
+    """48 ragged shapes, each instruction set of this machine: one that it lacks gives the next lower one."""
+    library = native.library()
+    try:
+        library.balcaprl_set_simd_level(level)
+        for seed in range(48):
+            generator = torch.Generator().manual_seed(seed)
+            num_rollouts = int(torch.randint(1, 8, (), generator=generator))
+            longest = (2, 9, 40, 300)[seed % 4]
+            lengths = tuple(torch.randint(0, longest, (num_rollouts,), generator=generator).tolist())
+            compare_with_the_reference("native", dtype, lengths, seed)
+    finally:
+        library.balcaprl_set_simd_level(-1)
+
+
+@needs_native
+@pytest.mark.parametrize("num_tokens", [1, 15, 17, 8191, 8193, 40_000])
+def test_native_gives_the_same_bits_at_any_thread_count(num_tokens: int) -> None:
+    data = batch(torch.float32, (num_tokens - 1, 1))
+    data["logprobs"].requires_grad_()
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            result = policy_loss(**data, **FULL, impl="native")
+            results.append([*result, *torch.autograd.grad(result.loss, data["logprobs"])])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_native
+def test_native_takes_strided_and_mixed_inputs() -> None:
+    data = batch(torch.float32, (5, 7, 40))
+    expected = policy_loss(**data, **FULL, impl="native")
+    strided = {k: torch.stack([v, v + 9], dim=1)[:, 0] for k, v in data.items() if k != "cu_seqlens"}
+    offsets_of_two = torch.stack([data["cu_seqlens"]] * 2, dim=1)[:, 1]
+    actual = policy_loss(**strided, cu_seqlens=offsets_of_two, **FULL, impl="native")
+    assert torch.equal(torch.stack(actual), torch.stack(expected))
+    data["old_logprobs"] = data["old_logprobs"].double()
+    assert torch.equal(torch.stack(policy_loss(**data, **FULL, impl="native")), torch.stack(expected))
+
+
+@pytest.mark.parametrize("difference", [-800.0, -100.0, 88.5, 100.0, 800.0])
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+def test_overflow_gives_infinities_in_the_same_places_and_no_nan(difference: float, advantage: float) -> None:
+    logprobs = torch.tensor([-1.0, -1.0]).requires_grad_()
+    other = torch.tensor([-1.0 - difference, -1.0])
+    arguments = {"advantages": torch.full((2,), advantage), "cu_seqlens": offsets((1, 1)), "kl_coef": 0.5}
+    results = []
+    for impl in ("auto", "reference"):
+        result = policy_loss(logprobs, other, reference_logprobs=other, **arguments, impl=impl)
+        results.append([*result[:-1], *torch.autograd.grad(result.loss, logprobs)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+        assert not actual.isnan().any()
 
 
 def test_metrics_and_other_inputs_carry_no_gradient() -> None:
@@ -274,7 +345,8 @@ def test_same_input_gives_the_same_bits() -> None:
         ("reduction", {"reduction": "mean"}),
         ("normalizer", {"normalizer": 0.0}),
         ("normalizer", {"normalizer": torch.tensor(3.0)}),
-        ("impl", {"impl": "triton"}),
+        ("impl", {"impl": "cuda"}),
+        ("impl", {"impl": "native"}),  # float64
     ],
 )
 def test_bad_argument_is_named(argument: str, changed: dict) -> None:

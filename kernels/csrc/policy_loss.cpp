@@ -1,0 +1,109 @@
+// The policy loss of a ragged batch: checks and spreads what belongs to rollouts over tokens, then loss, gradient and metrics
+// in one pass. See kernels/ops/token_loss.py, whose token_batch and token_loss these two functions are.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <iterator>
+#include <new>
+#include <vector>
+
+#include "native.h"
+#include "parallel.h"
+#include "token_loss.h"
+
+namespace {
+
+using balcaprl::TokenSums;
+
+constexpr int64_t kBlock = 8192;  // tokens
+
+enum Reduction : int32_t { kTokenMean = 0, kSequenceMean = 1, kConstant = 2 };
+
+int64_t num_blocks(int64_t num_tokens) { return (num_tokens + kBlock - 1) / kBlock; }
+
+// Whether all values are finite: none has an exponent of all ones. Null counts as finite.
+bool finite(const float* values, int64_t begin, int64_t end) {
+  if (values == nullptr) return true;
+  uint32_t largest = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, values + i, sizeof(bits));
+    largest = std::max(largest, bits & 0x7f800000u);
+  }
+  return largest != 0x7f800000u;
+}
+
+bool valid_offsets(const int32_t* offsets, int64_t num_rollouts, int64_t num_tokens) {
+  if (offsets[0] != 0 || offsets[num_rollouts] != num_tokens) return false;
+  bool rising = true;
+  for (int64_t j = 0; j < num_rollouts; ++j) rising &= offsets[j] <= offsets[j + 1];
+  return rising;
+}
+
+double denominator_of(const int32_t* offsets, int64_t num_rollouts, int64_t num_tokens, Reduction reduction) {
+  if (reduction == kTokenMean) return static_cast<double>(std::max<int64_t>(num_tokens, 1));
+  if (reduction == kSequenceMean) return static_cast<double>(std::max<int64_t>(num_rollouts, 1));
+  int64_t longest = 0;
+  for (int64_t j = 0; j < num_rollouts; ++j) longest = std::max<int64_t>(longest, offsets[j + 1] - offsets[j]);
+  return static_cast<double>(std::max<int64_t>(longest * num_rollouts, 1));
+}
+
+}  // namespace
+
+// offsets (R + 1), advantages (R), the log-probabilities (T) or null; spread_advantages and scale (T), written. A
+// normalizer of 0 asks for the reduction's own. kBadOffsets or kBadValues where a value is not allowed.
+BALCAPRL_EXPORT int32_t balcaprl_token_batch(int64_t num_tokens, int64_t num_rollouts, const int32_t* offsets,
+                                             const float* advantages, const float* logprobs, const float* old_logprobs,
+                                             const float* sampling_logprobs, const float* reference_logprobs,
+                                             int32_t reduction, double normalizer, float* spread_advantages,
+                                             float* scale) {
+  if (!valid_offsets(offsets, num_rollouts, num_tokens)) return balcaprl::kBadOffsets;
+  bool good = finite(advantages, 0, num_rollouts);
+  const float* per_token[] = {logprobs, old_logprobs, sampling_logprobs, reference_logprobs};
+  for (const float* values : per_token) good = good && finite(values, 0, num_tokens);
+  if (!good) return balcaprl::kBadValues;
+
+  const auto kind = static_cast<Reduction>(reduction);
+  const double denominator = normalizer > 0.0 ? normalizer : denominator_of(offsets, num_rollouts, num_tokens, kind);
+  for (int64_t j = 0; j < num_rollouts; ++j) {
+    const int64_t length = offsets[j + 1] - offsets[j];
+    const double share = kind == kSequenceMean ? denominator * static_cast<double>(length) : denominator;
+    std::fill(spread_advantages + offsets[j], spread_advantages + offsets[j + 1], advantages[j]);
+    std::fill(scale + offsets[j], scale + offsets[j + 1], static_cast<float>(1.0 / share));
+  }
+  return balcaprl::kOk;
+}
+
+// All (T), old, sampling and reference log-probabilities or null; a cap of 0 asks for no importance sampling. Writes the
+// gradients (T) and 7 sums: the loss, then METRIC_SUMS.
+BALCAPRL_EXPORT int32_t balcaprl_token_loss(int64_t num_tokens, const float* logprobs, const float* old_logprobs,
+                                            const float* advantages, const float* scale, const float* sampling_logprobs,
+                                            const float* reference_logprobs, double clip_low, double clip_high,
+                                            double sampling_cap, double kl_coef, float* gradients, double* sums) {
+  const balcaprl::TokenInputs inputs{logprobs, old_logprobs, advantages, scale, sampling_logprobs, reference_logprobs};
+  const balcaprl::TokenSettings settings{clip_low, clip_high, sampling_cap, kl_coef};
+  const auto& table = balcaprl::token_loss_table();
+  TokenSums total;
+  try {
+    std::vector<TokenSums> parts(static_cast<size_t>(num_blocks(num_tokens)));
+    balcaprl::parallel_for(num_blocks(num_tokens), [&](int64_t block) {
+      const int64_t begin = block * kBlock, end = std::min(num_tokens, begin + kBlock);
+      table.token_loss(inputs, settings, begin, end, gradients, &parts[static_cast<size_t>(block)]);
+    });
+    for (const TokenSums& part : parts) {
+      total.loss += part.loss;
+      total.clipped += part.clipped;
+      total.ratio += part.ratio;
+      total.ratio_max = std::max(total.ratio_max, part.ratio_max);
+      total.k3_reference += part.k3_reference;
+      total.k3_sampling += part.k3_sampling;
+      total.count += part.count;
+    }
+  } catch (const std::bad_alloc&) {
+    return balcaprl::kOutOfMemory;
+  }
+  const double result[] = {total.loss,         total.clipped,     total.ratio, total.ratio_max,
+                           total.k3_reference, total.k3_sampling, total.count};
+  std::copy(std::begin(result), std::end(result), sums);
+  return balcaprl::kOk;
+}
