@@ -1,0 +1,181 @@
+"""Attention of packed groups: completions of one prompt attend to it and to themselves, and the prompt is there once.
+
+Tokens lie as ``shared_prefix_layout.py`` tells: ``[prompt | completion 1 | ... | completion G]`` for each group. With
+H query heads, H_kv key heads (query head h uses key head h // (H / H_kv)) and a(t) the packed tokens that token t sees
+(its own segment up to itself, and its group's prompt)::
+
+    s_hti  = scale * q_ht . k_hi                           i in a(t)
+    lse_ht = log sum_i exp(s_hti)
+    out_ht = sum_i exp(s_hti - lse_ht) v_hi
+
+and with g the gradient of ``out``, p = exp(s - lse), delta_ht = g_ht . out_ht::
+
+    d v_i = sum_t p_ti g_t,     ds_ti = p_ti (g_t . v_i - delta_t),     d q_t = scale sum_i ds_ti k_i,     d k alike
+
+Both sums over i fall apart into the prompt's part and the segment's own, which is what lets an implementation take
+them by themselves: forward parts are joined by their logsumexp; backward parts only need the joint ``lse`` and ``out``,
+and their gradients add up. No (T, T) mask or score matrix is ever stored.
+
+=============  =======================================================================================================
+``reference``  plain PyTorch with a mask per group, any device and dtype: the specification; ``shared_prefix_reference.py``
+``sdpa``       PyTorch's fused attention kernel on CPU, a few calls for all groups; ``shared_prefix_sdpa.py``
+``flash``      flash-attn's varlen kernels on CUDA; ``shared_prefix_flash.py``
+``triton``     our kernels: the prompt's keys are read once per group; ``shared_prefix_triton.py``
+=============  =======================================================================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from balcaprl.kernels import launch
+from balcaprl.kernels.checks import check_impl, check_number, check_tensor
+from balcaprl.kernels.shared_prefix_layout import SharedPrefixLayout
+from balcaprl.kernels.token_loss import compute_dtype
+
+IMPLS = ("reference", "sdpa", "flash", "triton")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LAYOUT_FIELDS = len(SharedPrefixLayout._fields)
+
+
+def shared_prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SharedPrefixLayout,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention output (T, H, head_dim) of packed groups, in the dtype of ``query``; differentiable once.
+
+    Args:
+        query: (T, H, head_dim) float32, float64, bfloat16 or float16, packed as ``layout`` says. Any strides.
+        key: (T, H_kv, head_dim), H a multiple of H_kv.
+        value: (T, H_kv, head_dim).
+        layout: of the T tokens, on the device of ``query``.
+        scale: multiplies the scores; None: head_dim ** -0.5.
+        softcap: refused: no implementation has one. Here so that models that need one fail loudly.
+        impl: ``sdpa`` (CPU), ``flash`` (CUDA, half precision), ``triton`` (CUDA; CPU under Triton's interpreter),
+            ``reference`` or ``auto``.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or range, or the layout is of other tokens; the message
+            starts with the argument's name.
+    """
+    _check_arguments(query, key, value, layout, scale, softcap)
+    check_impl("shared_prefix_attention", impl, IMPLS)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, _ = _attention_op(query, key, value, list(layout), scale, impl)
+    return out
+
+
+def _check_arguments(
+    query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scale: float | None, softcap: float | None
+) -> None:
+    check_tensor("query", query, shape=("T", "H", "head_dim"), dtypes=_DTYPES)
+    num_tokens, num_heads, head_dim = query.shape
+    check_tensor("key", key, shape=(num_tokens, "H_kv", head_dim), dtypes=(query.dtype,), device=query.device)
+    if key.shape[1] == 0 or num_heads % key.shape[1]:
+        raise ValueError(f"key: {key.shape[1]} heads do not divide the {num_heads} heads of query")
+    check_tensor("value", value, shape=tuple(key.shape), dtypes=(query.dtype,), device=query.device)
+    if not isinstance(layout, SharedPrefixLayout):
+        raise ValueError(f"layout: expected a SharedPrefixLayout, got {type(layout).__name__}; see from_lengths")
+    check_tensor("layout.cu_seqlens", layout.cu_seqlens, shape=("S + 1",), dtypes=(torch.int32,), device=query.device)
+    if scale is not None:
+        check_number("scale", scale, low=0.0, exclusive_low=True)
+    if softcap is not None:
+        raise ValueError(
+            f"softcap: {softcap} is not supported, scores are not capped here; use the model's own attention"
+        )
+
+
+def resolve_impl(impl: str, query: Tensor) -> str:
+    """The implementation that ``impl`` means for ``query``; ``auto`` is the fastest that can run.
+
+    Raises:
+        ValueError: it cannot run on such tensors; starts with ``impl``.
+    """
+    has_half = query.dtype in (torch.bfloat16, torch.float16)
+    if impl == "auto":
+        if query.device.type == "cpu":
+            return "sdpa"
+        if query.device.type == "cuda" and query.dtype != torch.float64:
+            if launch.has_triton():
+                return "triton"
+            if has_half and importlib.util.find_spec("flash_attn") is not None:
+                return "flash"
+        return "reference"
+    if impl == "sdpa" and query.device.type != "cpu":
+        raise ValueError(f"impl: 'sdpa' runs on the CPU, query is on {query.device}; use 'auto'")
+    if impl == "triton":
+        launch.check_triton(query.device)
+    return impl
+
+
+def _implementation(impl: str) -> ModuleType:
+    """The module with ``forward`` and ``backward``; imported on demand, since some need triton or flash-attn.
+
+    ``forward(query, key, value, layout, scale) -> (out (T, H, head_dim), lse (H, T))``, ``out`` contiguous, ``lse`` natural
+    logarithms in float32 (float64 for float64 inputs).
+    ``backward(grad_out, query, key, value, out, lse, layout, scale) -> (grad_query, grad_key, grad_value)``.
+    """
+    return importlib.import_module(f"{__package__}.shared_prefix_{impl}")
+
+
+_SCHEMA = "Tensor query, Tensor key, Tensor value"
+
+
+@torch.library.custom_op(
+    "balcaprl::shared_prefix_attention",
+    mutates_args=(),
+    schema=f"({_SCHEMA}, Tensor[] layout, float scale, str impl) -> (Tensor out, Tensor lse)",
+)
+def _attention_op(query: Tensor, key: Tensor, value: Tensor, layout: list[Tensor], scale: float, impl: str) -> Any:
+    """Checks the layout's values, out of sight of the tracer."""
+    named = SharedPrefixLayout(*layout)
+    if named.num_tokens != query.shape[0]:
+        raise ValueError(f"layout: it is of {named.num_tokens} packed tokens, query has {query.shape[0]}")
+    return _implementation(resolve_impl(impl, query)).forward(query, key, value, named, scale)
+
+
+@_attention_op.register_fake
+def _attention_fake(query, key, value, layout, scale, impl):
+    lse = query.new_empty((query.shape[1], query.shape[0]), dtype=compute_dtype(query.dtype))
+    return query.new_empty(query.shape), lse
+
+
+@torch.library.custom_op(
+    "balcaprl::shared_prefix_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, {_SCHEMA}, Tensor out, Tensor lse, Tensor[] layout, float scale, str impl) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+)
+def _attention_backward_op(grad_out, query, key, value, out, lse, layout, scale, impl):
+    implementation = _implementation(resolve_impl(impl, query))
+    return implementation.backward(grad_out, query, key, value, out, lse, SharedPrefixLayout(*layout), scale)
+
+
+@_attention_backward_op.register_fake
+def _attention_backward_fake(grad_out, query, key, value, out, lse, layout, scale, impl):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, layout, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(query, key, value, *output, *layout)
+
+
+def _backward(ctx, grad_out, _grad_lse):
+    query, key, value, out, lse, *layout = ctx.saved_tensors
+    arguments = (grad_out, query, key, value, out, lse, layout, ctx.scale, ctx.impl)
+    return *_attention_backward_op(*arguments), [None] * _LAYOUT_FIELDS, None, None
+
+
+_attention_op.register_autograd(_backward, setup_context=_setup_context)

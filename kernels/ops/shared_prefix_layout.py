@@ -1,0 +1,121 @@
+"""How groups that share a prompt lie in one packed tensor, and what every implementation of the attention needs of it.
+
+Tokens of B groups stand one after the other without padding, each group its prompt first::
+
+    [prompt 0 | completion | completion | prompt 1 | completion | ...]
+
+A *segment* is a prompt or a completion. There are S = B + R of them, R completions in all, in packed order. A token
+attends to the tokens of its own segment up to itself, and, in a completion, to all of its group's prompt. A completion
+may be empty, a prompt may not; a group may have no completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SharedPrefixLayout(NamedTuple):
+    """Made by ``from_lengths``. Only tensors, so that ops and ``torch.compile`` take it as it is.
+
+    The first five are on the device of the tokens. The three ``host`` ones are always on the CPU, so that sizes of
+    grids and loops are known without waiting for a device.
+    """
+
+    cu_seqlens: Tensor
+    """IntTensor (S + 1,): segment s owns the packed tokens cu_seqlens[s] to cu_seqlens[s + 1]."""
+    prompt_segment: Tensor
+    """IntTensor (S,): the segment of the prompt that segment s goes on from; a prompt names itself."""
+    cu_groups: Tensor
+    """IntTensor (B + 1,): group b owns the packed tokens cu_groups[b] to cu_groups[b + 1]."""
+    cu_prompts: Tensor
+    """IntTensor (B + 1,): prompt lengths, summed up. Group b's prompt begins at packed token cu_groups[b]."""
+    cu_completions: Tensor
+    """IntTensor (B + 1,): completion tokens of each group, summed up. Those of group b are the packed tokens
+    cu_groups[b + 1] - (cu_completions[b + 1] - cu_completions[b]) to cu_groups[b + 1]."""
+    host_prompt_lengths: Tensor
+    """LongTensor (B,)."""
+    host_group_sizes: Tensor
+    """LongTensor (B,): completions of each group."""
+    host_completion_lengths: Tensor
+    """LongTensor (R,): of all completions, group after group."""
+
+    @classmethod
+    def from_lengths(
+        cls,
+        prompt_lengths: Sequence[int],
+        completion_lengths: Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
+    ) -> SharedPrefixLayout:
+        """The layout of groups.
+
+        Args:
+            prompt_lengths: of each group, at least 1.
+            completion_lengths: of each group's completions, 0 or more.
+            device: of the tokens.
+
+        Raises:
+            ValueError: a length is out of range, or the two arguments are not of the same groups.
+        """
+        _check_lengths(prompt_lengths, completion_lengths)
+        segments: list[int] = []
+        owners: list[int] = []
+        for prompt, completions in zip(prompt_lengths, completion_lengths, strict=True):
+            owners += [len(segments)] * (1 + len(completions))
+            segments += [prompt, *completions]
+        totals = [sum(each) for each in completion_lengths]
+        groups = [prompt + total for prompt, total in zip(prompt_lengths, totals, strict=True)]
+        return cls(
+            cu_seqlens=_cumulated(segments, device),
+            prompt_segment=torch.tensor(owners, dtype=torch.int32, device=device),
+            cu_groups=_cumulated(groups, device),
+            cu_prompts=_cumulated(prompt_lengths, device),
+            cu_completions=_cumulated(totals, device),
+            host_prompt_lengths=torch.tensor(list(prompt_lengths), dtype=torch.long),
+            host_group_sizes=torch.tensor([len(each) for each in completion_lengths], dtype=torch.long),
+            host_completion_lengths=torch.tensor([n for each in completion_lengths for n in each], dtype=torch.long),
+        )
+
+    @property
+    def num_groups(self) -> int:
+        """B."""
+        return self.host_prompt_lengths.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the length of the packed tensors. Reads host tensors."""
+        return int(self.host_prompt_lengths.sum() + self.host_completion_lengths.sum())
+
+    def groups(self) -> list[tuple[int, int, list[int]]]:
+        """(first packed token, prompt length, completion lengths) of each group. Reads host tensors."""
+        lengths = self.host_completion_lengths.split(self.host_group_sizes.tolist())
+        result, start = [], 0
+        for prompt, completions in zip(self.host_prompt_lengths.tolist(), lengths, strict=True):
+            result.append((start, prompt, completions.tolist()))
+            start += prompt + int(completions.sum())
+        return result
+
+
+def _check_lengths(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]) -> None:
+    if len(prompt_lengths) != len(completion_lengths):
+        raise ValueError(
+            f"completion_lengths: expected one list for each of {len(prompt_lengths)} prompts, "
+            f"got {len(completion_lengths)}"
+        )
+    if not prompt_lengths:
+        raise ValueError("prompt_lengths: expected at least one group")
+    for index, (prompt, completions) in enumerate(zip(prompt_lengths, completion_lengths, strict=True)):
+        if prompt < 1:
+            raise ValueError(f"prompt_lengths: group {index} has a prompt of {prompt} tokens; it needs at least 1")
+        if min(completions, default=0) < 0:
+            raise ValueError(f"completion_lengths: group {index} has a completion of {min(completions)} tokens")
+    total = sum(prompt_lengths) + sum(sum(each) for each in completion_lengths)
+    if total >= 2**31:
+        raise ValueError(f"prompt_lengths: {total} packed tokens exceed int32; pack fewer groups")
+
+
+def _cumulated(lengths: Sequence[int], device: torch.device | str) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.long).cumsum(0).to(torch.int32).to(device)

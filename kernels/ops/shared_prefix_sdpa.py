@@ -1,0 +1,162 @@
+"""``impl="sdpa"`` of ``shared_prefix_attention``: PyTorch's fused attention kernel on the CPU, in few large calls.
+
+The attention is the sum of two parts that need no mask: the causal attention of every segment to itself, many segments
+of similar length at once, and the attention of a group's completion tokens to its prompt, one call for each group.
+Parts are joined by their logsumexp. The backward calls the kernel's own backward for each part with the *joint* output
+and logsumexp: it then computes that part of the gradient exactly, since p = exp(s - lse) and delta = g . out are those
+of the joint softmax, and the parts add up.
+
+The kernel wants as many key heads as query heads. The prompt's part gives it the query heads that share a key head as
+another batch axis, along which keys have stride 0: none is copied. The causal part copies, since it gathers anyway.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from balcaprl.kernels.shared_prefix_layout import SharedPrefixLayout
+from balcaprl.kernels.token_loss import compute_dtype
+
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Segments share a call where the longest has at most this many tokens, or this many times those of the shortest.
+_SHORT_SEGMENT = 64
+_MAX_STRETCH = 1.25
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See ``shared_prefix_attention._implementation``."""
+    num_tokens, num_heads, _ = query.shape
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse_TH = torch.empty((num_tokens, num_heads), dtype=compute_dtype(query.dtype), device=query.device)
+    for bucket in _segment_buckets(layout):
+        q, k, v = bucket.gather(query), *(bucket.gather(x, num_heads) for x in (key, value))
+        part, part_lse = _fused(q, k, v, 0.0, True, scale=scale)
+        bucket.scatter(out, part)
+        bucket.scatter(lse_TH, part_lse)
+    for prompt, completions in _group_slices(layout):
+        q, k, v = _prompt_call(query, key, value, prompt, completions)
+        part, part_lse = _fused(q, k, v, 0.0, False, scale=scale)
+        _join(out[completions], lse_TH[completions], _tokens_first(part), _tokens_first(part_lse))
+    return out, lse_TH.T.contiguous()
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: SharedPrefixLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``shared_prefix_attention._implementation``."""
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    lse_TH = lse.T
+    grad_query, grad_key, grad_value = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
+    )
+    for bucket in _segment_buckets(layout):
+        q, o = (bucket.gather(x) for x in (query, out))
+        k, v = (bucket.gather(x, num_heads) for x in (key, value))
+        # Padding repeats a token: its gradient is 0, so that it adds nothing to keys before it.
+        g = bucket.gather(grad_out).masked_fill_(~bucket.is_token[:, None, :, None], 0.0)
+        grads = _fused_backward(g, q, k, v, o, bucket.gather(lse_TH), 0.0, True, scale=scale)
+        bucket.scatter(grad_query, grads[0])
+        for gradient, part in zip((grad_key, grad_value), grads[1:], strict=True):
+            bucket.scatter(gradient, part.unflatten(1, (num_kv_heads, -1)).sum(2))
+    for prompt, completions in _group_slices(layout):
+        q, k, v = _prompt_call(query, key, value, prompt, completions)
+        g, o = (_heads_apart(x[completions], num_kv_heads) for x in (grad_out, out))
+        joint = _heads_apart(lse_TH[completions], num_kv_heads)
+        grads = _fused_backward(g, q, k, v, o, joint, 0.0, False, scale=scale)
+        grad_query[completions] += _tokens_first(grads[0])
+        grad_key[prompt] += grads[1].sum(0).transpose(0, 1)
+        grad_value[prompt] += grads[2].sum(0).transpose(0, 1)
+    return grad_query, grad_key, grad_value
+
+
+class _Bucket(NamedTuple):
+    """Segments of similar length, padded to the longest: N rows of L tokens. Padding repeats a row's last token."""
+
+    index: Tensor
+    """LongTensor (N, L): packed tokens."""
+    is_token: Tensor
+    """BoolTensor (N, L): False at padding."""
+
+    def gather(self, x: Tensor, num_heads: int | None = None) -> Tensor:
+        """(T, H, ...) to (N, H, L, ...), heads repeated to ``num_heads``."""
+        rows = x[self.index].transpose(1, 2)
+        return rows if num_heads in (None, x.shape[1]) else rows.repeat_interleave(num_heads // x.shape[1], 1)
+
+    def scatter(self, x: Tensor, rows: Tensor) -> None:
+        """(N, H, L, ...) into x (T, H, ...)."""
+        x[self.index[self.is_token]] = rows.transpose(1, 2)[self.is_token].to(x.dtype)
+
+
+def _segment_buckets(layout: SharedPrefixLayout) -> list[_Bucket]:
+    """All segments that are not empty, by length."""
+    bounds = layout.cu_seqlens.long()
+    lengths = bounds.diff()
+    order = lengths.argsort(descending=True, stable=True)
+    sizes, sorted_lengths = [0], lengths[order].tolist()
+    longest = 0
+    for position, length in enumerate(sorted_lengths):
+        if not length:
+            break
+        if longest > max(_SHORT_SEGMENT, _MAX_STRETCH * length) or not longest:
+            longest = length
+            sizes.append(0)
+        sizes[-1] = position + 1
+    starts = [0, *sizes[1:-1]] if len(sizes) > 1 else []
+    return [_bucket(bounds, order[a:b], sorted_lengths[a]) for a, b in zip(starts, sizes[1:], strict=True)]
+
+
+def _bucket(bounds: Tensor, segments: Tensor, width: int) -> _Bucket:
+    place = torch.arange(width)
+    begin, end = bounds[segments, None], bounds[segments + 1, None]
+    return _Bucket((begin + place).minimum(end - 1), begin + place < end)
+
+
+def _group_slices(layout: SharedPrefixLayout) -> list[tuple[slice, slice]]:
+    """Packed tokens of the prompt and of all completions, for each group that has completion tokens."""
+    slices = []
+    for start, prompt, completions in layout.groups():
+        middle, end = start + prompt, start + prompt + sum(completions)
+        if end > middle:
+            slices.append((slice(start, middle), slice(middle, end)))
+    return slices
+
+
+def _prompt_call(
+    query: Tensor, key: Tensor, value: Tensor, prompt: slice, completions: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (repeats, H_kv, L, head_dim) of the completions; keys and values of the prompt, expanded to them."""
+    q = _heads_apart(query[completions], key.shape[1])
+    k, v = (x[prompt].transpose(0, 1)[None].expand(q.shape[0], -1, -1, -1) for x in (key, value))
+    return q, k, v
+
+
+def _heads_apart(x: Tensor, num_kv_heads: int) -> Tensor:
+    """(L, H, ...) to (repeats, H_kv, L, ...), a view."""
+    apart = x.unflatten(1, (num_kv_heads, -1))
+    return apart.movedim((2, 1, 0), (0, 1, 2))
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """(repeats, H_kv, L, ...) back to (L, H, ...)."""
+    return x.movedim((0, 1, 2), (2, 1, 0)).flatten(1, 2)
+
+
+def _join(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Joins a part (L, H, head_dim) into what ``out`` and ``lse`` (L, H) hold of the other, in place."""
+    joint = torch.logaddexp(lse, part_lse)
+    ours, theirs = (lse - joint).exp_().unsqueeze(-1), (part_lse - joint).exp_().unsqueeze(-1)
+    out.copy_(out * ours + part * theirs)
+    lse.copy_(joint)
