@@ -108,7 +108,7 @@ def _report_parser() -> ArgumentParser:
 
 
 def _warmstart_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Train the demo's warm start from scratch (a quarter of an hour on two cores).")
+    parser = ArgumentParser(description="Train the demo's warm start from scratch (about 25 minutes on two cores).")
     parser.add_argument("out", type=Path, help="checkpoint folder to write")
     return parser
 
