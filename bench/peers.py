@@ -122,6 +122,14 @@ def trl_logprobs(
     return function.apply(hidden, weight, None, targets, temperature, TRL_VOCABULARY_CHUNK, None, 1.0, outputs)[:2]
 
 
+def trl_logprobs_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """TRL's log-probabilities, (T,), of logits (T, V) that are there: its Triton kernel on a GPU, torch elsewhere."""
+    ensure_importable()
+    from trl.trainer.utils import selective_log_softmax
+
+    return selective_log_softmax(logits, targets)
+
+
 @functools.cache
 def _trl_head() -> type[torch.autograd.Function]:
     ensure_importable()

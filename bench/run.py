@@ -1,85 +1,188 @@
 """Measures ops and prints one JSON object a line, provenance included.
 
-python bench/run.py --op grouped_advantages
-python bench/run.py --op policy_loss --quick --output results.jsonl
+python bench/run.py                                                   # every op and case, to bench/results/<device>.jsonl
+python bench/run.py --op linear_policy_loss --output -                # one op, printed only
+python bench/run.py --op linear_policy_loss --case peaked --provider native --provider gemms --output -
+python bench/run.py --quick --output -                                # the small cases, few rounds: does it run?
+
+Rows are appended case by case. A second run with the same sources, machine and threads goes on where the first one stopped;
+``--fresh`` starts anew. ``bench/report.py`` makes the tables and plots of the READMEs from the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 
 import torch
-from registry import OPS, Op
-from timing import copy_bandwidth, measure, passes_of
+from inputs import Case
+from registry import OPS, Op, applicable, sizes_row
+from timing import Measurement, copy_bandwidth, gemm_rate, measure
 
 import balcaprl
 from balcaprl.kernels import native
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+PACKAGES = ("torch", "triton", "trl", "liger-kernel")
+SOURCES = (
+    "kernels/ops/*.py",
+    "kernels/csrc/**/*",
+    "bench/inputs.py",
+    "bench/registry.py",
+    "bench/timing.py",
+    "bench/peers.py",
+)
+SAME = ("sources", "device", "threads", "simd", *PACKAGES)
+"""Fields that must agree for a row of an earlier run to count as measured."""
 
 
 def provenance(device: torch.device) -> dict[str, object]:
     """Where, with what, and on which sources the figures were taken."""
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(
-            _git("status", "--porcelain", "--untracked-files=no", "--", "kernels", "bench", "CMakeLists.txt")
-        ),
+        "modified": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "kernels", "bench/*.py")),
+        "sources": sources_digest(),
         "balcaprl": balcaprl.__version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        **{name: _version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
-        "native": native.is_available(),
+        "simd": _simd_level() if device.type == "cpu" else None,
     }
 
 
-def rows(op: Op, device: torch.device, quick: bool) -> Iterator[dict[str, object]]:
-    """One row per shape, pass and provider."""
-    where = provenance(device)
-    bandwidth = copy_bandwidth(device)
-    for sizes in op.shapes[:1] if quick else op.shapes:
-        floor_ms = op.floor_bytes(sizes) / bandwidth * 1e3
-        for direction in passes_of(op):
-            for timing in measure(op, sizes, direction, device, rounds=3 if quick else 21):
-                yield {
-                    "op": op.name,
-                    **{f"size_{name}": size for name, size in sizes.items()},
-                    **asdict(timing),
-                    "floor_bytes": op.floor_bytes(sizes),
-                    "copy_bytes_per_second": bandwidth,
-                    # Of the time that moving the least bytes would take at the measured bandwidth.
-                    "percent_of_floor": 100.0 * floor_ms / timing.median_ms,
-                    **where,
-                }
+def sources_digest() -> str:
+    """A short hash of everything that the figures depend on; unlike a commit, it survives committing the results."""
+    digest = hashlib.sha256()
+    for path in sorted({p for pattern in SOURCES for p in ROOT.glob(pattern) if p.is_file() and p.suffix != ".so"}):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def case_rows(op: Op, case: Case, measured: Measurement, device: torch.device, bandwidth: float) -> Iterator[dict]:
+    """Rows of one case: one per provider and pass, and one per provider that was left out."""
+    common = {"op": op.name, "device_type": device.type, **sizes_row(case)}
+    ceilings = {t.direction: t.median_ms for t in measured.timings if op.providers[t.provider].ceiling}
+    floors = dict(zip(("forward", "both"), op.floor_bytes(case), strict=True))
+    floors["backward"] = floors["both"] - floors["forward"]
+    for timing in measured.timings:
+        ceiling_ms = ceilings.get(timing.direction) or 1e3 * floors[timing.direction] / bandwidth or None
+        yield {
+            **common,
+            **asdict(timing),
+            "ceiling": "gemms" if ceilings else "copy",
+            "ceiling_ms": ceiling_ms,
+            # What doing only the irreducible work takes, in parts of what this took.
+            "percent_of_ceiling": None if not ceiling_ms else 100.0 * ceiling_ms / timing.median_ms,
+        }
+    for name, reason in measured.skipped.items():
+        yield {**common, "provider": name, "skipped": reason}
+
+
+def expected_seconds(op: Op, case: Case, device: torch.device, budget: float, bandwidth: float) -> float:
+    """A guess of what a case takes: its floor, times the providers and calls, and the budget of the timed rounds."""
+    flops = op.floor_flops(case)[1]
+    floor = flops / gemm_rate(case.dtype, device) if flops else op.floor_bytes(case)[0] / bandwidth
+    if case.memory_only:
+        return 3.0 * floor
+    num_providers = sum(p.unavailable(device) is None for p in applicable(op, case).values())
+    return 2.5 * floor * num_providers * 5 + budget
+
+
+def measured_already(path: Path, where: dict[str, object]) -> set[tuple[str, str]]:
+    """(op, case) of earlier rows that were taken as this run would take them."""
+    if not path.is_file():
+        return set()
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return {(row["op"], row["case"]) for row in rows if all(row.get(name) == where[name] for name in SAME)}
+
+
+def selected(arguments: argparse.Namespace) -> list[tuple[Op, Case]]:
+    """What the command line asks for, in the order of the registry."""
+    found = []
+    for name in arguments.op or OPS:
+        op = OPS[name]
+        if arguments.provider:
+            op = replace(op, providers={n: p for n, p in op.providers.items() if n in arguments.provider})
+        for case in op.cases:
+            if arguments.device.type not in case.devices or (arguments.quick and not case.small):
+                continue
+            if all(part in case.name for part in arguments.case or ()):
+                found.append((op, case))
+    return found
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", choices=list(OPS), action="append", help="may be repeated; default: all")
+    parser.add_argument("--case", action="append", help="part of a case's name; may be repeated, all must match")
+    parser.add_argument("--provider", action="append", help="may be repeated; default: all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
+    parser.add_argument("--threads", type=int, help="of torch and of the native library")
+    parser.add_argument("--seconds", type=float, default=20.0, help="budget of the timed rounds of a case")
+    parser.add_argument("--max_seconds", type=float, default=400.0, help="cases expected to take longer are left out")
+    parser.add_argument("--quick", action="store_true", help="small cases, shortest rounds")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the output file has")
+    parser.add_argument("--output", help="JSON lines are appended here; '-': printed only; default: by device")
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Parses arguments, prints rows as they are measured, and appends them to ``--output``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", choices=sorted(OPS), action="append", help="may be repeated; default: all")
-    parser.add_argument("--device", default="cpu", type=torch.device)
-    parser.add_argument("--quick", action="store_true", help="smallest shape, few rounds: does it run?")
-    parser.add_argument("--output", type=Path, help="JSON lines are appended here too")
-    arguments = parser.parse_args()
-    if arguments.op != ["policy_loss"] and not native.is_available():
-        sys.exit(f"the native provider of grouped_advantages cannot run: {native.unavailable_reason()}")
-    for name in arguments.op or sorted(OPS):
-        for row in rows(OPS[name], arguments.device, arguments.quick):
-            line = json.dumps(row)
-            print(line, flush=True)
-            if arguments.output:
-                with arguments.output.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+    """Measures what is asked for; prints every row, and appends the rows of a case when it is complete."""
+    arguments = parse_arguments()
+    device = arguments.device
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    where = provenance(device)
+    output = None if arguments.output == "-" else Path(arguments.output or RESULTS / f"{device.type}.jsonl")
+    done = set() if output is None or arguments.fresh else measured_already(output, where)
+    bandwidth = copy_bandwidth(device)
+    budget = 0.2 if arguments.quick else arguments.seconds
+    for op, case in selected(arguments):
+        label = f"{op.name} {case.name}"
+        guess = expected_seconds(op, case, device, budget, bandwidth)
+        if (op.name, case.name) in done:
+            print(f"# {label}: measured already", file=sys.stderr)
+        elif guess > arguments.max_seconds:
+            print(f"# {label}: about {guess:.0f} s, over --max_seconds; left out", file=sys.stderr)
+        else:
+            print(f"# {label}: about {guess:.0f} s", file=sys.stderr, flush=True)
+            stamp = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "load": os.getloadavg()[0]}
+            rows = case_rows(op, case, measure(op, case, device, budget), device, bandwidth)
+            write([{**row, **stamp, "copy_bytes_per_second": bandwidth, **where} for row in rows], output)
+
+
+def write(rows: list[dict[str, object]], output: Path | None) -> None:
+    """Prints rows and appends them to a file, in one write."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    print(lines, end="", flush=True)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("a", encoding="utf-8") as file:
+            file.write(lines)
+
+
+def _simd_level() -> str | None:
+    """The instruction set of the native library: the best of this machine, or what ``BALCAPRL_SIMD`` asks for."""
+    return native.set_simd_level(os.environ.get("BALCAPRL_SIMD")) if native.is_available() else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:
@@ -91,7 +194,7 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """Model name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

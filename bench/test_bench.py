@@ -1,8 +1,13 @@
-"""The registry under pytest-benchmark: ``pytest bench/ --benchmark-only``. Figures are taken with ``run.py``."""
+"""The small cases under pytest-benchmark: ``pytest bench/ --benchmark-only``. All cases: ``python bench/run.py``.
+
+Timing is ``timing.measure``'s, here as there: the first test of a case measures all its providers, interleaved, and each
+provider's test replays its own samples into pytest-benchmark, through a clock that tells the times that were measured.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,28 +15,63 @@ import torch
 
 # As for `python bench/run.py`: the registry stands beside this file and is no part of the package.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from registry import OPS, check_provider, inputs_for
+from registry import OPS, applicable
+from timing import Measurement, Pass, measure
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SECONDS = 1.0
 CASES = [
-    pytest.param(op, provider, sizes, id="-".join([op.name, provider, *(f"{k}{v}" for k, v in sizes.items())]))
+    pytest.param(op, case, provider, id=f"{op.name}-{case.name.replace(' ', '-')}-{provider}")
     for op in OPS.values()
-    for sizes in op.shapes
-    for provider in op.providers
+    for case in op.cases
+    if case.small and DEVICE.type in case.devices
+    for provider in applicable(op, case)
 ]
 
 
-@pytest.mark.parametrize(("op", "provider", "sizes"), CASES)
-def test_op(benchmark, op, provider, sizes) -> None:
-    check_provider(op, provider, sizes, CPU)
-    inputs = inputs_for(op, sizes, CPU)
-    gradients = [inputs[name] for name in op.differentiable]
-    function = op.providers[provider]
+class ReplayClock:
+    """Tells, call by call, the begin and end of samples that were taken before."""
 
-    def call() -> None:
-        output = function(inputs, sizes)
-        if gradients:
-            torch.autograd.grad(output.sum(), gradients)
+    def __init__(self) -> None:
+        self.samples: Iterator[float] = iter(())
+        self.now = 0.0
+        self.running = False
 
-    benchmark.group = f"{op.name} {sizes}"
-    benchmark(call)
+    def load(self, samples: list[float]) -> None:
+        self.samples, self.running = iter(samples), False
+
+    def __call__(self) -> float:
+        if self.running:
+            self.now += next(self.samples, 0.0)
+        self.running = not self.running
+        return self.now
+
+
+CLOCK = ReplayClock()
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[tuple[str, str], Measurement]:
+    """What was measured so far, by op and case."""
+    return {}
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize(("op", "case", "provider"), CASES)
+def test_op(benchmark, measured, op, case, provider) -> None:
+    reason = op.providers[provider].unavailable(DEVICE)
+    if reason is not None:
+        pytest.skip(f"{provider} {reason}")
+    key = (op.name, case.name)
+    if key not in measured:
+        measured[key] = measure(op, case, DEVICE, SECONDS)
+    result = measured[key]
+    if provider in result.skipped:
+        pytest.fail(f"{provider}: {result.skipped[provider]}")
+    direction: Pass = "both" if op.differentiable else "forward"
+    samples = result.samples[provider, direction]
+    (timing,) = (t for t in result.timings if (t.provider, t.direction) == (provider, direction))
+    benchmark.group = f"{op.name} {case.name}, {'forward and backward' if op.differentiable else 'forward'}"
+    benchmark.extra_info.update(peak_bytes=timing.peak_bytes, output_error=timing.output_error)
+    CLOCK.load(samples)
+    benchmark.pedantic(lambda: None, rounds=len(samples), iterations=1)

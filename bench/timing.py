@@ -1,32 +1,48 @@
-"""The one timing protocol.
+"""The one timing protocol, for ``run.py`` and for ``pytest bench/``.
 
-All providers of an op get the same tensors. In every round each of them runs once, the order rotating, so that a change
-of the machine's speed hits all alike. A sample is the mean of enough calls to last ``MIN_SAMPLE_SECONDS``; medians and
-quartiles are over rounds. Peak memory is what the allocator saw above the inputs; only CUDA's can be asked, on a CPU it
-is null.
+1. Every provider is checked first: outputs and gradients against the reference, in float64 where that is affordable.
+   Ours being wrong stops the run; a peer that is wrong, missing, or fails is left out, with the reason in the results.
+2. All providers get the same tensors. In every round each of them runs once, the order rotating, so that a change of the
+   machine's speed hits all alike. A sample is the mean of enough calls to last ``MIN_SAMPLE_SECONDS``.
+3. ``forward`` runs without gradients being asked for. ``both`` runs forward and gradients. ``backward`` is, round by round,
+   what ``both`` takes beyond ``forward``: fair to ops that make their gradients in the forward. Medians and quartiles
+   are over rounds.
+4. Peak memory is what one call takes beyond what was there before and beyond the tensors that it returns (outputs and
+   gradients). On a GPU it is the allocator's peak. On a CPU it is the peak of the process's resident memory, which sees
+   native code too: the heap is trimmed, the kernel's high-water mark is reset through ``/proc/self/clear_refs``, and read
+   as ``VmHWM`` after the call; it is null where the system has neither. Scratch that a library keeps from an earlier call
+   is not counted.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
-from registry import Op, Sizes, check_provider, inputs_for
+from inputs import Case, Inputs
+from registry import Op, Provider, applicable, measure_inputs
 from torch import Tensor
 
 Pass = Literal["forward", "backward", "both"]
-MIN_SAMPLE_SECONDS = 2e-3
-MAX_CALLS = 1000
+Call = Callable[[], tuple[Tensor, ...]]
+MIN_SAMPLE_SECONDS = 5e-3
+MAX_CALLS = 200
+MIN_ROUNDS, MAX_ROUNDS = 5, 31
+EXACT_FLOPS = 5e10
+"""Work above which the yardstick is computed in float32 for half-precision inputs."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One provider on one shape and pass; times in milliseconds per call."""
+    """One provider on one case and pass; times in milliseconds per call."""
 
     provider: str
     direction: Pass
@@ -36,95 +52,271 @@ class Timing:
     rounds: int
     calls_per_round: int
     peak_bytes: int | None
+    output_error: float | None
+    """Largest error relative to the largest exact value; None where nothing is compared."""
+    gradient_error: float | None
+    """2-norm of the error relative to the exact gradient's, the worst of the gradients."""
+
+
+@dataclass
+class Measurement:
+    """What ``measure`` found: timings, the samples that they come from, and who was left out."""
+
+    timings: list[Timing] = field(default_factory=list)
+    samples: dict[tuple[str, Pass], list[float]] = field(default_factory=dict)
+    """Seconds per call, a value per round."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Provider to reason."""
+
+
+class WrongResult(AssertionError):
+    """A provider's result is not the reference's; it is not timed."""
+
+
+@dataclass
+class _Entry:
+    """One provider, ready to be called."""
+
+    provider: Provider
+    calls: dict[Pass, Call]
+    errors: tuple[float | None, float | None]
+    repeats: dict[Pass, int] = field(default_factory=dict)
+    peaks: dict[Pass, int | None] = field(default_factory=dict)
 
 
 def passes_of(op: Op) -> tuple[Pass, ...]:
-    """The passes that can be timed."""
+    """The passes that are reported."""
     return ("forward", "backward", "both") if op.differentiable else ("forward",)
 
 
-def measure(op: Op, sizes: Sizes, direction: Pass, device: torch.device, rounds: int = 21) -> list[Timing]:
-    """Times every provider of ``op`` on one shape, after checking its result.
+def measure(op: Op, case: Case, device: torch.device, seconds: float = 30.0) -> Measurement:
+    """Checks and times every provider of ``op`` on one case.
+
+    Args:
+        op: from the registry.
+        case: one of the op's.
+        device: where it runs.
+        seconds: about what the timed rounds may take; there are ``MIN_ROUNDS`` at least.
 
     Raises:
-        AssertionError: a provider's result is wrong.
+        WrongResult: an implementation of ours is wrong.
     """
-    inputs = inputs_for(op, sizes, device)
-    gradients = [inputs[name] for name in op.differentiable]
-    calls: dict[str, Callable[[int], float]] = {}
-    for name, function in op.providers.items():
-        check_provider(op, name, sizes, device)
-        calls[name] = _timer(partial(function, inputs, sizes), gradients, direction, device)
-    repeats = {name: _calls_needed(call) for name, call in calls.items()}
-    peaks = {name: _peak_bytes(call, device) for name, call in calls.items()}
+    torch._dynamo.reset()  # each case compiles anew, or the limit on recompilations would turn it off
+    made = measure_inputs(op, case, device)
+    result = Measurement()
+    entries = _entries(op, case, made, device, result)
+    if case.memory_only:
+        return _measure_memory(entries, device, result)
+    measured: tuple[Pass, ...] = ("forward", "both") if op.differentiable else ("forward",)
+    for entry in entries.values():
+        for direction in measured:
+            entry.repeats[direction] = _calls_needed(entry.calls[direction], device)
+            entry.peaks[direction] = _peak_bytes(entry.calls[direction], device)
+    _run_rounds(entries, measured, device, seconds, result)
+    for name, entry in entries.items():
+        result.timings += [_timing(name, entry, direction, result) for direction in passes_of(op)]
+    return result
 
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for index in range(rounds):
+
+def _entries(op: Op, case: Case, made: Inputs, device: torch.device, result: Measurement) -> dict[str, _Entry]:
+    """The providers that can run and are right; the others go to ``result.skipped``."""
+    entries: dict[str, _Entry] = {}
+    exact = None if case.memory_only else _exact(op, case, made)
+    for name, provider in applicable(op, case).items():
+        reason = provider.unavailable(device)
+        if reason is None:
+            calls = _calls(op, provider, made, case)
+            try:
+                errors = (None, None) if exact is None else _check(op, case, provider, calls, exact)
+            except Exception as error:
+                if provider.ours:
+                    raise
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        if reason is not None:
+            result.skipped[name] = reason
+        else:
+            entries[name] = _Entry(provider, calls, errors)
+    return entries
+
+
+def _calls(op: Op, provider: Provider, made: Inputs, case: Case) -> dict[Pass, Call]:
+    """The passes as functions without arguments; each returns all that it made."""
+    gradients_of = [made[name] for name in op.differentiable]
+    detached = {name: tensor.detach() for name, tensor in made.items()}
+
+    def forward() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (provider.run(detached, case),)
+
+    def both() -> tuple[Tensor, ...]:
+        if provider.gradients is not None:
+            return provider.gradients(detached if provider.ceiling else made, case)
+        output = provider.run(made, case)
+        return output.detach(), *torch.autograd.grad(output, gradients_of, made.get("upstream"))
+
+    return {"forward": forward, "both": both} if op.differentiable else {"forward": forward}
+
+
+def _exact(op: Op, case: Case, made: Inputs) -> tuple[Tensor, ...]:
+    """Output and gradients of the reference, in float64, or in float32 for half-precision inputs of a large case."""
+    large = op.floor_flops(case)[1] > EXACT_FLOPS
+    dtype = torch.float32 if large and case.dtype != torch.float32 else torch.float64
+    exact_inputs = {n: t.detach().to(dtype) if t.is_floating_point() else t for n, t in made.items()}
+    gradients_of = [exact_inputs[name].requires_grad_() for name in op.differentiable]
+    output = op.exact(exact_inputs, case)
+    if not gradients_of:
+        return (output,)
+    return output.detach(), *torch.autograd.grad(output, gradients_of, exact_inputs.get("upstream"))
+
+
+def _check(
+    op: Op, case: Case, provider: Provider, calls: dict[Pass, Call], exact: tuple[Tensor, ...]
+) -> tuple[float | None, float | None]:
+    """Errors of output and gradients; runs every call once, which also warms it up.
+
+    Raises:
+        WrongResult: an error exceeds the op's tolerance.
+    """
+    (forward_output,) = calls["forward"]()
+    outputs = calls["both"]() if "both" in calls else (forward_output,)
+    if provider.ceiling:
+        return None, None
+    output_error = max(_largest_error(o, exact[0]) for o in (forward_output, outputs[0]))
+    gradient_error = max((_norm_error(a, e) for a, e in zip(outputs[1:], exact[1:], strict=True)), default=None)
+    allowed = op.tolerance[case.dtype]
+    # A filtered gradient may err by what bfloat16 would.
+    allowed_gradient = allowed if case.filter_eps is None else max(allowed, 2.0**-8)
+    for kind, error, limit in (("output", output_error, allowed), ("gradient", gradient_error, allowed_gradient)):
+        if error is not None and not error <= limit:
+            raise WrongResult(f"{op.name}, {case.name}: {kind} error {error:.2e} exceeds {limit:.2e}")
+    return output_error, gradient_error
+
+
+def _largest_error(actual: Tensor, exact: Tensor) -> float:
+    # A loss is a mean of terms of both signs and may be near 0 by chance: 0.1 is the least that it is measured by.
+    largest = max(float(exact.abs().max()), 1e-30 if exact.dim() else 0.1)
+    return float((actual.detach().to(exact.dtype) - exact).abs().max()) / largest
+
+
+def _norm_error(actual: Tensor, exact: Tensor) -> float:
+    """In slices: a vocabulary's gradient in float64 is the largest tensor here."""
+    actual, exact = actual.reshape(exact.shape).flatten(), exact.flatten()
+    difference = total = 0.0
+    for a, e in zip(actual.split(1 << 24), exact.split(1 << 24), strict=True):
+        difference += float((a.to(e.dtype) - e).double().square().sum())
+        total += float(e.double().square().sum())
+    return (difference / max(total, 1e-60)) ** 0.5
+
+
+def _measure_memory(entries: dict[str, _Entry], device: torch.device, result: Measurement) -> Measurement:
+    """Peak memory of one forward with gradients, unchecked: other cases hold the same code to the reference."""
+    for name, entry in entries.items():
+        begin = time.perf_counter()
+        entry.peaks["both"], entry.repeats["both"] = _peak_bytes(entry.calls["both"], device), 1
+        result.samples[name, "both"] = [time.perf_counter() - begin] * 2
+        result.timings.append(_timing(name, entry, "both", result))
+    return result
+
+
+def _run_rounds(
+    entries: dict[str, _Entry], measured: tuple[Pass, ...], device: torch.device, seconds: float, result: Measurement
+) -> None:
+    """Interleaves the providers until the time is spent, within the bounds on rounds."""
+    result.samples = {(name, direction): [] for name in entries for direction in measured}
+    names = list(entries)
+    begin = time.perf_counter()
+    for index in range(MAX_ROUNDS if names else 0):
+        if index >= MIN_ROUNDS and time.perf_counter() - begin > seconds:
+            break
         turn = index % len(names)
         for name in names[turn:] + names[:turn]:
-            samples[name].append(calls[name](repeats[name]) * 1e3)
-    timings = []
-    for name, values in samples.items():
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        timings.append(Timing(name, direction, median, low, high, rounds, repeats[name], peaks[name]))
-    return timings
+            for direction in measured:
+                sample = _sample(entries[name].calls[direction], entries[name].repeats[direction], device)
+                result.samples[name, direction].append(sample)
+    if "both" in measured:
+        for name in names:
+            pairs = zip(result.samples[name, "both"], result.samples[name, "forward"], strict=True)
+            result.samples[name, "backward"] = [both - forward for both, forward in pairs]
+
+
+def _timing(name: str, entry: _Entry, direction: Pass, result: Measurement) -> Timing:
+    values = [1e3 * seconds for seconds in result.samples[name, direction]]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    repeats = entry.repeats["both" if direction == "backward" else direction]
+    output_error, gradient_error = entry.errors
+    peak = entry.peaks.get(direction)
+    return Timing(name, direction, median, low, high, len(values), repeats, peak, output_error, gradient_error)
+
+
+def _sample(call: Call, count: int, device: torch.device) -> float:
+    """Mean seconds of ``count`` calls."""
+    _synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    _synchronize(device)
+    return (time.perf_counter() - begin) / count
+
+
+def _calls_needed(call: Call, device: torch.device) -> int:
+    """How many calls make one sample; two calls are made to find out, fewer where one is long."""
+    seconds = _sample(call, 1, device)
+    if seconds < 0.5:
+        seconds = min(seconds, _sample(call, 1, device))
+    return max(1, min(MAX_CALLS, round(MIN_SAMPLE_SECONDS / max(seconds, 1e-9))))
 
 
 def copy_bandwidth(device: torch.device, megabytes: int = 64, rounds: int = 9) -> float:
     """Bytes per second of a large device copy, read and write counted: the measured ceiling of memory-bound ops."""
     source = torch.ones(megabytes << 18, device=device)
     target = torch.empty_like(source)
-    seconds = []
-    for _ in range(rounds):
-        _synchronize(device)
-        begin = time.perf_counter()
-        target.copy_(source)
-        _synchronize(device)
-        seconds.append(time.perf_counter() - begin)
+    seconds = [_sample(lambda: (target.copy_(source),), 1, device) for _ in range(rounds)]
     return 2 * source.numel() * source.element_size() / statistics.median(seconds)
 
 
-def _timer(
-    forward: Callable[[], Tensor], gradients: list[Tensor], direction: Pass, device: torch.device
-) -> Callable[[int], float]:
-    """A function that runs the pass n times and returns the mean seconds of one."""
-
-    def run_all(count: int) -> float:
-        _synchronize(device)
-        begin = time.perf_counter()
-        for _ in range(count):
-            output = forward()
-            if direction == "both":
-                torch.autograd.grad(output.sum(), gradients)
-        _synchronize(device)
-        return (time.perf_counter() - begin) / count
-
-    def run_backward(count: int) -> float:
-        outputs = [forward().sum() for _ in range(count)]
-        _synchronize(device)
-        begin = time.perf_counter()
-        for output in outputs:
-            torch.autograd.grad(output, gradients)
-        _synchronize(device)
-        return (time.perf_counter() - begin) / count
-
-    return run_backward if direction == "backward" else run_all
+def gemm_rate(dtype: torch.dtype, device: torch.device, size: int = 768) -> float:
+    """Operations per second of a square matrix product: what the cost of a case is guessed with."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = [_sample(lambda: (a @ b,), 1, device) for _ in range(5)]
+    return 2 * size**3 / statistics.median(seconds)
 
 
-def _calls_needed(call: Callable[[int], float]) -> int:
-    """Warms up, and says how many calls make one sample."""
-    seconds = min(call(1) for _ in range(3))
-    return max(1, min(MAX_CALLS, int(MIN_SAMPLE_SECONDS / max(seconds, 1e-9))))
-
-
-def _peak_bytes(call: Callable[[int], float], device: torch.device) -> int | None:
-    if device.type != "cuda":
+def _peak_bytes(call: Call, device: torch.device) -> int | None:
+    """Bytes that one call takes beyond what it returns."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        returned = _bytes_of(call())
+        return max(0, torch.cuda.max_memory_allocated(device) - before - returned)
+    if not _reset_high_water_mark():
         return None
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call(1)
-    return torch.cuda.max_memory_allocated(device) - before
+    before = _resident("VmRSS")
+    returned = _bytes_of(call())
+    return max(0, _resident("VmHWM") - before - returned)
+
+
+def _bytes_of(tensors: tuple[Tensor, ...]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _reset_high_water_mark() -> bool:
+    """Gives free memory back to the system, then makes the peak of resident memory what it is now. False: not here."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _resident(field_name: str) -> int:
+    """A field of ``/proc/self/status`` in bytes."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    found = re.search(rf"{field_name}:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) << 10
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,0 +1,140 @@
+"""The tensors that are measured on: rewards, ragged log-probabilities, logits, hidden states. Float32 or bfloat16, by seed.
+
+All completions of a batch are equally long, so that the peers, which pad, are not charged for padding. Two variants of
+the head's inputs matter more than random ones:
+
+- ``peaked``: a captioner's distribution, as sharp as the demo's warm start (``policy_entropy.py``: mean entropy 0.73 nats;
+  a token has 10.7 entries that reach 2^-12; training lowers both). A hidden state is a random mix of 16 rows of the
+  head, drawn by Zipf's law and scattered over the vocabulary, scaled until the mean entropy is that one; targets are
+  sampled from it. At (512, 256, 8192) a token then has 10.5 such entries, and 32 neighbours share 287 columns, where the
+  warm start's share 109.
+- ``zero_fraction``: this share of the completions has advantage 0, and so no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Tensor]
+POLICY_ENTROPY = 0.73
+"""Mean entropy in nats of the demo's warm start on its own captions, by ``python bench/policy_entropy.py``."""
+_CANDIDATES = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of inputs of an op, and what is asked of it."""
+
+    sizes: Mapping[str, int]
+    dtype: torch.dtype = torch.float32
+    what: str = ""
+    """Why these sizes, for the tables."""
+    peaked: bool = False
+    filter_eps: float | None = None
+    """Passed to our op; the peers and the reference compute the exact gradient."""
+    zero_fraction: float = 0.0
+    small: bool = False
+    """Also taken by ``pytest bench/``."""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    memory_only: bool = False
+    """One call of our own implementations, for its peak memory: too large for anything else."""
+
+    @property
+    def name(self) -> str:
+        """Unique within its op."""
+        parts = ["x".join(str(n) for n in self.sizes.values()), str(self.dtype).removeprefix("torch.")]
+        parts += ["peaked"] if self.peaked else []
+        parts += [f"eps{self.filter_eps:.3g}"] if self.filter_eps is not None else []
+        parts += [f"zero{self.zero_fraction:g}"] if self.zero_fraction else []
+        return " ".join(parts)
+
+
+def rewards(case: Case, generator: torch.Generator) -> Inputs:
+    """rewards (R, K) in [0, 1]."""
+    shape = (case.sizes["groups"] * case.sizes["size"], case.sizes["rewards"])
+    return {"rewards": torch.rand(shape, generator=generator)}
+
+
+def loss_batch(case: Case, generator: torch.Generator, num_tokens: int) -> Inputs:
+    """advantages (R,), cu_seqlens (R + 1,), and noise (T,) that stands between two policies."""
+    num_rollouts = case.sizes["rollouts"]
+    length = num_tokens // num_rollouts
+    if length * num_rollouts != num_tokens:
+        raise ValueError(f"rollouts: {num_rollouts} does not divide the {num_tokens} tokens of case {case.name}")
+    advantages = torch.randn(num_rollouts, generator=generator)
+    advantages[: round(case.zero_fraction * num_rollouts)] = 0.0
+    return {
+        "advantages": advantages[torch.randperm(num_rollouts, generator=generator)],
+        "cu_seqlens": torch.arange(0, num_tokens + 1, length, dtype=torch.int32),
+        "noise": 0.1 * torch.randn(num_tokens, generator=generator),
+    }
+
+
+def logprobs(case: Case, generator: torch.Generator) -> Inputs:
+    """logprobs and old_logprobs (T,), with ``loss_batch``."""
+    num_tokens = case.sizes["rollouts"] * case.sizes["length"]
+    batch = loss_batch(case, generator, num_tokens)
+    current = -3.0 * torch.rand(num_tokens, generator=generator)
+    return {"logprobs": current, "old_logprobs": current + batch.pop("noise"), **batch}
+
+
+def head(case: Case, generator: torch.Generator) -> Inputs:
+    """hidden (T, D), weight (V, D), targets (T,), upstream (T,)."""
+    num_tokens, width, vocabulary = (case.sizes[k] for k in ("tokens", "hidden", "vocabulary"))
+    weight = torch.randn(vocabulary, width, generator=generator).div_(math.sqrt(width))
+    if case.peaked:
+        hidden, targets = _peaked(num_tokens, weight, generator)
+    else:
+        hidden = torch.randn(num_tokens, width, generator=generator)
+        targets = torch.randint(0, vocabulary, (num_tokens,), generator=generator)
+    upstream = torch.randn(num_tokens, generator=generator) / num_tokens
+    return {"hidden": hidden.to(case.dtype), "weight": weight.to(case.dtype), "targets": targets, "upstream": upstream}
+
+
+def head_loss(case: Case, generator: torch.Generator) -> Inputs:
+    """``head`` and ``loss_batch``, with old_logprobs near the policy's own."""
+    made = head(case, generator)
+    batch = loss_batch(case, generator, case.sizes["tokens"])
+    made.pop("upstream")
+    current = torch.full((case.sizes["tokens"],), -math.log(case.sizes["vocabulary"]))
+    for begin in range(0, 0 if case.memory_only else current.shape[0], 128):
+        rows = slice(begin, begin + 128)
+        logits = (made["hidden"][rows] @ made["weight"].T).float()
+        current[rows] = logits.log_softmax(dim=-1).gather(1, made["targets"][rows, None])[:, 0]
+    return {**made, "old_logprobs": current + batch.pop("noise"), **batch}
+
+
+def logits_loss(case: Case, generator: torch.Generator) -> Inputs:
+    """logits (T, V), targets (T,), and ``loss_batch``."""
+    num_tokens, vocabulary = case.sizes["tokens"], case.sizes["vocabulary"]
+    logits = 2.0 * torch.randn(num_tokens, vocabulary, generator=generator)
+    targets = torch.randint(0, vocabulary, (num_tokens,), generator=generator)
+    batch = loss_batch(case, generator, num_tokens)
+    logits = logits.to(case.dtype)
+    current = logits.float().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
+    return {"logits": logits, "targets": targets, "old_logprobs": current + batch.pop("noise"), **batch}
+
+
+def _peaked(num_tokens: int, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Hidden states whose distributions have the mean entropy of a captioner, and targets sampled from them."""
+    vocabulary = weight.shape[0]
+    by_rank = torch.arange(1, vocabulary + 1, dtype=torch.float64).reciprocal().cumsum(0)
+    drawn = torch.rand(num_tokens, _CANDIDATES, generator=generator, dtype=torch.float64) * by_rank[-1]
+    ranks = torch.searchsorted(by_rank, drawn).clamp(max=vocabulary - 1)
+    candidates = torch.randperm(vocabulary, generator=generator)[ranks]
+    shares = torch.rand(num_tokens, _CANDIDATES, generator=generator).square()
+    mix = torch.einsum("tk,tkd->td", shares, weight[candidates])
+    logits = mix @ weight.T
+    low, high = 0.0, 300.0
+    for _ in range(20):
+        scale = (low + high) / 2
+        log_softmax = (scale * logits).log_softmax(dim=-1)
+        entropy = -float((log_softmax.exp() * log_softmax).sum(dim=-1).mean())
+        low, high = (scale, high) if entropy > POLICY_ENTROPY else (low, scale)
+    targets = torch.multinomial((scale * logits).softmax(dim=-1), 1, generator=generator)[:, 0]
+    return scale * mix, targets
