@@ -214,7 +214,10 @@ def _setup_context(ctx, inputs, output):
     hidden, weight, targets = inputs[:3]
     ctx.temperature, ctx.filter_eps, *ctx.needs, ctx.impl = inputs[3 + _NUM_LOSS :]
     ctx.made = _gradients_in_forward(hidden, ctx.impl)
-    _, _, grad_logprobs, logprobs, row_max, row_sum, *made = output
+    _, metrics, grad_logprobs, logprobs, row_max, row_sum, *made = output
+    # Else the backward would get zeros as large as the gradients, made anew, for outputs that nobody differentiates.
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(metrics, grad_logprobs, logprobs, row_max, row_sum, *made)
     if ctx.made:
         ctx.save_for_backward(*made)
     else:
@@ -222,6 +225,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_):
+    nothing = [None] * (1 + _NUM_LOSS + 5)
+    if grad_loss is None:
+        return None, None, *nothing
     if ctx.made:
         gradients = [_scaled(gradient, grad_loss) for gradient in ctx.saved_tensors]
     else:
@@ -230,17 +236,17 @@ def _backward(ctx, grad_loss, *_):
         arguments = (grad_logprobs * grad_loss, *saved, ctx.temperature, ctx.filter_eps, *ctx.needs, ctx.impl)
         gradients = linear_logprobs_backward(*arguments)
     wanted = (g if needed else None for g, needed in zip(gradients, ctx.needs, strict=True))
-    return *wanted, *([None] * (1 + _NUM_LOSS + 5))
+    return *wanted, *nothing
 
 
 def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
     """gradient * grad_loss: the saved tensor itself where it may be given away, so that nothing of its size is copied.
 
     It may if the graph is freed after this backward; then autograd makes it the parameter's ``.grad`` as it is. While
-    torch.compile traces, or within a transform of torch.func, values cannot be read and memory is not ours to reuse.
+    torch.compile traces, values cannot be read and memory is not ours to reuse.
     """
     plain = type(gradient) is Tensor and type(grad_loss) is Tensor and not torch.compiler.is_compiling()
-    if not plain or torch._C._functorch.maybe_current_level() is not None or _graph_is_kept():
+    if not plain or _graph_is_kept():
         return gradient * grad_loss.to(gradient.dtype)
     factor = float(grad_loss)
     return gradient if factor == 1.0 else gradient.mul_(factor)

@@ -35,7 +35,7 @@ FILTER_BLOCK = 128
 _LOGITS_BYTES = 40 << 20
 # Fewer tokens make slow products, and more passes over the gradient of the weight. More gain nothing, and their logits
 # leave the cache between the product and the epilogue.
-_CHUNK_TOKENS = 256
+_CHUNK_TOKENS = 512
 _TILE_BYTES = 12 << 20
 _TILE_COLUMNS = 4096
 _POOL_BYTES = 8 << 20
@@ -69,10 +69,17 @@ class HeadGradients(NamedTuple):
 
 
 def chunk_size(num_tokens: int, vocabulary: int, itemsize: int) -> int:
-    """Tokens whose logits are held at once: at least one, else within ``_LOGITS_BYTES``, and whole filter blocks."""
-    size = min(_CHUNK_TOKENS, _LOGITS_BYTES // max(1, vocabulary * itemsize))
-    if size > FILTER_BLOCK:
-        size -= size % FILTER_BLOCK
+    """Tokens whose logits are held at once: at least one, else within ``_LOGITS_BYTES``.
+
+    Chunks are about equal, and whole filter blocks where they are longer than one.
+    """
+    most = max(1, min(_CHUNK_TOKENS, _LOGITS_BYTES // max(1, vocabulary * itemsize)))
+    if most > FILTER_BLOCK:
+        most -= most % FILTER_BLOCK
+    num_chunks = max(1, -(-num_tokens // most))
+    size = -(-num_tokens // num_chunks)
+    if most >= FILTER_BLOCK:
+        size += -size % FILTER_BLOCK
     return max(1, min(size, num_tokens))
 
 

@@ -1,0 +1,472 @@
+"""linear_policy_loss: the plain formulation, its gradients and what they leave out, autograd, bad input, registration."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from balcaprl.kernels import linear_logprobs, linear_policy_loss, native_head, policy_loss
+from balcaprl.kernels.linear_policy_loss import linear_policy_loss_reference
+from balcaprl.kernels.testing import assert_as_accurate
+
+MODULE = sys.modules["balcaprl.kernels.linear_policy_loss"]
+IMPLS = ("reference", "native")
+FULL = {"clip_low": 0.2, "clip_high": 0.28, "sampling_ratio_cap": 1.5, "kl_coef": 0.1, "temperature": 0.8}
+Problem = dict[str, Any]
+
+
+def offsets(num_tokens: int, num_rollouts: int, generator: torch.Generator) -> Tensor:
+    """Random cuts, so that completions may be empty."""
+    cuts = torch.randint(0, num_tokens + 1, (num_rollouts - 1,), generator=generator).sort().values
+    return torch.cat([torch.tensor([0]), cuts, torch.tensor([num_tokens])]).int()
+
+
+def problem(
+    num_tokens: int,
+    hidden_size: int,
+    vocabulary: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    temperature: float = 1.0,
+    peak: float = 0.0,
+) -> Problem:
+    """Inputs whose ratios lie well away from the bounds of the clip, on both sides of them: rounding flips no token.
+
+    ``peak`` pushes the target's logit up.
+    """
+    generator = torch.Generator().manual_seed(1000 * num_tokens + 10 * vocabulary + hidden_size)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weight = (normal(vocabulary, hidden_size) / math.sqrt(hidden_size)).to(dtype)
+    targets = torch.randint(0, vocabulary, (num_tokens,), generator=generator)
+    hidden = (normal(num_tokens, hidden_size) + peak * weight[targets].double()).to(dtype)
+    exact = linear_logprobs(hidden.double(), weight.double(), targets, temperature=temperature).logprobs
+    steps = torch.tensor([-0.6, 0.0, 0.0, 0.6], dtype=torch.float64)
+    old = exact - steps[torch.randint(0, 4, (num_tokens,), generator=generator)]
+    num_rollouts = max(1, min(7, num_tokens // 2))
+    return {
+        "hidden": hidden.requires_grad_(),
+        "weight": weight.requires_grad_(),
+        "targets": targets,
+        "old_logprobs": old.float(),
+        "advantages": normal(num_rollouts).float(),
+        "cu_seqlens": offsets(num_tokens, num_rollouts, generator),
+        "sampling_logprobs": (old + 0.1 * normal(num_tokens)).float(),
+        "reference_logprobs": (exact + 0.3 * normal(num_tokens)).float(),
+        "temperature": temperature,
+    }
+
+
+def cast(data: Problem, dtype: torch.dtype) -> Problem:
+    """The same numbers, with hidden and weight as new leaves."""
+    leaves = {k: data[k].detach().to(dtype).clone().requires_grad_() for k in ("hidden", "weight")}
+    return {**data, **leaves}
+
+
+def loss_and_gradients(function: Any, data: Problem, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss = function(**{**data, **options}).loss
+    return loss.detach(), *torch.autograd.grad(loss, (data["hidden"], data["weight"]))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens and columns at a time, so that small problems take every path of the chunked code."""
+    monkeypatch.setattr(native_head, "_CHUNK_TOKENS", 5)
+    monkeypatch.setattr(native_head, "FILTER_BLOCK", 3)
+    monkeypatch.setattr(sys.modules["balcaprl.kernels.linear_logprobs"], "FILTER_BLOCK", 3)
+    monkeypatch.setattr(native_head, "_TILE_BYTES", 4096)
+    monkeypatch.setattr(native_head, "_POOL_BYTES", 2048)
+
+
+# What it is.
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reduction", ["token-mean", "sequence-mean", "constant"])
+def test_is_linear_logprobs_and_policy_loss(impl: str, reduction: str) -> None:
+    data = problem(23, 6, 37, dtype=torch.float32, temperature=0.8)
+    options = {**FULL, "reduction": reduction}
+    result = linear_policy_loss(**{**data, **options}, impl=impl)
+    options.pop("temperature")
+    logprobs = linear_logprobs(data["hidden"], data["weight"], data["targets"], temperature=0.8).logprobs
+    rest = {k: v for k, v in data.items() if k not in ("hidden", "weight", "targets", "temperature")}
+    expected = policy_loss(logprobs, **rest, **options)
+    torch.testing.assert_close(tuple(result), tuple(expected))
+    leaves = (data["hidden"], data["weight"])
+    actual = torch.autograd.grad(result.loss, leaves)
+    torch.testing.assert_close(actual, torch.autograd.grad(expected.loss, leaves))
+
+
+def test_one_token_by_hand() -> None:
+    """Logits (0, log 3): the target has probability 3/4. On-policy, A = 2: loss -2, d loss / d logprob = -2."""
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[0.0], [math.log(3.0)]], requires_grad=True)
+    arguments = (torch.tensor([1]), None, torch.tensor([2.0]), torch.tensor([0, 1]).int())
+    result = linear_policy_loss(hidden, weight, *arguments)
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(-2.0)
+    assert weight.grad is not None
+    assert hidden.grad is not None
+    torch.testing.assert_close(weight.grad, torch.tensor([[0.5], [-0.5]]))  # -2 * ([v = y] - p_v)
+    torch.testing.assert_close(hidden.grad, torch.tensor([[-0.5 * math.log(3.0)]]))
+
+
+def test_gradcheck() -> None:
+    data = problem(7, 4, 9)
+    rest = {k: v for k, v in data.items() if k not in ("hidden", "weight")}
+    options = {k: v for k, v in FULL.items() if k != "temperature"}
+    for function in (linear_policy_loss, linear_policy_loss_reference):
+        leaves = (data["hidden"], data["weight"])
+        torch.autograd.gradcheck(lambda h, w, f=function: f(h, w, **rest, **options).loss, leaves)
+
+
+# How exact it is.
+
+SHAPES = [(t, d, v) for t in (1, 2, 7, 33, 130) for d, v in ((2, 3), (3, 17), (8, 31), (16, 64), (24, 129), (40, 1001))]
+SHAPES += [(3, 5, 4097), (257, 9, 65), (300, 33, 515), (64, 64, 1), (19, 2, 2048), (513, 7, 33), (640, 12, 100)]
+SHAPES += [(1, 1, 1), (65, 31, 63), (129, 4, 1025)]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_as_accurate_as_the_reference_in_the_working_dtype(
+    impl: str, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    check_accuracy(problem(*shape, dtype=dtype, temperature=0.8), dtype, impl)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(4, 3, 9), (12, 8, 65), (29, 40, 131)])
+@pytest.mark.parametrize("filter_eps", [None, 1e-9])
+def test_many_chunks_are_as_accurate(dtype: torch.dtype, shape: tuple[int, int, int], filter_eps: float | None) -> None:
+    """In half precision also the second pass over tiles of the vocabulary."""
+    check_accuracy(problem(*shape, dtype=dtype, temperature=0.8), dtype, "native", filter_eps=filter_eps)
+
+
+def check_accuracy(data: Problem, dtype: torch.dtype, impl: str, **options: Any) -> None:
+    exact = loss_and_gradients(linear_policy_loss_reference, cast(data, torch.float64), **FULL)
+    working = loss_and_gradients(linear_policy_loss_reference, cast(data, dtype), **FULL)
+    actual = loss_and_gradients(linear_policy_loss, cast(data, dtype), **FULL, **options, impl=impl)
+    assert actual[1].dtype == actual[2].dtype == dtype
+    for name, kind, *values in zip(
+        ("loss", "hidden", "weight"), ("forward", "gradient", "gradient"), actual, working, exact, strict=True
+    ):
+        assert_as_accurate(*values, kind=kind, name=name)
+
+
+def test_logits_of_large_magnitude() -> None:
+    """A confident policy: exp without the maximum taken away would overflow."""
+    data = problem(20, 8, 50, dtype=torch.float32)
+    data["hidden"] = (data["hidden"].detach() * 300).requires_grad_()
+    data["old_logprobs"] = None
+    exact = loss_and_gradients(linear_policy_loss_reference, cast(data, torch.float64))
+    working = loss_and_gradients(linear_policy_loss_reference, data)
+    for actual, *others in zip(loss_and_gradients(linear_policy_loss, data), working, exact, strict=True):
+        assert_as_accurate(actual, *others, kind="gradient")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_same_input_gives_the_same_bits(impl: str) -> None:
+    data = problem(150, 16, 300, dtype=torch.float32)
+    first, second = (loss_and_gradients(linear_policy_loss, data, impl=impl) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("filter_eps", [None, 1e-2])
+def test_poisoned_memory_does_not_show(impl: str, filter_eps: float | None) -> None:
+    """In torch's deterministic mode every tensor that is not written holds NaN."""
+    data = problem(150, 16, 300, dtype=torch.float32)
+    data["advantages"][::2] = 0.0
+    expected = loss_and_gradients(linear_policy_loss, data, impl=impl, filter_eps=filter_eps)
+    torch.use_deterministic_algorithms(True)
+    try:
+        actual = loss_and_gradients(linear_policy_loss, data, impl=impl, filter_eps=filter_eps)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+# What it leaves out.
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_tokens_without_gradient_are_left_out_exactly(impl: str) -> None:
+    data = problem(150, 16, 300, dtype=torch.float32)
+    data["advantages"][::2] = 0.0
+    per_token = data["advantages"].repeat_interleave(data["cu_seqlens"].diff().long())
+    expected = loss_and_gradients(linear_policy_loss_reference, data)
+    actual = loss_and_gradients(linear_policy_loss, data, impl=impl)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(actual[1][per_token == 0], torch.zeros_like(actual[1][per_token == 0]))
+    assert actual[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_gradient_at_all(impl: str) -> None:
+    data = problem(40, 8, 30, dtype=torch.float32)
+    data["advantages"].zero_()
+    _, grad_hidden, grad_weight = loss_and_gradients(linear_policy_loss, data, impl=impl)
+    assert not grad_hidden.any()
+    assert not grad_weight.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("filter_eps", [1e-6, 1e-3, 0.3, 1.0])
+def test_the_filter_is_that_of_the_reference(impl: str, filter_eps: float) -> None:
+    data = problem(300, 16, 700, dtype=torch.float32, peak=9.0)
+    data["old_logprobs"] = None  # all tokens have a gradient: the blocks see the same
+    expected = loss_and_gradients(linear_policy_loss_reference, data, filter_eps=filter_eps)
+    actual = loss_and_gradients(linear_policy_loss, data, filter_eps=filter_eps, impl=impl)
+    # Rounding may move a column over the threshold.
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6 + 0.1 * filter_eps * (filter_eps < 0.1))
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_filter_with_many_blocks(dtype: torch.dtype) -> None:
+    """Columns wait in the pool in half precision; the peak makes them few."""
+    data = problem(40, 16, 700, dtype=dtype, peak=12.0)
+    data["old_logprobs"] = None
+    exact = loss_and_gradients(linear_policy_loss_reference, cast(data, torch.float64), filter_eps=0.01)
+    working = loss_and_gradients(linear_policy_loss_reference, data, filter_eps=0.01)
+    actual = loss_and_gradients(linear_policy_loss, data, filter_eps=0.01, impl="native")
+    for name, *values in zip(("loss", "hidden", "weight"), actual, working, exact, strict=True):
+        scale = float(values[2].abs().max())
+        error = float((values[0].double() - values[2]).abs().max())
+        # Rounding may move a column over the threshold: the two may differ by what the filter is allowed to drop.
+        assert error <= 3 * float((values[1].double() - values[2]).abs().max()) + 0.02 * scale, name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_filter_drops_only_what_it_may(impl: str) -> None:
+    """With D = T and orthonormal hidden states the weight's gradient shows each d z: hidden @ grad_weight.T = dz."""
+    num_tokens, vocabulary, eps = 4, 400, 2e-2
+    data = problem(num_tokens, num_tokens, vocabulary, dtype=torch.float32)
+    orthonormal = torch.linalg.qr(torch.randn(num_tokens, num_tokens))[0]
+    data = {**data, "hidden": orthonormal.requires_grad_(), "old_logprobs": None}
+    softmax = (4.0 * orthonormal @ data["weight"].T).softmax(dim=-1).detach()
+    options = {"temperature": 0.25, "impl": impl}
+    full = orthonormal @ loss_and_gradients(linear_policy_loss, data, **options)[2].T
+    kept = orthonormal @ loss_and_gradients(linear_policy_loss, data, **options, filter_eps=eps)[2].T
+    dropped = (full - kept).abs() > 1e-6
+    assert dropped.any(), "the filter has nothing to drop here"
+    assert softmax[dropped].max() < eps
+    assert not dropped[torch.arange(num_tokens), data["targets"]].any()
+
+
+def test_filter_of_a_peaked_distribution_changes_little() -> None:
+    data = problem(256, 64, 3000, dtype=torch.float32, peak=12.0)
+    exact = loss_and_gradients(linear_policy_loss, data)
+    filtered = loss_and_gradients(linear_policy_loss, data, filter_eps=2.0**-12)
+    assert torch.equal(exact[0], filtered[0])
+    half = loss_and_gradients(linear_policy_loss, cast(data, torch.bfloat16))
+    for name, *values in zip(("hidden", "weight"), exact[1:], filtered[1:], half[1:], strict=True):
+        reference, actual, low = (v.float() for v in values)
+        assert (actual - reference).norm() < (low - reference).norm(), name
+
+
+# Autograd.
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_only_the_gradients_that_are_asked_for(impl: str) -> None:
+    data = problem(20, 6, 37, dtype=torch.float32)
+    _, grad_hidden, grad_weight = loss_and_gradients(linear_policy_loss, data, impl=impl)
+    for name, expected in (("hidden", grad_hidden), ("weight", grad_weight)):
+        other = "weight" if name == "hidden" else "hidden"
+        loss = linear_policy_loss(**{**data, other: data[other].detach()}, impl=impl).loss
+        torch.testing.assert_close(torch.autograd.grad(loss, data[name])[0], expected)
+    detached = {k: data[k].detach() for k in ("hidden", "weight")}
+    assert not linear_policy_loss(**{**data, **detached}, impl=impl).loss.requires_grad
+    with torch.no_grad():
+        assert not linear_policy_loss(**data, impl=impl).loss.requires_grad
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_backward_twice_and_scaled(impl: str) -> None:
+    data = problem(20, 6, 37, dtype=torch.float32)
+    leaves = (data["hidden"], data["weight"])
+    expected = torch.stack([g.norm() for g in loss_and_gradients(linear_policy_loss, data, impl=impl)[1:]])
+    loss = linear_policy_loss(**data, impl=impl).loss
+    for times in (1, 2):
+        loss.backward(retain_graph=True)
+        norms = torch.stack([x.grad.norm() for x in leaves if x.grad is not None])
+        torch.testing.assert_close(norms, times * expected)
+    (3.0 * loss).backward()
+    norms = torch.stack([x.grad.norm() for x in leaves if x.grad is not None])
+    torch.testing.assert_close(norms, 5.0 * expected)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_gradients_become_grad_without_a_copy(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    saved: list[int] = []
+    original = MODULE._scaled
+
+    def watched(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+        saved.append(gradient.data_ptr())
+        return original(gradient, grad_loss)
+
+    monkeypatch.setattr(MODULE, "_scaled", watched)
+    data = problem(20, 6, 37, dtype=torch.float32)
+    (factor * linear_policy_loss(**data).loss).backward()
+    assert [data[k].grad.data_ptr() for k in ("hidden", "weight")] == saved
+
+
+def test_accumulates_over_micro_batches() -> None:
+    data = problem(40, 8, 30, dtype=torch.float32)
+    data["cu_seqlens"] = torch.tensor([0, 11, 25, 40]).int()
+    data["advantages"] = torch.tensor([1.0, -0.5, 2.0])
+    whole = loss_and_gradients(linear_policy_loss, data, normalizer=40.0)
+    leaves = cast(data, torch.float32)
+    for j in range(3):
+        begin, end = data["cu_seqlens"][j : j + 2].tolist()
+        names = ("targets", "old_logprobs", "sampling_logprobs", "reference_logprobs")
+        part = {name: data[name][begin:end] for name in names}
+        part |= {"advantages": data["advantages"][j : j + 1], "cu_seqlens": torch.tensor([0, end - begin]).int()}
+        part |= {"hidden": leaves["hidden"][begin:end], "weight": leaves["weight"], "temperature": 1.0}
+        linear_policy_loss(**part, normalizer=40.0).loss.backward()
+    torch.testing.assert_close((leaves["hidden"].grad, leaves["weight"].grad), whole[1:])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_casts_hidden_and_weight(impl: str) -> None:
+    data = problem(20, 6, 37, dtype=torch.float32)
+    rest = {k: v for k, v in data.items() if k not in ("hidden", "weight")}
+    low = [data[k].detach().bfloat16().requires_grad_() for k in ("hidden", "weight")]
+    expected = linear_policy_loss(*low, **rest, impl=impl).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = linear_policy_loss(**data, impl=impl).loss
+        gradients = torch.autograd.grad(actual, (data["hidden"], data["weight"]))
+    assert torch.equal(actual, expected)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, low), strict=True):
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, wanted.float())
+
+
+# Shapes and layouts.
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_tokens(impl: str) -> None:
+    data = problem(4, 3, 5, dtype=torch.float32)
+    none = {k: data[k][:0] for k in ("targets", "old_logprobs", "sampling_logprobs", "reference_logprobs")}
+    hidden = data["hidden"].detach()[:0].requires_grad_()
+    arguments = {**data, **none, "hidden": hidden, "cu_seqlens": torch.zeros(3).int()}
+    result = linear_policy_loss(**arguments, impl=impl)
+    result.loss.backward()
+    assert result.loss.item() == result.ratio_mean.item() == 0.0
+    assert hidden.grad is not None
+    assert not data["weight"].grad.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_and_overlapping_tensors(impl: str) -> None:
+    data = problem(24, 6, 37, dtype=torch.float32)
+    expected = loss_and_gradients(linear_policy_loss, data, impl=impl)
+    strided = {
+        "hidden": data["hidden"].detach().T.contiguous().T.requires_grad_(),
+        "weight": torch.cat([data["weight"].detach()] * 2, dim=1)[:, :6].requires_grad_(),
+        "targets": data["targets"].repeat_interleave(2)[::2],
+        "old_logprobs": data["old_logprobs"].repeat_interleave(2)[::2],
+    }
+    assert not any(tensor.is_contiguous() for tensor in strided.values())
+    torch.testing.assert_close(loss_and_gradients(linear_policy_loss, {**data, **strided}, impl=impl), expected)
+    same = {"hidden": data["hidden"].detach()[:1].expand(24, 6), "targets": data["targets"][:1].expand(24)}
+    plain = {k: v.contiguous() for k, v in same.items()}
+    results = [linear_policy_loss(**{**data, **x}, impl=impl).loss for x in (same, plain)]
+    torch.testing.assert_close(*results)
+
+
+# Bad input.
+
+GOOD = problem(4, 3, 5, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("argument", "changes"),
+    [
+        ("hidden", {"hidden": torch.randn(1, 4, 3)}),
+        ("hidden", {"hidden": torch.ones(4, 3, dtype=torch.int64)}),
+        ("weight", {"weight": torch.randn(5, 4)}),
+        ("weight", {"weight": torch.randn(5, 3, dtype=torch.float64)}),
+        ("weight", {"weight": torch.empty(5, 3, device="meta")}),
+        ("targets", {"targets": GOOD["targets"][:3]}),
+        ("targets", {"targets": GOOD["targets"].int()}),
+        ("targets", {"targets": torch.tensor([0, 1, 2, 5])}),
+        ("targets", {"targets": torch.tensor([0, -1, 2, 3])}),
+        ("targets", {"targets": torch.tensor([0, 1 << 40, 2, 3])}),
+        ("old_logprobs", {"old_logprobs": torch.zeros(3)}),
+        ("old_logprobs", {"old_logprobs": torch.full((4,), math.nan)}),
+        ("advantages", {"advantages": torch.zeros(2, 1)}),
+        ("advantages", {"advantages": torch.tensor([1.0, math.inf])}),
+        ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 4])}),
+        ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 5, 4]).int()}),
+        ("cu_seqlens", {"cu_seqlens": torch.tensor([0, -1, 4]).int()}),
+        ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 2, 3]).int()}),
+        ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 2, 2**31 - 1]).int()}),
+        ("temperature", {"temperature": 0.0}),
+        ("filter_eps", {"filter_eps": 0.0}),
+        ("filter_eps", {"filter_eps": 1.5}),
+        ("filter_eps", {"filter_eps": math.nan}),
+        ("clip_low", {"clip_low": -0.1}),
+        ("kl_coef", {"kl_coef": -1.0}),
+        ("reduction", {"reduction": "sum"}),
+        ("normalizer", {"normalizer": 0.0}),
+        ("impl", {"impl": "cuda"}),
+        ("hidden or weight", {"hidden": torch.full((4, 3), math.nan)}),
+        ("hidden or weight", {"weight": torch.full((5, 3), math.inf)}),
+        ("hidden or weight", {"hidden": torch.full((4, 3), 1e30), "weight": torch.full((5, 3), 1e30)}),
+    ],
+)
+def test_bad_argument_is_named(impl: str, argument: str, changes: Problem) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}: "):
+        linear_policy_loss(**{**GOOD, "impl": impl, **changes})
+
+
+def test_native_has_no_float64() -> None:
+    with pytest.raises(ValueError, match=r"^impl: 'native' has no float64"):
+        linear_policy_loss(**cast(GOOD, torch.float64), impl="native")
+
+
+# Registration.
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("filter_eps", [None, 0.05])
+def test_opcheck(impl: str, filter_eps: float | None) -> None:
+    data = problem(9, 4, 11, dtype=torch.float32)
+    loss_arguments = (0.2, 0.2, None, None, data["reference_logprobs"], 0.1, "token-mean", None)
+    arguments = (
+        *(data[name] for name in ("hidden", "weight", "targets", "old_logprobs", "advantages", "cu_seqlens")),
+        *loss_arguments,
+        0.9,
+        filter_eps,
+        True,
+        True,
+        impl,
+    )
+    torch.library.opcheck(torch.ops.balcaprl.linear_policy_loss.default, arguments)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_fullgraph_compile(impl: str) -> None:
+    def step(hidden: Tensor, weight: Tensor, rest: Problem) -> Tensor:
+        return linear_policy_loss(hidden * 2.0, weight, **rest, impl=impl).loss * 2.0
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for num_tokens in (4, 9, 13):
+        data = problem(num_tokens, 4, 9, dtype=torch.float32)
+        leaves = (data.pop("hidden"), data.pop("weight"))
+        expected = torch.autograd.grad(step(*leaves, data), leaves)
+        torch.testing.assert_close(torch.autograd.grad(compiled(*leaves, data), leaves), expected)
