@@ -3,6 +3,7 @@
 python bench/compile_report.py                            # compile all, write kernels/compile_report.json and .md
 python bench/compile_report.py --check                    # compile all, compare with the committed table; 1 if it differs
 python bench/compile_report.py --kernel logits --arch 90  # those whose name contains it: printed, nothing written
+python bench/compile_report.py --kernel logits --update   # those anew in the report, the others as they are
 python bench/compile_report.py --kernel logits --arch 90 --sass build/sass    # and their disassembly
 
 The kernel, its launch table, and the specialisation of a real launch (aligned pointers, sizes that are multiples of 16) go
@@ -348,6 +349,7 @@ def main() -> int:
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this; prints, writes nothing")
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="only this one; prints, writes nothing")
     parser.add_argument("--check", action="store_true", help="compare with the committed report instead of writing it")
+    parser.add_argument("--update", action="store_true", help="with --kernel: write these into the report")
     parser.add_argument("--output", type=Path, default=REPORT, help="JSON to write; the tables go beside it")
     parser.add_argument("--sass", type=Path, help="folder for the disassembly")
     arguments = parser.parse_args()
@@ -372,9 +374,18 @@ def main() -> int:
         failed |= bool(committed)
     if partial:
         print(render(rows, compiler_version()))
-    elif not arguments.check:
+    if arguments.update:
+        rows = merged(read_report(), rows)
+    if not arguments.check and (arguments.update or not partial):
         write_report(rows, arguments.output, compiler_version())
     return int(failed)
+
+
+def merged(old: list[Compiled], new: list[Compiled]) -> list[Compiled]:
+    """Rows of both, the new ones where both have one, in the order in which kernels are registered."""
+    rows = {(row.kernel, row.arch): row for row in [*old, *new]}
+    names = [spec.name for spec in registered_kernels()]
+    return [rows[name, arch] for name in names for arch in ARCHITECTURES if (name, arch) in rows]
 
 
 if __name__ == "__main__":

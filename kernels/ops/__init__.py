@@ -9,6 +9,19 @@ library is there. This package imports torch, triton, numpy and the standard lib
 from balcaprl.kernels.grouped_advantages import grouped_advantages
 from balcaprl.kernels.linear_logprobs import LogProbs, linear_logprobs
 from balcaprl.kernels.linear_policy_loss import linear_policy_loss
+from balcaprl.kernels.logits_policy_loss import logits_policy_loss
 from balcaprl.kernels.policy_loss import PolicyLoss, policy_loss
+from balcaprl.kernels.shared_prefix_attention import shared_prefix_attention
+from balcaprl.kernels.shared_prefix_layout import SharedPrefixLayout
 
-__all__ = ["LogProbs", "PolicyLoss", "grouped_advantages", "linear_logprobs", "linear_policy_loss", "policy_loss"]
+__all__ = [
+    "LogProbs",
+    "PolicyLoss",
+    "SharedPrefixLayout",
+    "grouped_advantages",
+    "linear_logprobs",
+    "linear_policy_loss",
+    "logits_policy_loss",
+    "policy_loss",
+    "shared_prefix_attention",
+]

@@ -52,7 +52,16 @@ class Launch:
 
 Table = Mapping[tuple[int, int], Launch]
 
-TABLES: dict[str, Table] = {}
+
+def _streaming(half: Launch, single: Launch) -> Table:
+    """The same rows on every architecture: what a memory-bound kernel wants is bytes in flight, and enough blocks."""
+    return {(80, 2): half, (80, 4): single}
+
+
+TABLES: dict[str, Table] = {
+    "_logits_stats_kernel": _streaming(Launch({"BLOCK_V": 8192}, 8), Launch({"BLOCK_V": 4096}, 8)),
+    "_logits_gradient_kernel": _streaming(Launch({"BLOCK_V": 4096}, 4), Launch({"BLOCK_V": 2048}, 4)),
+}
 """Kernel name to its rows, keyed by (architecture, bytes per element)."""
 
 _overrides: dict[str, dict[str, int]] = {}

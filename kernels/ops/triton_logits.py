@@ -1,0 +1,205 @@
+"""Triton kernels of ``logits_policy_loss``: statistics of each row of logits in one read, its gradient in one more read and one
+write. Between the two, ``token_loss`` turns log-probabilities into their gradient. All arithmetic is in float32.
+
+Both are bound by memory: a program streams tiles of one row, each thread 16 bytes at a time. Rows are addressed with 64-bit
+offsets. Imported only where ``impl="triton"`` runs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from balcaprl.kernels.launch import TRITON_TYPES, KernelSpec, Launch, Work, launch
+from balcaprl.kernels.native_softmax import SoftmaxRows
+
+_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _logits_stats_kernel(
+    logits_TV,
+    targets_T,
+    max_T,
+    sum_T,
+    logprobs_T,
+    row_stride,
+    vocabulary,
+    scale,
+    BLOCK_V: tl.constexpr,
+):
+    """One program per row: its maximum, the sum of exp((x - max) * scale), the target's log-probability."""
+    token = tl.program_id(0).to(tl.int64)
+    row = logits_TV + token * row_stride
+    columns = tl.arange(0, BLOCK_V)
+    highest = float("-inf")
+    # One partial sum per lane: only the maximum is reduced over the block in every tile.
+    sums = tl.zeros((BLOCK_V,), tl.float32)
+    for begin in range(0, vocabulary, BLOCK_V):
+        tile = tl.load(row + begin + columns, mask=begin + columns < vocabulary, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(highest, tl.max(tile, axis=0))
+        # Only -inf so far: any finite number in its place makes the sums 0 and not NaN.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        sums = sums * tl.exp2((highest - base) * scale * _LOG2E) + tl.exp2((tile - base) * scale * _LOG2E)
+        highest = higher
+    total = tl.sum(sums, axis=0)
+    target = tl.load(targets_T + token)
+    # A target outside is not read; the caller finds the NaN and raises.
+    inside = (target >= 0) & (target < vocabulary)
+    chosen = tl.load(row + target, mask=inside, other=float("nan")).to(tl.float32)
+    tl.store(max_T + token, highest)
+    tl.store(sum_T + token, total)
+    tl.store(logprobs_T + token, (chosen - highest) * scale - tl.log(total))
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 that keeps its digits near 0."""
+    series = 1.0 + x * (1.0 / 2 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040))))))
+    return tl.where(tl.abs(x) < 0.25, x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _logits_gradient_kernel(
+    logits_TV,
+    grad_logits_TV,
+    targets_T,
+    max_T,
+    sum_T,
+    logprobs_T,
+    grad_logprobs_T,
+    grad_loss,
+    row_stride,
+    grad_row_stride,
+    vocabulary,
+    scale,
+    BLOCK_V: tl.constexpr,
+):
+    """One program per tile of a row. ``grad_logits_TV`` may be ``logits_TV``: a value is read by the thread that writes it."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask = columns < vocabulary
+    out = grad_logits_TV + token * grad_row_stride + columns
+    gradient = tl.load(grad_logprobs_T + token) * tl.load(grad_loss).to(tl.float32) * scale
+    if gradient == 0.0:
+        # Clipped or without advantage: the logits are not read.
+        tl.store(out, tl.zeros((BLOCK_V,), grad_logits_TV.dtype.element_ty), mask=mask)
+    else:
+        tile = tl.load(logits_TV + token * row_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        coefficient = -gradient / tl.load(sum_T + token)
+        values = tl.exp2((tile - tl.load(max_T + token)) * scale * _LOG2E) * coefficient
+        # 1 - p by way of expm1: near p = 1 it keeps its digits.
+        at_target = -gradient * _expm1(tl.load(logprobs_T + token))
+        values = tl.where(columns == tl.load(targets_T + token), at_target, values)
+        tl.store(out, values.to(grad_logits_TV.dtype.element_ty), mask=mask)
+
+
+def stats(logits: Tensor, targets: Tensor, scale: float) -> SoftmaxRows:
+    """One read of the logits.
+
+    Args:
+        logits: (T, V) float32, bfloat16 or float16, columns contiguous.
+        targets: (T,) int64, contiguous. One outside of [0, V) gives NaN.
+        scale: 1 / temperature.
+    """
+    num_tokens, vocabulary = logits.shape
+    rows = SoftmaxRows(*(logits.new_empty(num_tokens, dtype=torch.float32) for _ in SoftmaxRows._fields))
+    if num_tokens:
+        row = launch("_logits_stats_kernel", logits.device, logits.dtype)
+        _logits_stats_kernel[(num_tokens,)](logits, targets, *rows, logits.stride(0), vocabulary, scale, **row.kwargs())
+    return rows
+
+
+def gradient(
+    logits: Tensor,
+    targets: Tensor,
+    rows: SoftmaxRows,
+    grad_logprobs: Tensor,
+    grad_loss: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """One read of the logits of rows that have a gradient, one write of all.
+
+    Args:
+        logits: as for ``stats``.
+        targets: (T,) int64, contiguous.
+        rows: as ``stats`` gave them.
+        grad_logprobs: (T,) float32, contiguous.
+        grad_loss: one value, float32 or float64, on the device; it multiplies ``grad_logprobs``.
+        scale: 1 / temperature.
+        out: like ``logits``, or they themselves; written.
+    """
+    num_tokens, vocabulary = logits.shape
+    if not logits.numel():
+        return
+    row = launch("_logits_gradient_kernel", logits.device, logits.dtype)
+    grid = (num_tokens, triton.cdiv(vocabulary, row.blocks["BLOCK_V"]))
+    _logits_gradient_kernel[grid](
+        logits,
+        out,
+        targets,
+        *rows,
+        grad_logprobs,
+        grad_loss,
+        logits.stride(0),
+        out.stride(0),
+        vocabulary,
+        scale,
+        **row.kwargs(),
+    )
+
+
+# For the compile suite: the head of Qwen2.5-VL-3B over 8192 completion tokens.
+_TOKENS, _VOCABULARY = 8192, 151936
+_ROWS = {"targets_T": "*i64", "max_T": "*fp32", "sum_T": "*fp32", "logprobs_T": "*fp32"}
+_SIZES = {"row_stride": "i32", "vocabulary": "i32", "scale": "fp32"}
+
+
+def _stats_spec(dtype: torch.dtype) -> KernelSpec:
+    def work(_: Launch) -> Work:
+        size = _TOKENS * _VOCABULARY
+        moved = size * dtype.itemsize + 20 * _TOKENS
+        # Per logit: difference, two products, exp2, and a multiply-add into the sum; the maximum.
+        return Work(f"T={_TOKENS} V={_VOCABULARY}", moved, moved + dtype.itemsize * _TOKENS, 7 * size)
+
+    return KernelSpec(
+        kernel=_logits_stats_kernel,
+        dtype=dtype,
+        arguments={"logits_TV": f"*{TRITON_TYPES[dtype]}", **_ROWS, **_SIZES},
+        constexprs={},
+        work=work,
+        divisible=frozenset({"row_stride", "vocabulary"}),
+    )
+
+
+def _gradient_spec(dtype: torch.dtype) -> KernelSpec:
+    def work(launch_row: Launch) -> Work:
+        size = _TOKENS * _VOCABULARY
+        moved = 2 * size * dtype.itemsize + 24 * _TOKENS
+        repeated = 24 * _TOKENS * (-(-_VOCABULARY // launch_row.blocks["BLOCK_V"]) - 1)
+        # Per logit: difference, two products, exp2, product.
+        return Work(f"T={_TOKENS} V={_VOCABULARY}", moved, moved + repeated, 5 * size)
+
+    pointers = {"logits_TV": f"*{TRITON_TYPES[dtype]}", "grad_logits_TV": f"*{TRITON_TYPES[dtype]}"}
+    return KernelSpec(
+        kernel=_logits_gradient_kernel,
+        dtype=dtype,
+        arguments={
+            **pointers,
+            **_ROWS,
+            "grad_logprobs_T": "*fp32",
+            "grad_loss": "*fp32",
+            **_SIZES,
+            "grad_row_stride": "i32",
+        },
+        constexprs={},
+        work=work,
+        divisible=frozenset({"row_stride", "grad_row_stride", "vocabulary"}),
+        wide_store=True,
+    )
+
+
+KERNEL_SPECS = [make(dtype) for make in (_stats_spec, _gradient_spec) for dtype in TRITON_TYPES]
