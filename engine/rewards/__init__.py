@@ -1,14 +1,19 @@
-"""From captions to rewards: judges, the length rules, and the account of what could not be scored."""
+"""From captions to rewards: judges, custom rewards, the length rules, and the account of what could not be scored."""
 
-from balcaprl.rewards.judge import Judge, ScoreStats, make_judge, score_groups
-from balcaprl.rewards.length import advantage_inputs, reward_matrix
+from balcaprl.rewards.columns import advantage_inputs, reward_matrix
+from balcaprl.rewards.judge import Judge, ScoreStats
 from balcaprl.rewards.lexical_judge import LexicalJudge
+from balcaprl.rewards.scoring import GroupScorer, close_judge, make_judge, score_groups
+from balcaprl.types import JudgeStoppedError
 
 __all__ = [
+    "GroupScorer",
     "Judge",
+    "JudgeStoppedError",
     "LexicalJudge",
     "ScoreStats",
     "advantage_inputs",
+    "close_judge",
     "make_judge",
     "reward_matrix",
     "score_groups",

@@ -8,24 +8,26 @@ from collections.abc import Sequence
 import numpy as np
 
 from balcaprl.metrics import nanmean
+from balcaprl.rewards.columns import reward_of
 from balcaprl.types import REWARD_NAMES, RewardBreakdown, RolloutGroup
 
 
-def within_group_correlations(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+def within_group_correlations(groups: Sequence[RolloutGroup], names: Sequence[str] = REWARD_NAMES) -> dict[str, float]:
     """Mean over groups of the correlation of each pair of rewards over a group's rollouts.
 
     Correlations near 1 mean that the rewards are one signal, and that balancing them changes nothing. Rewards are taken as
     judged, before any length rule. A group counts for a pair if both rewards vary in it.
 
     Returns:
-        ``precision_recall``, ``precision_linguistic`` and ``recall_linguistic``; NaN where no group counts.
+        ``precision_recall``, ``precision_linguistic``, ... for each pair of ``names``; NaN where no group counts.
     """
     correlations: dict[str, list[float]] = {}
     for group in groups:
-        scores = np.array([(rollout.breakdown or RewardBreakdown()).rewards for rollout in group.rollouts], float)
-        scores = scores[np.isfinite(scores).all(axis=1)]
-        for a, b in itertools.combinations(range(len(REWARD_NAMES)), 2):
-            values = correlations.setdefault(f"{REWARD_NAMES[a]}_{REWARD_NAMES[b]}", [])
-            if len(scores) > 1 and scores[:, a].std() > 0 and scores[:, b].std() > 0:
-                values.append(float(np.corrcoef(scores[:, a], scores[:, b])[0, 1]))
+        breakdowns = [rollout.breakdown or RewardBreakdown() for rollout in group.rollouts]
+        scores = np.array([[reward_of(breakdown, name) for name in names] for breakdown in breakdowns], float)
+        for a, b in itertools.combinations(range(len(names)), 2):
+            values = correlations.setdefault(f"{names[a]}_{names[b]}", [])
+            pair = scores[np.isfinite(scores[:, [a, b]]).all(axis=1)][:, [a, b]] if len(scores) else scores
+            if len(pair) > 1 and pair[:, 0].std() > 0 and pair[:, 1].std() > 0:
+                values.append(float(np.corrcoef(pair[:, 0], pair[:, 1])[0, 1]))
     return {pair: nanmean(values) for pair, values in correlations.items()}

@@ -1,21 +1,16 @@
-"""What a judge is, which one a run uses, and how a step is scored without ever failing on one completion."""
+"""What a judge is, and how its answers are taken: held to what a breakdown may be, errors without secrets."""
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from balcaprl.config import RewardConfig
-from balcaprl.rewards.length import CountTokens, is_outside_bounds, measure_length
-from balcaprl.types import REWARD_NAMES, RewardBreakdown, RolloutGroup, Sample
-
-logger = logging.getLogger(__name__)
+from balcaprl.types import REWARD_NAMES, JudgeStoppedError, RewardBreakdown, Sample
 
 _ROUNDING = 1e-6  # a mean of exact ones may exceed 1 by this
 _MAX_ERROR_CHARS = 300
@@ -36,6 +31,27 @@ class Judge(Protocol):
         ...
 
 
+@runtime_checkable
+class BackgroundJudge(Judge, Protocol):
+    """A judge that works in the background: groups are handed over as they are sampled, and scored meanwhile."""
+
+    def open_batch(self) -> JudgeBatch:
+        """The scoring of one step."""
+        ...
+
+
+class JudgeBatch(Protocol):
+    """The groups of one step, in the order in which they are handed over."""
+
+    def submit(self, sample: Sample, captions: Sequence[str]) -> Future[list[RewardBreakdown]]:
+        """Hand over one group and return at once; the future has its breakdowns as soon as all of them are there."""
+        ...
+
+    def results(self) -> list[list[RewardBreakdown]]:
+        """Wait, as long as the judge thinks it worth it, and return the breakdowns of all groups."""
+        ...
+
+
 @dataclass
 class ScoreStats:
     """What one call of ``score_groups`` did."""
@@ -47,93 +63,40 @@ class ScoreStats:
     """Captions whose linguistic reward the length mask takes; None under another length rule."""
     errors: Counter[str] = field(default_factory=Counter)
     """Why there were no scores, counted."""
+    judge_metrics: dict[str, float] = field(default_factory=dict)
+    """What the judge and the custom rewards tell of their work."""
 
     def metrics(self) -> dict[str, float]:
-        """For the log: ``num_unscorable``, and under the length mask ``masked_fraction``."""
-        metrics = {"num_unscorable": float(self.num_unscorable)}
+        """For the log: ``num_unscorable``, under the length mask ``masked_fraction``, and what the judge tells."""
+        metrics = {"num_unscorable": float(self.num_unscorable), **self.judge_metrics}
         if self.num_outside_bounds is not None and self.num_captions:
             metrics["masked_fraction"] = self.num_outside_bounds / self.num_captions
         return metrics
 
 
-def make_judge(config: RewardConfig, data_kind: str) -> Judge:
-    """The judge that ``reward.judge`` names; ``auto``: exact for drawn scenes, else word overlap with the reference.
+def score_safely(judge: Judge, sample: Sample, captions: list[str]) -> list[RewardBreakdown]:
+    """One valid breakdown per caption, whatever the judge does.
 
     Raises:
-        ValueError: the scene judge is asked for, and the data are no drawn scenes.
+        JudgeStoppedError: as the judge raised it.
     """
-    scenes = data_kind == "scenes"
-    if config.judge == "scene" and not scenes:
-        raise ValueError(
-            f"reward.judge: scene knows drawn scenes only, data.kind is {data_kind}; set it to auto or lexical"
-        )
-    if config.judge == "scene" or (config.judge == "auto" and scenes):
-        from balcaprl.rewards.scene_judge import SceneJudge
-
-        return SceneJudge()
-    from balcaprl.rewards.lexical_judge import LexicalJudge
-
-    return LexicalJudge()
-
-
-def score_groups(
-    judge: Judge, groups: Sequence[RolloutGroup], config: RewardConfig, count_tokens: CountTokens | None = None
-) -> ScoreStats:
-    """Fill in ``breakdown``, ``length`` and ``reference_length`` of every rollout.
-
-    A completion that cannot be scored (the judge raises, gives a wrong number of answers, or scores outside [0, 1])
-    gets a breakdown without scores and with an ``error``; it is counted, and each distinct error is logged once per
-    process. Errors are kept without captions and without what looks like a key.
-
-    Args:
-        judge: asked once per group.
-        groups: changed in place.
-        config: length unit and length rule.
-        count_tokens: length of a text in policy tokens, needed where ``reward.length_unit`` is tokens.
-    """
-    stats = ScoreStats(num_outside_bounds=0 if config.length_rule == "mask" else None)
-    for group in groups:
-        sample = group.prompt.sample
-        captions = [rollout.completion.text for rollout in group.rollouts]
-        breakdowns = _score_safely(judge, sample, captions)
-        # at least 1, as a ratio needs it: a tokenizer may map a reference to nothing
-        reference_length = max(1.0, measure_length(sample.reference, config, count_tokens))
-        for rollout, breakdown in zip(group.rollouts, breakdowns, strict=True):
-            rollout.breakdown = breakdown
-            rollout.length = measure_length(rollout.completion.text, config, count_tokens)
-            rollout.reference_length = reference_length
-            _count(stats, breakdown, is_outside_bounds(rollout.length, reference_length, config))
-    for error in stats.errors:
-        _log_once(judge.name, error)
-    return stats
-
-
-def _count(stats: ScoreStats, breakdown: RewardBreakdown, outside_bounds: bool) -> None:
-    stats.num_captions += 1
-    if stats.num_outside_bounds is not None:
-        stats.num_outside_bounds += outside_bounds
-    if breakdown.error is not None:
-        stats.num_unscorable += 1
-        stats.errors[breakdown.error] += 1
-
-
-def _score_safely(judge: Judge, sample: Sample, captions: list[str]) -> list[RewardBreakdown]:
-    """One valid breakdown per caption, whatever the judge does."""
     if not captions:
         return []
     try:
         answers = list(judge.score(sample, captions))
         if len(answers) != len(captions):
             raise ValueError(f"the judge gave {len(answers)} answers for {len(captions)} captions")
+    except JudgeStoppedError:
+        raise
     except Exception as error:  # a judge is foreign code; no error of one may end a run
         if len(captions) > 1:
-            return [_score_safely(judge, sample, [caption])[0] for caption in captions]
+            return [score_safely(judge, sample, [caption])[0] for caption in captions]
         text = f"{type(error).__name__}: {error}"
         return [RewardBreakdown(error=redact(text, [*captions, sample.reference]))]
-    return [_validated(answer, [caption, sample.reference]) for answer, caption in zip(answers, captions, strict=True)]
+    return [validated(answer, [caption, sample.reference]) for answer, caption in zip(answers, captions, strict=True)]
 
 
-def _validated(answer: object, private: Sequence[str]) -> RewardBreakdown:
+def validated(answer: object, private: Sequence[str]) -> RewardBreakdown:
     """The answer, or a breakdown without scores that says what is wrong with it."""
     if not isinstance(answer, RewardBreakdown):
         return RewardBreakdown(error=f"the judge answered {type(answer).__name__}, expected RewardBreakdown")
@@ -182,8 +145,3 @@ def redact(text: str, private: Sequence[str]) -> str:
     for pattern in _SECRETS:
         text = pattern.sub("<redacted>", text)
     return " ".join(text.split())[:_MAX_ERROR_CHARS]
-
-
-@lru_cache(maxsize=1024)
-def _log_once(judge_name: str, error: str) -> None:
-    logger.warning("the %s judge left captions unscored: %s (further cases are only counted)", judge_name, error)

@@ -15,15 +15,13 @@ A missing score (NaN) stays missing under every rule.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from balcaprl.config import RewardConfig
-from balcaprl.types import REWARD_NAMES, RolloutGroup
+from balcaprl.types import RolloutGroup
 
-LINGUISTIC = REWARD_NAMES.index("linguistic")
 CountTokens = Callable[[str], int]
 
 
@@ -50,47 +48,8 @@ def linear_factor(lengths: Tensor, reference_lengths: Tensor) -> Tensor:
     return (1.0 - (1.0 - lengths / reference_lengths).abs()).clamp(min=0.0)
 
 
-def reward_matrix(groups: Sequence[RolloutGroup], dtype: torch.dtype = torch.float32) -> Tensor:
-    """(R, 3): the rewards of all rollouts, group after group, in the order of ``REWARD_NAMES``; before any length rule.
-
-    NaN where the judge gave no score.
-
-    Raises:
-        ValueError: a rollout was not judged.
-    """
-    rows = []
-    for group in groups:
-        for rollout in group.rollouts:
-            if rollout.breakdown is None:
-                raise ValueError(f"{group.prompt.sample.sample_id}: a rollout was not judged; call score_groups first")
-            rows.append(rollout.breakdown.rewards)
-    return torch.tensor(rows, dtype=dtype).reshape(-1, len(REWARD_NAMES))
-
-
 def length_vectors(groups: Sequence[RolloutGroup], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """(R,), (R,): completion and reference lengths of all rollouts, group after group."""
     pairs = [(rollout.length, rollout.reference_length) for group in groups for rollout in group.rollouts]
     lengths, reference_lengths = torch.tensor(pairs, dtype=dtype).reshape(-1, 2).unbind(1)
     return lengths.contiguous(), reference_lengths.contiguous()
-
-
-def advantage_inputs(groups: Sequence[RolloutGroup], config: RewardConfig) -> dict[str, Any]:
-    """The arguments of ``balcaprl.kernels.grouped_advantages`` that carry rewards and length rule.
-
-    Returns:
-        ``rewards`` (R, 3) float32, and for the ``mask`` rule also ``lengths``, ``reference_lengths``, ``masked_reward``
-        and ``length_bounds``.
-    """
-    rewards = reward_matrix(groups)
-    lengths, reference_lengths = length_vectors(groups)
-    if config.length_rule == "mask":
-        return {
-            "rewards": rewards,
-            "lengths": lengths,
-            "reference_lengths": reference_lengths,
-            "masked_reward": LINGUISTIC,
-            "length_bounds": (config.tau_low, config.tau_high),
-        }
-    if config.length_rule == "linear":
-        rewards[:, LINGUISTIC] *= linear_factor(lengths, reference_lengths)
-    return {"rewards": rewards}

@@ -7,7 +7,8 @@ import torch
 
 from balcaprl.config import RewardConfig
 from balcaprl.kernels import grouped_advantages
-from balcaprl.rewards.length import advantage_inputs, is_outside_bounds, length_vectors, linear_factor, measure_length
+from balcaprl.rewards.columns import advantage_inputs
+from balcaprl.rewards.length import is_outside_bounds, length_vectors, linear_factor, measure_length
 from balcaprl.types import Completion, Prompt, RewardBreakdown, Rollout, RolloutGroup, Sample
 
 LENGTHS = [4.0, 5.0, 10.0, 20.0, 21.0, 0.0]  # of a reference of 10

@@ -1,0 +1,400 @@
+"""Calls to a judge model over HTTP. The only importer of the HTTP client.
+
+A call is looked up in the cache; else it takes the reply to an equal call under way; else it is sent, again and again where a
+failure may pass: to a server with a free place, within a time-out, reading no more than a bounded reply. Only the configured
+addresses are contacted: no redirect is followed and no proxy of the environment used. Error messages hold no header, no body,
+no caption.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import random
+import time
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+
+from balcaprl.config import EndpointConfig, ProtocolConfig, ServerConfig
+from balcaprl.rewards.cache import ReplyCache
+from balcaprl.rewards.concurrency import AllServersGivenUpError, Clock, Dispatcher, Server
+from balcaprl.rewards.protocol import Call, Reply, ReplyError, cache_key, parse_reply, request_body
+from balcaprl.rewards.usage import Ledger, Usage
+from balcaprl.types import JudgeStoppedError
+
+if TYPE_CHECKING:
+    import aiohttp
+    from tenacity import RetryCallState
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 1 << 16
+_KEEP_ALIVE_S = 60.0
+
+
+class CallFailedError(RuntimeError):
+    """A call that brought no valid reply after all attempts; the message names the last failure."""
+
+
+class _AttemptError(Exception):
+    """One attempt that brought no valid reply."""
+
+    def __init__(self, kind: str, message: str, *, weight: int = 1, wait_s: float | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.weight = weight
+        """How many of ``max_attempts`` it uses up; -1: all."""
+        self.wait_s = wait_s
+        """How long the server asks to wait."""
+
+
+_HOPELESS = -1
+
+
+@dataclass
+class _UnderWay:
+    task: asyncio.Task[Reply]
+    num_waiting: int = 0
+
+
+class JudgeClient:
+    """Asks the servers of one judge model. All methods but the constructor belong to one event loop.
+
+    Raises:
+        ValueError: no server or no model is configured, or a key's environment variable is empty.
+        ImportError: the HTTP client or the retry library is not installed.
+    """
+
+    def __init__(
+        self,
+        protocol: ProtocolConfig,
+        endpoint: EndpointConfig,
+        *,
+        cache: ReplyCache | None = None,
+        ledger: Ledger | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        if not endpoint.servers:
+            raise ValueError(
+                "endpoint.servers: the endpoint judge needs at least one server, such as http://host:8000/v1"
+            )
+        if not protocol.model and not all(server.model for server in endpoint.servers):
+            raise ValueError("reward.protocol.model: name the judge model as its servers call it")
+        self._protocol, self._endpoint, self._cache, self._clock = protocol, endpoint, cache, clock
+        self.ledger = ledger or Ledger(endpoint)
+        self.usage = Usage()
+        self._headers = {server.url: _headers(server) for server in endpoint.servers}
+        self._retry_library()
+        self._dispatcher = Dispatcher(
+            [
+                Server.of(server, endpoint.timeout_s, endpoint.breaker_failures, endpoint.breaker_wait_s, clock)
+                for server in endpoint.servers
+            ],
+            clock,
+        )
+        self._session: aiohttp.ClientSession | None = None
+        self._under_way: dict[bytes, _UnderWay] = {}
+        self._watchdog: asyncio.Task[None] | None = None
+        self._last_valid = 0.0
+        self.stopped: JudgeStoppedError | None = None
+
+    @property
+    def servers(self) -> list[Server]:
+        """The servers and what is known of them."""
+        return self._dispatcher.servers
+
+    @property
+    def num_slots(self) -> int:
+        """Most requests that may be in flight at once."""
+        return sum(server.config.max_concurrency for server in self.servers)
+
+    async def ask(self, call: Call, affinity: str = "") -> Reply:
+        """The valid reply to a call.
+
+        Args:
+            call: what is asked.
+            affinity: calls with the same one go to the same server, where it has room.
+
+        Raises:
+            CallFailedError: no attempt brought a valid reply.
+            JudgeStoppedError: the budget is spent, or no server gave a valid reply for ``endpoint.patience_s``.
+        """
+        self.usage.num_calls += 1
+        key = cache_key(call, self._protocol)
+        cached = self._cached(key, call)
+        if cached is not None:
+            self.usage.num_cached += 1
+            return cached
+        under_way = self._under_way.get(key)
+        if under_way is None:
+            under_way = self._under_way[key] = _UnderWay(
+                asyncio.create_task(self._send_until_valid(call, key, affinity))
+            )
+            self._start_watchdog()
+        else:
+            self.usage.num_shared += 1
+        under_way.num_waiting += 1
+        try:
+            return await asyncio.shield(under_way.task)
+        except asyncio.CancelledError:
+            if under_way.task.cancelled() and self.stopped is not None:
+                raise self.stopped from None
+            raise
+        finally:
+            under_way.num_waiting -= 1
+            if not under_way.num_waiting:
+                under_way.task.cancel()  # nobody wants it any more; harmless where it is done
+
+    async def close(self) -> None:
+        """Close all connections and write the account."""
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+        self.ledger.save()
+
+    # ------------------------------------------------------------------------------------------------ cache
+
+    def _cached(self, key: bytes, call: Call) -> Reply | None:
+        value = self._cache.get(key) if self._cache is not None else None
+        if value is None:
+            return None
+        try:
+            return parse_reply(call, value.decode(), self._protocol)
+        except (ReplyError, UnicodeDecodeError):
+            return None  # written by other hands
+
+    def _store(self, key: bytes, call: Call, reply: Reply) -> None:
+        if self._cache is not None:
+            value = reply.model_dump_json().encode()
+            self._cache.put(key, value, task=f"{call.task.name}.{call.task.version}", model=self._protocol.model)
+
+    # ------------------------------------------------------------------------------------------------ attempts
+
+    async def _send_until_valid(self, call: Call, key: bytes, affinity: str) -> Reply:
+        """Attempts until one is valid or they are used up; counts the call's fate."""
+        bodies: dict[str, bytes] = {}
+        try:
+            reply: Reply = await self._retrying()(self._attempt, call, affinity, bodies)
+        except _AttemptError as error:
+            self.usage.num_given_up += 1
+            raise CallFailedError(f"{call.task.name}: {error}") from None
+        except AllServersGivenUpError as error:
+            self.usage.num_given_up += 1
+            raise JudgeStoppedError(f"no judge server is left: {error}") from None
+        except JudgeStoppedError:
+            self.usage.num_given_up += 1
+            raise
+        except asyncio.CancelledError:
+            self.usage.num_cancelled += 1
+            raise
+        finally:
+            self._under_way.pop(key, None)
+        self._last_valid = self._clock()
+        self._store(key, call, reply)
+        return reply
+
+    def _retrying(self) -> Any:
+        tenacity = self._retry_library()
+        backoff = tenacity.wait_random_exponential(
+            multiplier=2 * self._endpoint.retry_wait_s, max=self._endpoint.max_retry_wait_s
+        )
+        used = 0
+
+        def is_used_up(state: RetryCallState) -> bool:
+            nonlocal used
+            error = state.outcome.exception() if state.outcome is not None else None
+            weight = error.weight if isinstance(error, _AttemptError) else _HOPELESS
+            used += weight
+            return weight == _HOPELESS or used >= self._endpoint.max_attempts
+
+        def wait(state: RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome is not None else None
+            asked = error.wait_s if isinstance(error, _AttemptError) else None
+            others = sum(server.is_free for server in self.servers) > 1
+            return float(backoff(state)) if asked is None or others else asked * random.uniform(1.0, 1.1)
+
+        return tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(_AttemptError), stop=is_used_up, wait=wait, reraise=True
+        )
+
+    @staticmethod
+    def _retry_library() -> Any:
+        try:
+            import aiohttp  # noqa: F401
+            import tenacity
+        except ImportError as error:
+            raise ImportError("the endpoint judge needs aiohttp and tenacity: pip install 'balcaprl[judge]'") from error
+        return tenacity
+
+    async def _attempt(self, call: Call, affinity: str, bodies: dict[str, bytes]) -> Reply:
+        """One attempt at one server; counts how it ended."""
+        self.ledger.check()
+        server = await self._dispatcher.acquire(affinity)
+        started = self._clock()
+        self.ledger.in_flight += 1
+        self.usage.num_attempts += 1
+        try:
+            model = server.config.model or self._protocol.model
+            if model not in bodies:
+                bodies[model] = json.dumps(request_body(call, self._protocol, model)).encode()
+            reply = await self._exchange(call, server, bodies[model])
+            self.usage.num_valid += 1
+            self.usage.latencies_s.append(self._clock() - started)
+            server.note_served(self._clock() - started)
+        except _AttemptError as error:
+            self.usage.failures[error.kind] += 1
+            _note(server, error, self._clock() - started)
+            raise
+        except BaseException:
+            self.usage.failures["cancelled"] += 1
+            server.breaker.note_neutral()
+            raise
+        finally:
+            self.ledger.in_flight -= 1
+            self._dispatcher.release(server)
+        return reply
+
+    async def _exchange(self, call: Call, server: Server, body: bytes) -> Reply:
+        import aiohttp
+
+        url = server.config.url.rstrip("/") + "/chat/completions"
+        headers = self._headers[server.config.url]
+        try:
+            async with self._http().post(url, data=body, headers=headers, allow_redirects=False) as response:
+                _check_status(response.status, response.headers.get("Retry-After"), self._endpoint.patience_s)
+                kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+                if kind != "application/json":
+                    raise _AttemptError("content_type", "the reply is not of type application/json")
+                data = bytearray()
+                async for chunk in response.content.iter_chunked(_CHUNK):
+                    data += chunk
+                    if len(data) > self._endpoint.max_reply_bytes:
+                        raise _AttemptError("too_large", "the reply exceeds endpoint.max_reply_bytes")
+        except (TimeoutError, asyncio.TimeoutError):
+            raise _AttemptError("timeout", f"no reply within {self._endpoint.timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError, EOFError) as error:
+            raise _AttemptError("connection", f"the connection failed ({type(error).__name__})") from None
+        return self._read_envelope(call, server.config, bytes(data))
+
+    def _read_envelope(self, call: Call, server: ServerConfig, data: bytes) -> Reply:
+        """The reply inside the API's envelope; books what it cost whether or not it is valid."""
+        if not data.strip():
+            raise _AttemptError("empty", "the reply is empty")
+        try:
+            envelope = json.loads(data)
+        except (ValueError, RecursionError):
+            raise _AttemptError("not_json", "the reply is no whole JSON object") from None
+        if not isinstance(envelope, dict):
+            raise _AttemptError("schema", "the reply is no chat completion")
+        self.ledger.add(self.usage, server, envelope.get("usage"))
+        try:
+            choice = envelope["choices"][0]
+            text, finish_reason = choice["message"]["content"], choice.get("finish_reason")
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise _AttemptError("schema", "the reply is no chat completion") from None
+        if text is None:
+            raise _AttemptError("empty", "the reply is empty")
+        if not isinstance(text, str):
+            raise _AttemptError("schema", "the reply is no text")
+        try:
+            return parse_reply(call, text, self._protocol, finish_reason=finish_reason)
+        except ReplyError as error:
+            # What was cut off once is mostly cut off again, at full price.
+            raise _AttemptError(error.kind, str(error), weight=2 if error.kind == "truncated" else 1) from None
+
+    def _http(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            import aiohttp
+
+            endpoint = self._endpoint
+            timeout = aiohttp.ClientTimeout(total=endpoint.timeout_s, sock_connect=endpoint.connect_timeout_s)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+            self._session = aiohttp.ClientSession(
+                connector=connector, timeout=timeout, trust_env=False, cookie_jar=aiohttp.DummyCookieJar()
+            )
+        return self._session
+
+    # ------------------------------------------------------------------------------------------------ patience
+
+    def _start_watchdog(self) -> None:
+        if self._watchdog is None or self._watchdog.done():
+            self._last_valid = self._clock()
+            self.stopped = None
+            self._watchdog = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Ends all calls when none was answered validly for too long; runs while there are any."""
+        patience = self._endpoint.patience_s
+        while self._under_way:
+            await asyncio.sleep(min(1.0, patience / 10))
+            if self._clock() - self._last_valid > patience:
+                failures = ", ".join(f"{kind} {count}" for kind, count in self.usage.failures.most_common(5))
+                servers = ", ".join(server.config.url for server in self.servers)
+                self.stopped = JudgeStoppedError(
+                    f"no valid reply of a judge server for {patience:g} s (endpoint.patience_s) from {servers}; "
+                    f"failures since the last step: {failures or 'none, they do not answer'}"
+                )
+                for under_way in list(self._under_way.values()):
+                    under_way.task.cancel()
+                return
+
+
+def _headers(server: ServerConfig) -> dict[str, str]:
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    if server.api_key_env:
+        key = os.environ.get(server.api_key_env, "").strip()
+        if not key:
+            raise ValueError(
+                f"endpoint.servers: the environment variable {server.api_key_env} holds no key for {server.url}"
+            )
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ValueError(f"endpoint.servers: {server.api_key_env} holds no key, but spaces or control characters")
+        headers["Authorization"] = f"Bearer {key}"
+    return headers
+
+
+def _check_status(status: int, retry_after: str | None, longest_s: float) -> None:
+    """Raise for every status but 200."""
+    if status == 200:
+        return
+    message = f"the server answered HTTP {status}"
+    if status == 429 or (status == 503 and retry_after is not None):
+        raise _AttemptError("overloaded", message, weight=0, wait_s=_seconds(retry_after, longest_s))
+    if status >= 500:
+        raise _AttemptError("server_error", message)
+    if status == 408:
+        raise _AttemptError("timeout", message)
+    if status in (401, 403, 404) or 300 <= status < 400:
+        raise _AttemptError("refused", f"{message}: check url, model and key")
+    raise _AttemptError("bad_request", message, weight=_HOPELESS)
+
+
+def _seconds(retry_after: str | None, longest_s: float) -> float | None:
+    """A Retry-After header in seconds, bounded; None where there is none or it makes no sense."""
+    if retry_after is None:
+        return None
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except ValueError:
+            return None
+    return min(max(0.0, seconds), longest_s) if seconds == seconds else None
+
+
+def _note(server: Server, error: _AttemptError, latency_s: float) -> None:
+    """Tell the server's state how an attempt failed."""
+    if error.kind == "overloaded":
+        server.note_overloaded(error.wait_s or 0.0)
+    elif error.kind == "refused":
+        server.note_refused(str(error))
+    elif error.kind in ("timeout", "connection", "server_error"):
+        server.note_failed(overloaded=error.kind == "timeout")
+    else:
+        server.note_served(latency_s)

@@ -1,0 +1,85 @@
+"""From judged rollouts to the matrix of rewards that advantages are made of: K columns, conditions, length rules.
+
+The first three columns are those of ``REWARD_NAMES``; ``reward.custom`` adds more. A *condition* is GDPO's: a reward counts
+only where another one, as judged, reaches a threshold; it is 0 where that one does not, and missing where that one is.
+Conditions come before the length rule, and both before any normalisation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from balcaprl.config import RewardConfig
+from balcaprl.rewards.length import length_vectors, linear_factor
+from balcaprl.types import REWARD_NAMES, RewardBreakdown, RolloutGroup
+
+LINGUISTIC = REWARD_NAMES.index("linguistic")
+
+
+def reward_matrix(
+    groups: Sequence[RolloutGroup], dtype: torch.dtype = torch.float32, names: Sequence[str] = REWARD_NAMES
+) -> Tensor:
+    """(R, K): the rewards of all rollouts, group after group, in the order of ``names``; as judged.
+
+    NaN where there is no score.
+
+    Raises:
+        ValueError: a rollout was not judged.
+    """
+    rows = []
+    for group in groups:
+        for rollout in group.rollouts:
+            if rollout.breakdown is None:
+                raise ValueError(f"{group.prompt.sample.sample_id}: a rollout was not judged; call score_groups first")
+            rows.append([reward_of(rollout.breakdown, name) for name in names])
+    return torch.tensor(rows, dtype=dtype).reshape(-1, len(names))
+
+
+def reward_of(breakdown: RewardBreakdown, name: str) -> float:
+    """One reward by its name; NaN where there is no score."""
+    return float(getattr(breakdown, name) if name in REWARD_NAMES else breakdown.extra.get(name, math.nan))
+
+
+def apply_conditions(rewards: Tensor, config: RewardConfig) -> Tensor:
+    """(R, K) -> (R, K): each condition looks at the rewards as judged, so that their order does not matter."""
+    result = rewards.clone()
+    for condition in config.conditions:
+        looked_at = rewards[:, config.names.index(condition.on)]
+        column = result[:, config.names.index(condition.reward)]
+        column[looked_at < condition.at_least] = 0.0
+        column[looked_at.isnan()] = math.nan
+        column[rewards[:, config.names.index(condition.reward)].isnan()] = math.nan
+    return result
+
+
+def advantage_inputs(groups: Sequence[RolloutGroup], config: RewardConfig) -> dict[str, Any]:
+    """The arguments of ``balcaprl.kernels.grouped_advantages`` that carry rewards and length rule.
+
+    Returns:
+        ``rewards`` (R, K) float32, and for the ``mask`` rule also ``lengths``, ``reference_lengths``, ``masked_reward``
+        and ``length_bounds``; the mask of custom rewards is already in ``rewards``.
+    """
+    rewards = apply_conditions(reward_matrix(groups, names=config.names), config)
+    lengths, reference_lengths = length_vectors(groups)
+    custom = [len(REWARD_NAMES) + i for i, custom in enumerate(config.custom) if custom.mask]
+    if config.length_rule == "mask":
+        ratio = lengths.double() / reference_lengths.double()
+        outside = (ratio < config.tau_low) | (ratio > config.tau_high)
+        for column in custom:
+            rewards[outside & ~rewards[:, column].isnan(), column] = 0.0
+        return {
+            "rewards": rewards,
+            "lengths": lengths,
+            "reference_lengths": reference_lengths,
+            "masked_reward": LINGUISTIC,
+            "length_bounds": (config.tau_low, config.tau_high),
+        }
+    if config.length_rule == "linear":
+        for column in (LINGUISTIC, *custom):
+            rewards[:, column] *= linear_factor(lengths, reference_lengths)
+    return {"rewards": rewards}

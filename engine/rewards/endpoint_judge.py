@@ -1,0 +1,397 @@
+"""The paper's rewards from a judge model behind OpenAI-compatible servers.
+
+Asked are the rewards that count: of the three those with a weight or in a condition, and the custom rewards ``questions`` and
+``rubric``. All captions of an image are asked about together, image after image, each distinct caption once. Every caption is a
+call of its own, so that no reply can be taken for another caption's. A component whose call fails is missing by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from balcaprl.config import EndpointConfig, RewardConfig
+from balcaprl.rewards.background import BackgroundLoop
+from balcaprl.rewards.cache import ReplyCache
+from balcaprl.rewards.client import CallFailedError, JudgeClient
+from balcaprl.rewards.encoding import EncodedImage, encode_image
+from balcaprl.rewards.endpoint_scores import (
+    FactsError,
+    breakdown_of,
+    criteria_data,
+    is_wordless,
+    questions_data,
+    questions_score,
+    rubric_score,
+    wordless_breakdown,
+)
+from balcaprl.rewards.protocol import TASKS, Call, DecomposeReply, QuestionsReply, Reply, RubricReply, numbered
+from balcaprl.rewards.reference_units import UnitStore, units_path
+from balcaprl.rewards.usage import LEDGER, Ledger, Usage
+from balcaprl.types import REWARD_NAMES, JudgeStoppedError, RewardBreakdown, Sample
+
+_TASK_OF = {"precision": "verify", "recall": "match", "linguistic": "style"}
+_NEED_UNITS = ("match", "combined")
+_NEED_IMAGE = tuple(name for name, task in TASKS.items() if task.needs_image)
+
+
+@dataclass
+class _Caption:
+    """What is known of one distinct caption of a group."""
+
+    text: str
+    replies: dict[str, Reply] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    impossible: set[str] = field(default_factory=set)
+    """Tasks for which the data set lacks what they need; nobody waits for them."""
+
+
+@dataclass
+class _Group:
+    """One submitted group."""
+
+    sample: Sample
+    captions: list[str]
+    distinct: dict[str, _Caption]
+    future: concurrent.futures.Future[list[RewardBreakdown]]
+    units: tuple[str, ...] = ()
+    units_task: asyncio.Task[tuple[str, ...]] | None = None
+    image: EncodedImage | None = None
+    task: asyncio.Task[None] | None = None
+
+
+class EndpointJudge:
+    """Scores captions by a judge model; works in the background.
+
+    Args:
+        reward: columns and protocol.
+        endpoint: servers and patience.
+        units: prepared reference units; others are asked for.
+        ledger_path: where the cost is kept over restarts.
+
+    Raises:
+        ValueError: servers, model or keys are not configured.
+        ImportError: aiohttp or tenacity is not installed.
+    """
+
+    name = "endpoint"
+
+    def __init__(
+        self,
+        reward: RewardConfig,
+        endpoint: EndpointConfig,
+        *,
+        units: UnitStore | None = None,
+        ledger_path: Path | None = None,
+    ) -> None:
+        self._protocol, self._endpoint = reward.protocol, endpoint
+        self._extra = {c.source: c.name for c in reward.custom if c.source in ("questions", "rubric")}
+        conditioned = {name for c in reward.conditions for name in (c.reward, c.on)}
+        pairs = zip(reward.names, reward.weights, strict=True)
+        wanted = {name for name, weight in pairs if weight > 0} | conditioned
+        tasks = [_TASK_OF[name] for name in REWARD_NAMES if name in wanted]
+        if reward.protocol.calls == "combined" and len(tasks) > 1:
+            tasks = ["combined"]
+        self.tasks: tuple[str, ...] = (*tasks, *self._extra)
+        """What is asked about every caption."""
+        cache = ReplyCache(endpoint.cache, endpoint.cache_max_mib << 20) if endpoint.cache is not None else None
+        self._cache = cache
+        self.client = JudgeClient(reward.protocol, endpoint, cache=cache, ledger=Ledger(endpoint, ledger_path))
+        self._units = units
+        self._loop = BackgroundLoop("judge")
+        self._images = ThreadPoolExecutor(1, "judge-images")
+        self._admission: asyncio.Lock | None = None
+        self._places: asyncio.Semaphore | None = None
+
+    @classmethod
+    def from_config(
+        cls, reward: RewardConfig, endpoint: EndpointConfig, *, data_path: Path | None, run_dir: Path | None
+    ) -> EndpointJudge:
+        """The judge of a run, with the units that lie beside its data.
+
+        Raises:
+            ValueError: as the constructor; or ``endpoint.units`` names no file.
+        """
+        path = endpoint.units
+        if path is not None and not path.is_file():
+            raise ValueError(f"endpoint.units: {path} does not exist; balcaprl prepare writes it")
+        if path is None and data_path is not None and units_path(data_path).is_file():
+            path = units_path(data_path)
+        units = UnitStore(path) if path is not None else None
+        return cls(reward, endpoint, units=units, ledger_path=run_dir / LEDGER if run_dir is not None else None)
+
+    def score(self, sample: Sample, captions: Sequence[str]) -> list[RewardBreakdown]:
+        """One breakdown per caption, in their order.
+
+        Raises:
+            JudgeStoppedError: the budget is spent, or no server answers.
+        """
+        batch = self.open_batch()
+        batch.submit(sample, captions)
+        return batch.results()[0]
+
+    def open_batch(self) -> EndpointBatch:
+        """The scoring of one step."""
+        return EndpointBatch(self)
+
+    def take_metrics(self) -> dict[str, float]:
+        """What was done since the last call; also writes the account to the run folder."""
+        usage = self._loop.run(self._take_usage())
+        self.client.ledger.save()
+        return {
+            **usage.metrics(),
+            "judge/cost_total": float(self.client.ledger.totals["cost"]),
+            "time/judge_limit": float(sum(server.limit.limit for server in self.client.servers)),
+            "judge/breaker_opened": float(sum(server.breaker.num_opened for server in self.client.servers)),
+        }
+
+    async def _take_usage(self) -> Usage:
+        usage, self.client.usage = self.client.usage, Usage()
+        return usage
+
+    def close(self) -> None:
+        """Close connections, cache and threads; write the account. Closing twice is harmless."""
+        self._loop.run(self.client.close())
+        self._loop.close()
+        self._images.shutdown(cancel_futures=True)
+        if self._cache is not None:
+            self._cache.close()
+
+    # ------------------------------------------------------------------------------------------------ one group
+
+    async def ask(self, call: Call, affinity: str = "") -> Reply:
+        """One call by itself; see ``JudgeClient.ask``."""
+        return await self.client.ask(call, affinity)
+
+    def run_calls(self, calls: Sequence[Call]) -> list[Reply | CallFailedError]:
+        """Calls by themselves, together; failed ones give their error.
+
+        Raises:
+            JudgeStoppedError: as ``score``.
+        """
+
+        async def one(call: Call) -> Reply | CallFailedError:
+            try:
+                return await self.client.ask(call)
+            except CallFailedError as error:
+                return error
+
+        async def all_of_them() -> list[Reply | CallFailedError]:
+            return list(await asyncio.gather(*map(one, calls)))
+
+        return self._loop.run(all_of_them())
+
+    def encode(self, sample: Sample) -> EncodedImage:
+        """The sample's image as it is sent; raises its ``ImageError``."""
+        protocol = self._protocol
+        return encode_image(
+            sample.load_image(), max_pixels=protocol.image_max_pixels, image_format=protocol.image_format
+        )
+
+    async def _score_group(self, group: _Group) -> None:
+        """Ask for whatever is still missing of a group; groups are admitted in order, as far as there are places."""
+        if self._admission is None or self._places is None:
+            self._admission = asyncio.Lock()
+            self._places = asyncio.Semaphore(2 * self.client.num_slots)
+        tasks: list[asyncio.Task[None]] = []
+        open_captions = [c for c in group.distinct.values() if len(c.replies) < len(self.tasks)]
+        if any(task in _NEED_UNITS for task in self._wanted(open_captions)) and not group.units:
+            group.units_task = asyncio.ensure_future(self._units_of(group.sample))
+        try:
+            async with self._admission:
+                await self._encode_image(group, open_captions)
+                for caption in open_captions:
+                    await self._places.acquire()
+                    task = asyncio.ensure_future(self._score_caption(group, caption))
+                    task.add_done_callback(self._release_place)
+                    tasks.append(task)
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            if group.units_task is not None:
+                group.units_task.cancel()
+                await asyncio.gather(group.units_task, return_exceptions=True)
+            group.image = None  # as long as a step lasts, memory holds the images under way alone
+
+    def _release_place(self, _: asyncio.Task[None]) -> None:
+        if self._places is not None:
+            self._places.release()
+
+    def _wanted(self, captions: list[_Caption]) -> set[str]:
+        """The tasks that some caption still waits for."""
+        return {t for t in self.tasks if any(t not in c.replies and not is_wordless(c.text) for c in captions)}
+
+    async def _encode_image(self, group: _Group, captions: list[_Caption]) -> None:
+        """Once per group, in a thread; where it fails, the tasks that need it are impossible."""
+        if not any(task in _NEED_IMAGE for task in self._wanted(captions)):
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            group.image = await loop.run_in_executor(self._images, self.encode, group.sample)
+        except Exception as error:  # Pillow and the file system raise nearly anything
+            for caption in captions:
+                caption.errors |= dict.fromkeys(_NEED_IMAGE, f"the image is unusable ({type(error).__name__})")
+                caption.impossible |= set(_NEED_IMAGE) & set(self.tasks)
+
+    async def _units_of(self, sample: Sample) -> tuple[str, ...]:
+        """The reference's units: prepared, cached, or asked for now."""
+        prepared = self._units.get(sample.reference) if self._units is not None else None
+        if prepared is not None:
+            return prepared
+        reply = await self.client.ask(Call(TASKS["decompose"], {"reference": self._clipped(sample.reference)}))
+        assert isinstance(reply, DecomposeReply)
+        return tuple(dict.fromkeys(reply.units))
+
+    def _clipped(self, text: str) -> str:
+        return text[: self._protocol.max_caption_chars]
+
+    async def _score_caption(self, group: _Group, caption: _Caption) -> None:
+        if is_wordless(caption.text):
+            return
+        missing = [task for task in self.tasks if task not in caption.replies and task not in caption.impossible]
+        await asyncio.gather(*(self._ask_task(group, caption, task) for task in missing))
+
+    async def _ask_task(self, group: _Group, caption: _Caption, task: str) -> None:
+        try:
+            if task in _NEED_UNITS and not group.units and group.units_task is not None:
+                group.units = await asyncio.shield(group.units_task)
+            call = self._call(group, caption, task)
+            if call is not None:
+                # The first call about an image brings it to the server that all of its calls go to.
+                caption.replies[task] = await self.client.ask(call, affinity=group.sample.sample_id)
+                caption.errors.pop(task, None)
+        except CallFailedError as error:
+            caption.errors[task] = str(error)
+        except FactsError as error:
+            caption.errors[task] = str(error)
+            caption.impossible.add(task)
+
+    def _call(self, group: _Group, caption: _Caption, task: str) -> Call | None:
+        """The call of a task, or None where something that it needs is missing."""
+        data: dict[str, object] = {"caption": self._clipped(caption.text)}
+        if task in _NEED_UNITS:
+            if not group.units:
+                return None
+            data = {"units": numbered(group.units), **data}
+        elif task == "questions":
+            data = {"questions": questions_data(group.sample)[0], **data}
+        elif task == "rubric":
+            data = {"criteria": criteria_data(group.sample)[0], **data}
+        image = group.image if TASKS[task].needs_image else None
+        if TASKS[task].needs_image and image is None:
+            return None
+        return Call(TASKS[task], data, image)
+
+    def _breakdown(self, group: _Group, caption: _Caption) -> RewardBreakdown:
+        if is_wordless(caption.text):
+            return wordless_breakdown(group.units, tuple(self._extra.values()))
+        extra = {}
+        for task, name in self._extra.items():
+            reply = caption.replies.get(task)
+            if isinstance(reply, QuestionsReply):
+                extra[name] = questions_score(reply, questions_data(group.sample)[1])
+            elif isinstance(reply, RubricReply):
+                extra[name] = rubric_score(reply, criteria_data(group.sample)[1])
+        replies = {task: reply for task, reply in caption.replies.items() if task not in self._extra}
+        return breakdown_of(self._clipped(caption.text), replies, group.units, extra, list(caption.errors.values()))
+
+    def _breakdowns(self, group: _Group) -> list[RewardBreakdown]:
+        by_text = {text: self._breakdown(group, caption) for text, caption in group.distinct.items()}
+        return [by_text[text] for text in group.captions]
+
+
+class EndpointBatch:
+    """The groups of one step; ``JudgeBatch``."""
+
+    def __init__(self, judge: EndpointJudge) -> None:
+        self._judge = judge
+        self._groups: list[_Group] = []
+
+    def submit(self, sample: Sample, captions: Sequence[str]) -> concurrent.futures.Future[list[RewardBreakdown]]:
+        """Hand over one group and return at once; the future has its breakdowns as soon as all calls about it ended."""
+        distinct = {text: _Caption(text) for text in captions}
+        group = _Group(sample, list(captions), distinct, concurrent.futures.Future())
+        self._groups.append(group)
+        self._judge._loop.start(self._start(group))
+        return group.future
+
+    def results(self) -> list[list[RewardBreakdown]]:
+        """Wait for all groups; after ``endpoint.required_share`` of the scores not longer than ``endpoint.grace_s``.
+
+        Raises:
+            JudgeStoppedError: the budget is spent, no server answers, or fewer scores than required arrived and none more
+                came for ``endpoint.patience_s``, though they were asked for again and again.
+        """
+        try:
+            self._judge._loop.run(self._collect())
+        finally:
+            self._judge._loop.run(self._cancel())
+        return [self._judge._breakdowns(group) for group in self._groups]
+
+    async def _start(self, group: _Group) -> None:
+        group.task = asyncio.ensure_future(self._judge._score_group(group))
+        group.task.add_done_callback(lambda task: self._tell(group, task))
+
+    def _tell(self, group: _Group, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if group.future.done():
+            return
+        if task.cancelled():
+            group.future.cancel()
+        elif error is not None:
+            group.future.set_exception(error)
+        else:
+            group.future.set_result(self._judge._breakdowns(group))
+
+    async def _collect(self) -> None:
+        endpoint = self._judge._endpoint
+        clock: Callable[[], float] = asyncio.get_running_loop().time
+        arrived, progress_at, wait_s = self._num_arrived(), clock(), endpoint.retry_wait_s
+        while True:
+            await self._wait_for_all()
+            if self._share() >= endpoint.required_share:
+                return
+            if self._num_arrived() > arrived:
+                arrived, progress_at, wait_s = self._num_arrived(), clock(), endpoint.retry_wait_s
+            if clock() - progress_at > endpoint.patience_s:
+                reasons = sorted({e for g in self._groups for c in g.distinct.values() for e in c.errors.values()})
+                raise JudgeStoppedError(
+                    f"only {self._share():.0%} of a step's scores arrived (endpoint.required_share is "
+                    f"{endpoint.required_share:.0%}), and no more for {endpoint.patience_s:g} s: {'; '.join(reasons[:3])}"
+                )
+            await asyncio.sleep(wait_s)
+            wait_s = min(endpoint.max_retry_wait_s, 2 * wait_s + 0.01)
+            for group in self._groups:
+                await self._start(group)
+
+    async def _wait_for_all(self) -> None:
+        """Until all groups ended, or the required share is there and the grace is over."""
+        endpoint = self._judge._endpoint
+        pending = {group.task for group in self._groups if group.task is not None}
+        while pending:
+            enough = self._share() >= endpoint.required_share and endpoint.required_share < 1
+            timeout = endpoint.grace_s if enough else 0.2
+            done, pending = await asyncio.wait(pending, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+            if enough:
+                return
+
+    async def _cancel(self) -> None:
+        tasks = [group.task for group in self._groups if group.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _num_arrived(self) -> int:
+        return sum(len(caption.replies) for group in self._groups for caption in group.distinct.values())
+
+    def _share(self) -> float:
+        captions = [c for group in self._groups for c in group.distinct.values() if not is_wordless(c.text)]
+        wanted = len(captions) * len(self._judge.tasks) - sum(len(caption.impossible) for caption in captions)
+        return sum(len(caption.replies) for caption in captions) / wanted if wanted else 1.0

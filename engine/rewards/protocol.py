@@ -1,0 +1,344 @@
+"""What a judge model is asked and what it may answer: prompts, data, reply schemas, and the checks that a reply must pass.
+
+A *task* is one kind of call. Its prompt is a versioned file in ``prompts/``; its data are shown as ``encoding`` says; its reply
+is one JSON object of the task's model, constrained by that model's JSON schema on the server, and validated here whatever the
+server did. A reply that fails is a ``ReplyError`` of one of a few kinds, and no part of it is used.
+
+============  =====  ==========================================================================================
+task          image  reply
+============  =====  ==========================================================================================
+``verify``    yes    the caption's assertions, each verified, pointable, with its words and a reason: precision
+``match``     no     for each reference unit whether the caption covers it: recall
+``style``     no     clarity, fluency, coherence from 1 to 5: linguistic
+``combined``  yes    all of these in one call
+``decompose`` no     the units of a reference caption; once per image
+``recaption`` yes    a better reference caption
+``questions`` no     answers to multiple-choice questions from the caption alone (CapRL)
+``rubric``    yes    which criteria of a rubric the caption satisfies (RubiCap)
+============  =====  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from balcaprl.config import ProtocolConfig
+from balcaprl.rewards.encoding import EncodedImage, encode_data
+
+PROMPTS = Path(__file__).parent / "prompts"
+FORMAT_VERSION = 1
+"""Of the messages around the prompts; part of every cache key."""
+
+FailureKind = Literal["empty", "not_json", "truncated", "schema", "count"]
+
+
+class ReplyError(ValueError):
+    """A reply that cannot be used; ``kind`` is counted. The message never quotes the reply."""
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(message)
+        self.kind: FailureKind = kind
+
+
+class Reply(BaseModel):
+    """Base of all replies: no further keys, no conversions, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Text = str
+Score = float
+
+
+class JudgedAssertion(Reply):
+    """One atomic assertion of a caption, judged."""
+
+    text: Text = Field(min_length=1, max_length=4000)
+    quote: Text = Field(max_length=4000)
+    reason: Text = Field(max_length=4000)
+    verified: bool
+    pointable: bool
+
+
+class VerifyReply(Reply):
+    """Reply of ``verify``."""
+
+    assertions: list[JudgedAssertion] = Field(max_length=512)
+
+
+class MatchReply(Reply):
+    """Reply of ``match``."""
+
+    units: dict[str, bool]
+    """By the unit's number from 1: whether the caption covers it."""
+
+
+class StyleReply(Reply):
+    """Reply of ``style``."""
+
+    clarity: Score = Field(ge=1, le=5)
+    fluency: Score = Field(ge=1, le=5)
+    coherence: Score = Field(ge=1, le=5)
+
+
+class CombinedReply(StyleReply, MatchReply, VerifyReply):
+    """Reply of ``combined``; pydantic takes the fields of the last base first, so that the grades come last."""
+
+
+class DecomposeReply(Reply):
+    """Reply of ``decompose``."""
+
+    units: list[Text] = Field(min_length=1, max_length=512)
+
+
+class RecaptionReply(Reply):
+    """Reply of ``recaption``."""
+
+    caption: Text = Field(min_length=1, max_length=20_000)
+
+
+class QuestionsReply(Reply):
+    """Reply of ``questions``."""
+
+    answers: dict[str, Text]
+    """By the question's number from 1: the letter chosen, or ``none``."""
+
+
+class RubricReply(Reply):
+    """Reply of ``rubric``."""
+
+    criteria: dict[str, bool]
+    """By the criterion's number from 1: whether the caption satisfies it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of call."""
+
+    name: str
+    version: str
+    reply: type[Reply]
+    needs_image: bool
+
+    @cached_property
+    def prompt(self) -> str:
+        """The instruction, from its file."""
+        return (PROMPTS / f"{self.name}.{self.version}.txt").read_text(encoding="utf-8").strip()
+
+    @cached_property
+    def identity(self) -> str:
+        """Name, version and the prompt's hash: an edited prompt never meets the replies to another."""
+        digest = hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
+        return f"{self.name}.{self.version}.{digest}.{FORMAT_VERSION}"
+
+
+NUMBERED = {"units": "units", "answers": "questions", "criteria": "criteria"}
+"""Key of the verdicts in a reply -> key of the things that they are about in the data."""
+NO_ANSWER = "none"
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("verify", "v1", VerifyReply, needs_image=True),
+        Task("match", "v1", MatchReply, needs_image=False),
+        Task("style", "v1", StyleReply, needs_image=False),
+        Task("combined", "v1", CombinedReply, needs_image=True),
+        Task("decompose", "v1", DecomposeReply, needs_image=False),
+        Task("recaption", "v1", RecaptionReply, needs_image=True),
+        Task("questions", "v1", QuestionsReply, needs_image=False),
+        Task("rubric", "v1", RubricReply, needs_image=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request to a judge model, before any server is chosen."""
+
+    task: Task
+    data: dict[str, Any]
+    """What is shown: strings, whole numbers, mappings of them; things to be judged one by one are ``numbered``."""
+    image: EncodedImage | None = None
+
+    def __post_init__(self) -> None:
+        if self.task.needs_image != (self.image is not None):
+            raise ValueError(
+                f"image: the task {self.task.name} {'needs one' if self.task.needs_image else 'takes none'}"
+            )
+
+
+def numbered(items: Sequence[Any]) -> dict[str, Any]:
+    """Things to be judged one by one, by their number from 1; replies use the same keys."""
+    return {str(number): item for number, item in enumerate(items, 1)}
+
+
+def messages(call: Call) -> list[dict[str, Any]]:
+    """The chat messages of a call: the prompt, then image and data. The image comes first: calls about it share a prefix."""
+    content: list[dict[str, Any]] = []
+    if call.image is not None:
+        content.append({"type": "image_url", "image_url": {"url": call.image.url}})
+    content.append({"type": "text", "text": encode_data(call.data)})
+    return [{"role": "system", "content": call.task.prompt}, {"role": "user", "content": content}]
+
+
+def request_body(call: Call, config: ProtocolConfig, model: str) -> dict[str, Any]:
+    """The body of a chat completion request."""
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": messages(call),
+        "temperature": config.temperature,
+        "max_tokens": config.max_reply_tokens,
+        "response_format": {"type": "json_object"},
+    }
+    if config.response_format == "json_schema":
+        schema = {"name": call.task.name, "strict": True, "schema": reply_schema(call, config)}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if config.disable_thinking:
+        body["chat_template_kwargs"] = {"enable_thinking": False}
+    return body
+
+
+def cache_key(call: Call, config: ProtocolConfig) -> bytes:
+    """SHA-256 of all that the reply depends on: prompt, model, settings, data, image."""
+    parts = [
+        call.task.identity,
+        config.model,
+        config.model_dump(mode="json", exclude={"model", "calls", "max_caption_chars"}),
+        call.data,
+        call.image.digest if call.image is not None else None,
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
+
+
+# ------------------------------------------------------------------------------------------------------ schemas
+
+
+def reply_schema(call: Call, config: ProtocolConfig) -> dict[str, Any]:
+    """The JSON schema that the server holds the reply to: bounded, so that a reply always ends, references resolved."""
+    schema = json.loads(_plain_schema(call.task.name, config.max_items, config.max_text_chars, config.integer_scores))
+    for key, data_key in NUMBERED.items():
+        if key in schema["properties"] and isinstance(call.data.get(data_key), dict):
+            schema["properties"][key] = _numbered_schema(key, call.data[data_key])
+    return schema
+
+
+def _numbered_schema(key: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """One verdict on each thing that was asked, by its number."""
+    properties: dict[str, Any] = {number: {"type": "boolean"} for number in asked}
+    if key == "answers":
+        properties = {n: {"type": "string", "enum": [*q["options"], NO_ANSWER]} for n, q in asked.items()}
+    return {"type": "object", "properties": properties, "required": list(asked), "additionalProperties": False}
+
+
+@lru_cache(maxsize=64)
+def _plain_schema(name: str, max_items: int, max_chars: int, integer_scores: bool) -> str:
+    schema = TASKS[name].reply.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def resolve(node: Any, key: str = "") -> Any:
+        if isinstance(node, list):
+            return [resolve(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return resolve(definitions[node["$ref"].rpartition("/")[2]])
+        node = {k: resolve(v, k) for k, v in node.items() if k == "properties" or k not in ("title", "description")}
+        if key == "properties":
+            return node
+        if node.get("type") == "array":
+            node["maxItems"] = min(max_items, node.get("maxItems", max_items))
+        elif node.get("type") == "string" and key != "caption":
+            node["maxLength"] = min(max_chars, node.get("maxLength", max_chars))
+        elif node.get("type") == "number" and integer_scores:
+            return {"type": "integer", "enum": [1, 2, 3, 4, 5]}
+        return node
+
+    return json.dumps(resolve(schema))
+
+
+# ------------------------------------------------------------------------------------------------------ replies
+
+
+def parse_reply(call: Call, text: str, config: ProtocolConfig, *, finish_reason: str | None = None) -> Reply:
+    """The validated reply to a call.
+
+    Raises:
+        ReplyError: the reply is empty, cut off, no JSON, of another schema, or counts something other than what was asked.
+    """
+    if finish_reason == "length":
+        raise ReplyError("truncated", "the reply was cut at protocol.max_reply_tokens")
+    if not text.strip():
+        raise ReplyError("empty", "the reply is empty")
+    try:
+        plain = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError):
+        raise ReplyError("not_json", "the reply is no whole JSON object") from None
+    try:
+        reply = call.task.reply.model_validate(plain)
+    except ValidationError as error:
+        where = ", ".join(".".join(map(str, e["loc"])) or "reply" for e in error.errors()[:3])
+        raise ReplyError("schema", f"the reply does not fit its schema at {where[:120]}") from None
+    _check_scores(reply, config)
+    _check_counts(call, reply)
+    return reply
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    plain = dict(pairs)
+    if len(plain) < len(pairs):
+        raise ValueError("a key stands twice")
+    return plain
+
+
+def _check_scores(reply: Reply, config: ProtocolConfig) -> None:
+    if not (isinstance(reply, StyleReply) and config.integer_scores):
+        return
+    if any(score != int(score) for score in (reply.clarity, reply.fluency, reply.coherence)):
+        raise ReplyError("schema", "a grade is no whole number, and protocol.integer_scores is on")
+
+
+def _check_counts(call: Call, reply: Reply) -> None:
+    """A verdict on each numbered thing and no other; no more assertions than a text of that length can make."""
+    for key, data_key in NUMBERED.items():
+        verdicts, asked = getattr(reply, key, None), call.data.get(data_key)
+        if isinstance(verdicts, dict) and isinstance(asked, dict) and verdicts.keys() != asked.keys():
+            raise ReplyError("count", f"{len(verdicts)} verdicts on {len(asked)} things, or on others")
+    if isinstance(reply, QuestionsReply):
+        for number, answer in reply.answers.items():
+            if answer != NO_ANSWER and answer not in call.data["questions"][number]["options"]:
+                raise ReplyError("schema", f"answers.{number} is no letter of its question")
+    if isinstance(reply, VerifyReply):
+        most = 1 + sum(map(str.isalnum, call.data["caption"])) // 2
+        if len(reply.assertions) > most:
+            raise ReplyError("count", f"{len(reply.assertions)} assertions of a text that can make {most}")
+    if isinstance(reply, DecomposeReply) and not all(unit.strip() for unit in reply.units):
+        raise ReplyError("schema", "a unit is blank")
+    if isinstance(reply, RecaptionReply) and not reply.caption.strip():
+        raise ReplyError("schema", "the caption is blank")
+
+
+# ------------------------------------------------------------------------------------------------------ quotations
+
+_WORD = re.compile(r"\w+")
+
+
+def locate_quote(quote: str, caption: str) -> tuple[tuple[int, int], ...]:
+    """All places of a quotation in a caption, as half-open character ranges; case, spaces and punctuation may differ."""
+    words = _WORD.findall(quote)
+    if not words:
+        return ()
+    pattern = r"\W+".join(re.escape(word) for word in words)
+    return tuple(match.span() for match in re.finditer(rf"(?<!\w){pattern}(?!\w)", caption, re.IGNORECASE))

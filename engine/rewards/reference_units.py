@@ -1,0 +1,100 @@
+"""Reference units on disk: each reference caption taken apart once, beside the data set.
+
+One JSON line per reference: its SHA-256, the prompt that took it apart, the judge model, the units. Lines are appended, each in
+one write; what a kill left half-written at the end is cut away when the file is opened for more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from balcaprl.rewards.protocol import TASKS
+
+SUFFIX = ".units.jsonl"
+
+
+def units_path(data_path: Path) -> Path:
+    """Where the units of a data set lie: ``captions.json`` -> ``captions.json.units.jsonl``."""
+    return data_path.with_name(data_path.name + SUFFIX)
+
+
+def reference_digest(reference: str) -> str:
+    """What a reference is found by."""
+    return hashlib.sha256(reference.encode("utf-8", "replace")).hexdigest()
+
+
+class UnitStore:
+    """The units of references that were taken apart with the current prompt; others are as good as absent."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_broken = 0
+        self._units: dict[str, tuple[str, ...]] = {}
+        self._file: BinaryIO | None = None
+        if path.is_file():
+            with open(path, "rb") as file:
+                for line in file:
+                    self._read(line)
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def get(self, reference: str) -> tuple[str, ...] | None:
+        """The units of a reference, or None where it was not taken apart."""
+        return self._units.get(reference_digest(reference))
+
+    def add(self, reference: str, units: Sequence[str], model: str) -> None:
+        """Keep the units of a reference, on disk when this returns."""
+        digest = reference_digest(reference)
+        record = {"reference": digest, "prompt": TASKS["decompose"].identity, "model": model, "units": list(units)}
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        if self._file is None:
+            self._file = self._open()
+        self._file.write(line)
+        self._units[digest] = tuple(units)
+
+    def close(self) -> None:
+        """Force all lines to disk and close; closing twice is harmless."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> BinaryIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return open_for_append(self.path)
+
+    def _read(self, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+            units = record["units"]
+            whole = line.endswith(b"\n") and units and all(isinstance(unit, str) and unit.strip() for unit in units)
+            if whole and record["prompt"] == TASKS["decompose"].identity:
+                self._units[str(record["reference"])] = tuple(units)
+            self.num_broken += not whole
+        except (ValueError, KeyError, TypeError):
+            self.num_broken += 1
+
+
+def open_for_append(path: Path) -> BinaryIO:
+    """Open a file of lines for unbuffered appending; a last line without its end is cut away."""
+    file = open(path, "ab+", buffering=0)  # noqa: SIM115 - the caller closes it
+    end = file.seek(0, os.SEEK_END)
+    start = end
+    while start:
+        step = min(1 << 16, start)
+        file.seek(start - step)
+        newline = file.read(step).rfind(b"\n")
+        if newline >= 0:
+            start = start - step + newline + 1
+            break
+        start -= step
+    if start < end:
+        file.truncate(start)
+    file.seek(0, os.SEEK_END)
+    return file

@@ -1,0 +1,193 @@
+"""Scoring a step: groups are handed over as they are sampled, judged meanwhile where the judge can, and never lost.
+
+    scorer = GroupScorer(judge, config.reward)
+    for group in groups:              # as they come from the sampler
+        scorer.submit(group)
+    stats = scorer.finish()
+
+A completion that cannot be scored (the judge raises, gives a wrong number of answers, or scores outside [0, 1]) gets a
+breakdown without scores and with an ``error``; it is counted, and each distinct error is logged once per process. Errors are
+kept without captions and without what looks like a key.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from balcaprl.config import EndpointConfig, RewardConfig
+from balcaprl.rewards.columns import reward_of
+from balcaprl.rewards.custom import CustomRewards
+from balcaprl.rewards.judge import BackgroundJudge, Judge, JudgeBatch, ScoreStats, score_safely, validated
+from balcaprl.rewards.length import CountTokens, is_outside_bounds, measure_length
+from balcaprl.types import RewardBreakdown, RolloutGroup, Sample
+
+logger = logging.getLogger(__name__)
+
+
+class NoJudge:
+    """Leaves the three rewards without scores: a run that learns from ``reward.custom`` alone."""
+
+    name = "none"
+
+    def score(self, sample: Sample, captions: Sequence[str]) -> list[RewardBreakdown]:
+        """Breakdowns without scores."""
+        return [RewardBreakdown() for _ in captions]
+
+
+def make_judge(
+    config: RewardConfig,
+    data_kind: str,
+    *,
+    endpoint: EndpointConfig | None = None,
+    data_path: Path | None = None,
+    run_dir: Path | None = None,
+) -> Judge:
+    """The judge that ``reward.judge`` names; ``auto``: exact for drawn scenes, else word overlap with the reference.
+
+    Args:
+        config: the reward section.
+        data_kind: ``data.kind``.
+        endpoint: how a judge model is reached; for ``endpoint``.
+        data_path: ``data.path``; prepared reference units lie beside it.
+        run_dir: where the account of the judge's cost is kept; None: nowhere.
+
+    Raises:
+        ValueError: the scene judge is asked for, and the data are no drawn scenes; or the endpoint is not configured.
+        ImportError: the endpoint judge's libraries are not installed.
+    """
+    scenes = data_kind == "scenes"
+    if config.judge == "endpoint":
+        from balcaprl.rewards.endpoint_judge import EndpointJudge
+
+        return EndpointJudge.from_config(config, endpoint or EndpointConfig(), data_path=data_path, run_dir=run_dir)
+    if config.judge == "none":
+        return NoJudge()
+    if config.judge == "scene" and not scenes:
+        raise ValueError(
+            f"reward.judge: scene knows drawn scenes only, data.kind is {data_kind}; set it to auto or lexical"
+        )
+    if config.judge == "scene" or (config.judge == "auto" and scenes):
+        from balcaprl.rewards.scene_judge import SceneJudge
+
+        return SceneJudge()
+    from balcaprl.rewards.lexical_judge import LexicalJudge
+
+    return LexicalJudge()
+
+
+def close_judge(judge: Judge) -> None:
+    """Free what a judge holds, if it holds anything."""
+    close: Any = getattr(judge, "close", None)
+    if callable(close):
+        close()
+
+
+class GroupScorer:
+    """Scores the groups of one step; ``submit`` returns at once where judge and custom rewards work in the background.
+
+    Args:
+        judge: asked once per group, in the order of ``submit``.
+        config: columns, length unit and length rule.
+        count_tokens: length of a text in policy tokens, needed where ``reward.length_unit`` is tokens.
+        custom: the custom rewards, if they are loaded already.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        config: RewardConfig,
+        count_tokens: CountTokens | None = None,
+        custom: CustomRewards | None = None,
+    ) -> None:
+        self._judge, self._config, self._count_tokens = judge, config, count_tokens
+        self._groups: list[RolloutGroup] = []
+        self._batch: JudgeBatch | None = judge.open_batch() if isinstance(judge, BackgroundJudge) else None
+        self._custom = custom or CustomRewards(config.custom)
+        self._pool = ThreadPoolExecutor(1, "custom-rewards") if self._custom.names else None
+        self._extra: list[Future[list[dict[str, float]]]] = []
+
+    def submit(self, group: RolloutGroup) -> None:
+        """Hand over one sampled group; it is changed in place by ``finish``."""
+        sample, captions = group.prompt.sample, _captions(group)
+        if self._batch is not None:
+            self._batch.submit(sample, captions)
+        if self._pool is not None:
+            self._extra.append(self._pool.submit(self._custom.score, sample, captions))
+        self._groups.append(group)
+
+    def finish(self) -> ScoreStats:
+        """Wait for the scores; fill in ``breakdown``, ``length`` and ``reference_length`` of every rollout.
+
+        Raises:
+            JudgeStoppedError: the judge cannot go on.
+        """
+        stats = ScoreStats(num_outside_bounds=0 if self._config.length_rule == "mask" else None)
+        try:
+            judged = self._judged()
+            extra: list[Any] = [future.result() for future in self._extra] or [None] * len(self._groups)
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+        for group, breakdowns, columns in zip(self._groups, judged, extra, strict=True):
+            if columns is not None:
+                breakdowns = [
+                    replace(b, extra={**b.extra, **more}) for b, more in zip(breakdowns, columns, strict=True)
+                ]
+            self._fill_in(group, breakdowns, stats)
+        for error in stats.errors:
+            _log_once(self._judge.name, error)
+        take_metrics: Any = getattr(self._judge, "take_metrics", None)
+        stats.judge_metrics = {**(take_metrics() if callable(take_metrics) else {}), **self._custom.take_metrics()}
+        return stats
+
+    def _judged(self) -> list[list[RewardBreakdown]]:
+        if isinstance(self._judge, NoJudge):
+            return [[RewardBreakdown() for _ in group.rollouts] for group in self._groups]
+        if self._batch is None:
+            return [score_safely(self._judge, group.prompt.sample, _captions(group)) for group in self._groups]
+        checked = []
+        for group, answers in zip(self._groups, self._batch.results(), strict=True):
+            private = [*_captions(group), group.prompt.sample.reference]
+            checked.append([validated(answer, private) for answer in answers])
+        return checked
+
+    def _fill_in(self, group: RolloutGroup, breakdowns: list[RewardBreakdown], stats: ScoreStats) -> None:
+        config = self._config
+        # at least 1, as a ratio needs it: a tokenizer may map a reference to nothing
+        reference_length = max(1.0, measure_length(group.prompt.sample.reference, config, self._count_tokens))
+        for rollout, breakdown in zip(group.rollouts, breakdowns, strict=True):
+            rollout.breakdown = breakdown
+            rollout.length = measure_length(rollout.completion.text, config, self._count_tokens)
+            rollout.reference_length = reference_length
+            stats.num_captions += 1
+            if stats.num_outside_bounds is not None:
+                stats.num_outside_bounds += is_outside_bounds(rollout.length, reference_length, config)
+            stats.num_unscorable += all(math.isnan(reward_of(breakdown, name)) for name in config.names)
+            if breakdown.error is not None:
+                stats.errors[breakdown.error] += 1
+
+
+def score_groups(
+    judge: Judge, groups: Sequence[RolloutGroup], config: RewardConfig, count_tokens: CountTokens | None = None
+) -> ScoreStats:
+    """Fill in ``breakdown``, ``length`` and ``reference_length`` of every rollout of ``groups``; see the module's docstring."""
+    scorer = GroupScorer(judge, config, count_tokens)
+    for group in groups:
+        scorer.submit(group)
+    return scorer.finish()
+
+
+def _captions(group: RolloutGroup) -> list[str]:
+    return [rollout.completion.text for rollout in group.rollouts]
+
+
+@lru_cache(maxsize=1024)
+def _log_once(judge_name: str, error: str) -> None:
+    logger.warning("the %s judge left captions unscored: %s (further cases are only counted)", judge_name, error)

@@ -1,0 +1,137 @@
+"""What a run's judge calls cost: requests, failures by kind, tokens, money; and the budget."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from balcaprl.config import EndpointConfig, ServerConfig
+from balcaprl.types import JudgeStoppedError
+
+LEDGER = "judge_usage.json"
+_TOTALS = ("num_replies", "prompt_tokens", "completion_tokens", "cost")
+
+
+class BudgetSpentError(JudgeStoppedError):
+    """The run spent what it may."""
+
+
+@dataclass
+class Usage:
+    """Counts of a stretch of time.
+
+    ``num_attempts = num_valid + all of failures``; a *call* ends valid after one or more attempts, or is given up.
+    """
+
+    num_calls: int = 0
+    num_cached: int = 0
+    """Calls that the cache answered; they are no attempts."""
+    num_shared: int = 0
+    """Calls that equalled one under way, and took its reply."""
+    num_attempts: int = 0
+    num_valid: int = 0
+    num_given_up: int = 0
+    """Calls without a valid reply, whatever was tried."""
+    num_cancelled: int = 0
+    """Calls that were under way when they were no longer wanted."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Attempts that brought no valid reply, by kind."""
+    num_replies: int = 0
+    """Replies that tell their tokens, valid or not."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
+    """Of the latest valid attempts."""
+
+    def metrics(self) -> dict[str, float]:
+        """For the log, under ``judge/``; latencies under ``time/``, as no two runs agree on them."""
+        values: dict[str, float] = {
+            "judge/calls": self.num_calls,
+            "judge/cached": self.num_cached,
+            "judge/shared": self.num_shared,
+            "judge/attempts": self.num_attempts,
+            "judge/valid": self.num_valid,
+            "judge/given_up": self.num_given_up,
+            "judge/cancelled": self.num_cancelled,
+            "judge/prompt_tokens": self.prompt_tokens,
+            "judge/completion_tokens": self.completion_tokens,
+            "judge/cost": self.cost,
+            **{f"judge/failed_{kind}": count for kind, count in sorted(self.failures.items())},
+        }
+        if self.latencies_s:
+            ordered = sorted(self.latencies_s)
+            values["time/judge_p50"] = ordered[len(ordered) // 2]
+            values["time/judge_p95"] = ordered[int(0.95 * (len(ordered) - 1))]
+        return {name: float(value) for name, value in values.items()}
+
+
+class Ledger:
+    """Adds up a run's usage, keeps it in the run folder over restarts, and says when the budget is spent.
+
+    A request may be started only while what is spent, and what the requests under way will cost at the mean so far, stays
+    below the budget; the last few may overshoot it by as much as they are dearer than the mean.
+    """
+
+    def __init__(self, config: EndpointConfig, path: Path | None = None) -> None:
+        self._config = config
+        self._path = path
+        self.totals: dict[str, float] = dict.fromkeys(_TOTALS, 0)
+        self.in_flight = 0
+        if path is not None and path.is_file():
+            self._load(path)
+
+    def _load(self, path: Path) -> None:
+        try:
+            plain = json.loads(path.read_text(encoding="utf-8"))
+            self.totals = {name: plain[name] for name in _TOTALS}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: damaged account of what the judge cost; mend or remove it") from error
+
+    def check(self) -> None:
+        """Raise where no further request may be started.
+
+        Raises:
+            BudgetSpentError: the budget of money or tokens is spent.
+        """
+        config, totals = self._config, self.totals
+        share = (self.in_flight + 1) / totals["num_replies"] if totals["num_replies"] else 0.0
+        tokens = totals["prompt_tokens"] + totals["completion_tokens"]
+        if config.budget is not None and totals["cost"] * (1 + share) > config.budget:
+            raise BudgetSpentError(
+                f"the judge's budget is spent: {totals['cost']:.4g} of endpoint.budget {config.budget:g}; raise it to go on"
+            )
+        if config.token_budget is not None and tokens * (1 + share) > config.token_budget:
+            raise BudgetSpentError(
+                f"the judge's tokens are spent: {tokens:,} of endpoint.token_budget {config.token_budget:,}; raise it to go on"
+            )
+
+    def add(self, usage: Usage, server: ServerConfig, told: Any) -> None:
+        """Book what a reply says it took; a reply that tells nothing sensible books nothing."""
+        if not isinstance(told, dict):
+            return
+        prompt, completion = _count(told.get("prompt_tokens")), _count(told.get("completion_tokens"))
+        cost = (prompt * server.input_price + completion * server.output_price) / 1e6
+        usage.num_replies += 1
+        usage.prompt_tokens += prompt
+        usage.completion_tokens += completion
+        usage.cost += cost
+        for name, value in zip(_TOTALS, (1, prompt, completion, cost), strict=True):
+            self.totals[name] += value
+
+    def save(self) -> None:
+        """Write the totals to the run folder, whole or not at all."""
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_name(self._path.name + ".tmp")
+        partial.write_text(json.dumps(self.totals, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, self._path)
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40 else 0
