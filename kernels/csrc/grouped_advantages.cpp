@@ -1,28 +1,38 @@
 // Grouped advantages: see kernels/ops/grouped_advantages.py for the mathematics and every edge rule.
 //
-// The rewards are read once, group by group; the scores that a group has for one reward are copied, densely and in
-// double, into a small buffer on which the statistics are taken. All sums run in index order on one thread: the same
-// input gives the same bits, and a group's result depends on that group alone (for gdpo: on the batch).
-//
-// A column is first moved to its smallest value and divided by its range. The shift makes equal entries exactly 0 and
-// keeps tiny spreads on large offsets; the division keeps squares from overflowing or vanishing.
+// The rewards are read once. A batch of groups is laid out in double so that the same entry of neighbouring groups lies side by
+// side: the statistics of several groups are then taken at once, without a branch, and each group is still summed up in the
+// order of its rollouts. The same input gives the same bits on every machine and at any number of threads, and a group's
+// result depends on that group alone (for gdpo: on the batch).
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <new>
-#include <vector>
+#include <type_traits>
 
+#include "group_columns.h"
 #include "native.h"
+#include "parallel.h"
 
 namespace {
 
+using balcaprl::GroupColumns;
+using balcaprl::GroupTotals;
 using balcaprl::Status;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kMaxReward = 1e150;  // beyond it a weighted sum of rewards may overflow
 constexpr double kMaxWeight = 1e30;
+constexpr double kRounding = 64 * std::numeric_limits<double>::epsilon();
+constexpr int64_t kBatchValues = 2048;     // of one batch of groups: stays in the first-level cache
+constexpr int64_t kBlockValues = 1 << 16;  // of one block of work for a thread
+
+constexpr int64_t kWidth = balcaprl::kGroupsPadding;
 
 enum Method : int32_t { kDecoupled = 0, kDecoupledBatch = 1, kSumFirst = 2 };
 
@@ -30,6 +40,8 @@ struct Shape {
   int64_t num_rollouts;
   int64_t num_rewards;
   int64_t group_size;
+
+  int64_t num_groups() const { return num_rollouts / group_size; }
 };
 
 struct LengthMask {
@@ -39,165 +51,207 @@ struct LengthMask {
   double low;
   double high;
 
-  bool gates(int64_t k) const { return lengths != nullptr && reward == k; }
   bool rejects(int64_t rollout) const {
     const double ratio = lengths[rollout] / reference_lengths[rollout];
     return !(low <= ratio && ratio <= high);
   }
 };
 
-// The scores that are there, and the rollouts that they belong to.
-struct Column {
-  std::vector<double> values;
-  std::vector<int64_t> rollouts;
-  size_t count = 0;
+struct Problem {
+  Shape shape;
+  const double* weights;  // null: all 1
+  LengthMask mask;
+  Method method;
+  double eps;
 
-  explicit Column(int64_t capacity) : values(static_cast<size_t>(capacity)), rollouts(values.size()) {}
-  void clear() { count = 0; }
-  void add(double value, int64_t rollout) {
-    values[count] = value;
-    rollouts[count++] = rollout;
-  }
+  double weight(int64_t k) const { return weights == nullptr ? 1.0 : weights[k]; }
 };
 
-struct Totals {
-  std::vector<double> values;
-  std::vector<uint8_t> scored;  // whether the rollout has any score
+// The memory of one block of work. Of a batch of groups, `width` of them side by side (a multiple of kWidth):
+struct Workspace {
+  int64_t width;
+  double* values;  // values[(j * K + k) * width + g]: rollout j, reward k; NaN where there is no score, or no group
+  double* totals;  // totals[j * width + g]
+  double* scored;  // 1 where the rollout has a score, else 0, as totals
 
-  explicit Totals(int64_t size) : values(static_cast<size_t>(size), 0.0), scored(values.size(), 0) {}
+  static int64_t doubles(int64_t width, int64_t group_size, int64_t num_rewards) {
+    return width * group_size * (num_rewards + 2);
+  }
+  Workspace(double* memory, int64_t groups, int64_t group_size, int64_t num_rewards)
+      : width(groups),
+        values(memory),
+        totals(values + groups * group_size * num_rewards),
+        scored(totals + groups * group_size) {}
 };
 
-struct Spread {
-  double range = 0.0;  // 0: fewer than two values, or all equal; nothing else is set then
-  double std = 0.0;    // ddof 1
-};
-
-// Replaces the column's values by their deviations from the mean in units of the range.
-Spread centre(Column& column) {
-  Spread spread;
-  if (column.count < 2) return spread;
-  double* values = column.values.data();
-  double low = kInfinity;
-  double high = -kInfinity;
-  for (size_t j = 0; j < column.count; ++j) {
-    low = values[j] < low ? values[j] : low;
-    high = values[j] > high ? values[j] : high;
-  }
-  spread.range = high - low;
-  if (spread.range == 0.0) return spread;
-
-  for (size_t j = 0; j < column.count; ++j) values[j] = (values[j] - low) / spread.range;
-  double sum = 0.0;
-  for (size_t j = 0; j < column.count; ++j) sum += values[j];
-  const double mean = sum / static_cast<double>(column.count);
-  double squares = 0.0;
-  for (size_t j = 0; j < column.count; ++j) {
-    values[j] -= mean;
-    squares += values[j] * values[j];
-  }
-  spread.std = spread.range * std::sqrt(squares / static_cast<double>(column.count - 1));
-  return spread;
-}
-
-// totals += weight * z for the rollouts of the column, whose values are used up.
-void add_normalised(Column& column, double weight, double eps, Totals& totals) {
-  const Spread spread = centre(column);
-  if (spread.range == 0.0) return;
-  const double scale = weight * (spread.range / (spread.std + eps));
-  for (size_t j = 0; j < column.count; ++j) {
-    totals.values[static_cast<size_t>(column.rollouts[j])] += scale * column.values[j];
+// Fills `values` with the rewards of `num_groups` groups from `first_group` on, mask applied. kRewards is their number where
+// it is known to the compiler, else 0; `scored` is only written for methods that need it.
+template <typename T, int kRewards>
+void load(const T* rewards, const Problem& problem, int64_t first_group, int64_t num_groups, Workspace& work) {
+  const int64_t num_rewards = kRewards > 0 ? kRewards : problem.shape.num_rewards;
+  const int64_t size = problem.shape.group_size, width = work.width;
+  const bool masked = problem.mask.lengths != nullptr, needs_scored = problem.method != kDecoupled;
+  for (int64_t j = 0; j < size; ++j) {
+    double* const to = work.values + j * num_rewards * width;
+    for (int64_t g = 0; g < num_groups; ++g) {
+      const T* const from = rewards + ((first_group + g) * size + j) * num_rewards;
+      for (int64_t k = 0; k < num_rewards; ++k) to[k * width + g] = static_cast<double>(from[k]);
+    }
+    for (int64_t k = 0; k < num_rewards; ++k) std::fill(to + k * width + num_groups, to + (k + 1) * width, NAN);
+    double* const scored = work.scored + j * width;
+    if (needs_scored) std::fill(scored, scored + width, 0.0);
+    for (int64_t k = 0; needs_scored && k < num_rewards; ++k) {
+      const double* const scores = to + k * width;
+      for (int64_t g = 0; g < width; ++g) scored[g] = scores[g] == scores[g] ? 1.0 : scored[g];
+    }
+    for (int64_t g = 0; masked && g < num_groups; ++g) {
+      double& x = to[problem.mask.reward * width + g];
+      // A missing score stays missing, and what is too large is still to be found.
+      if (std::fabs(x) <= kMaxReward && problem.mask.rejects((first_group + g) * size + j)) x = 0.0;
+    }
   }
 }
 
-// Fills `column` with reward k of the group that starts at `first`, mask applied, and notes who has a score. False on
-// an entry that is neither finite nor NaN, or too large.
-template <typename T>
-bool load_column(const T* rewards, const Shape& shape, const LengthMask& mask, int64_t first, int64_t k, Column& column,
-                 Totals& totals) {
-  const bool gated = mask.gates(k);
-  column.clear();
-  for (int64_t i = first; i < first + shape.group_size; ++i) {
-    const double value = static_cast<double>(rewards[i * shape.num_rewards + k]);
-    if (std::isnan(value)) continue;
-    if (std::fabs(value) > kMaxReward) return false;
-    column.add(gated && mask.rejects(i) ? 0.0 : value, i);
-    totals.scored[static_cast<size_t>(i)] = 1;
+// c-gdpo: totals = sum over rewards of weight * z.
+bool add_normalised(const Problem& problem, bool scale, Workspace& work) {
+  const int64_t num_rewards = problem.shape.num_rewards, size = problem.shape.group_size;
+  std::fill(work.totals, work.totals + size * work.width, 0.0);
+  const auto& table = balcaprl::group_table();
+  for (int64_t g = 0; g < work.width; g += table.groups) {
+    for (int64_t k = 0; k < num_rewards; ++k) {
+      const GroupColumns columns{work.values + k * work.width + g, num_rewards * work.width, size, kMaxReward};
+      const GroupTotals totals{work.totals + g, work.width};
+      if (!table.add_normalised(columns, scale, problem.eps, problem.weight(k), totals)) return false;
+    }
   }
   return true;
 }
 
-Status check_arguments(const Shape& shape, const double* weights, const LengthMask& mask) {
-  for (int64_t k = 0; weights != nullptr && k < shape.num_rewards; ++k) {
-    if (!(std::fabs(weights[k]) <= kMaxWeight)) return balcaprl::kBadWeights;
+// grpo: z of the weighted sums of the scores that are there.
+bool normalise_sums(const Problem& problem, Workspace& work) {
+  const int64_t num_rewards = problem.shape.num_rewards, size = problem.shape.group_size, width = work.width;
+  bool good = true;
+  for (int64_t j = 0; j < size; ++j) {
+    for (int64_t g = 0; g < width; ++g) {
+      double total = 0.0;
+      bool any = false;
+      for (int64_t k = 0; k < num_rewards; ++k) {
+        const double x = work.values[(j * num_rewards + k) * width + g];
+        good &= !(std::fabs(x) > kMaxReward);
+        any |= x == x;
+        total += x == x ? problem.weight(k) * x : 0.0;
+      }
+      // Row j of the sums lies at or before row j of the values: what is still to be read is not written over.
+      work.values[j * width + g] = any ? total : NAN;
+    }
   }
+  if (!good) return false;
+  std::fill(work.totals, work.totals + size * width, 0.0);
+  const auto& table = balcaprl::group_table();
+  for (int64_t g = 0; g < width; g += table.groups) {
+    const GroupColumns columns{work.values + g, width, size, kInfinity};
+    table.add_normalised(columns, true, problem.eps, 1.0, GroupTotals{work.totals + g, width});
+  }
+  return true;
+}
+
+// Advantages of one batch of groups into work.totals. False on a bad reward.
+template <typename T>
+bool normalise(const T* rewards, const Problem& problem, int64_t first_group, int64_t num_groups, Workspace& work) {
+  switch (problem.shape.num_rewards) {
+    case 1: load<T, 1>(rewards, problem, first_group, num_groups, work); break;
+    case 2: load<T, 2>(rewards, problem, first_group, num_groups, work); break;
+    case 3: load<T, 3>(rewards, problem, first_group, num_groups, work); break;
+    default: load<T, 0>(rewards, problem, first_group, num_groups, work); break;
+  }
+  // The squares of floats, and of their differences in double, are well inside the range of double.
+  constexpr bool kScale = std::is_same<T, double>::value;
+  return problem.method == kSumFirst ? normalise_sums(problem, work) : add_normalised(problem, kScale, work);
+}
+
+Status check_arguments(const Problem& problem) {
+  for (int64_t k = 0; problem.weights != nullptr && k < problem.shape.num_rewards; ++k) {
+    if (!(std::fabs(problem.weights[k]) <= kMaxWeight)) return balcaprl::kBadWeights;
+  }
+  const LengthMask& mask = problem.mask;
   if (mask.lengths == nullptr) return balcaprl::kOk;
-  for (int64_t i = 0; i < shape.num_rollouts; ++i) {
-    if (!(mask.lengths[i] >= 0.0 && mask.lengths[i] < kInfinity)) return balcaprl::kBadLengths;
-    if (!(mask.reference_lengths[i] > 0.0 && mask.reference_lengths[i] < kInfinity)) {
-      return balcaprl::kBadReferenceLengths;
-    }
+  bool good = true, good_reference = true;
+  for (int64_t i = 0; i < problem.shape.num_rollouts; ++i) {
+    good &= mask.lengths[i] >= 0.0 && mask.lengths[i] < kInfinity;
+    good_reference &= mask.reference_lengths[i] > 0.0 && mask.reference_lengths[i] < kInfinity;
   }
-  return balcaprl::kOk;
+  return !good ? balcaprl::kBadLengths : good_reference ? balcaprl::kOk : balcaprl::kBadReferenceLengths;
 }
 
-// grpo: adds up the weighted scores of each rollout of one group, then normalises the sums.
-void normalise_sums(Column& sums, int64_t first, int64_t group_size, double eps, Totals& totals) {
-  sums.clear();
-  for (int64_t i = first; i < first + group_size; ++i) {
-    const auto index = static_cast<size_t>(i);
-    if (totals.scored[index] == 0) continue;
-    sums.add(totals.values[index], i);
-    totals.values[index] = 0.0;
+// gdpo: what the totals (NaN for a rollout without a score) are divided by. The batch mean is 0 by construction (every z sums
+// to 0 over its group), so that only the std is needed: taking the mean away would move rounding noise into flat groups.
+// Totals that differ by no more than the rounding of their terms are flat.
+double batch_divisor(const double* totals, const Problem& problem) {
+  double weights = 0.0;
+  for (int64_t k = 0; k < problem.shape.num_rewards; ++k) weights += std::fabs(problem.weight(k));
+  const double std = balcaprl::group_table().batch_std(totals, problem.shape.num_rollouts, kRounding * weights);
+  return std > 0.0 ? std + problem.eps : kInfinity;
+}
+
+// The work of one thread at a time: groups [begin, end), in batches.
+struct Job {
+  int64_t batch_groups;
+  double* totals;  // (R), gdpo only
+  std::atomic<int32_t> status{balcaprl::kOk};
+};
+
+template <typename T>
+void run_block(const T* rewards, const Problem& problem, int64_t begin, int64_t end, float* advantages, Job& job) {
+  const int64_t size = problem.shape.group_size;
+  const int64_t width = (std::min(job.batch_groups, end - begin) + kWidth - 1) / kWidth * kWidth;
+  const auto doubles = static_cast<size_t>(Workspace::doubles(width, size, problem.shape.num_rewards));
+  const std::unique_ptr<double[]> memory(new (std::nothrow) double[doubles]);
+  if (memory == nullptr) {
+    job.status = balcaprl::kOutOfMemory;
+    return;
   }
-  add_normalised(sums, 1.0, eps, totals);
+  Workspace work(memory.get(), width, size, problem.shape.num_rewards);
+  for (int64_t first = begin; first < end; first += job.batch_groups) {
+    const int64_t groups = std::min(job.batch_groups, end - first);
+    if (!normalise(rewards, problem, first, groups, work)) {
+      job.status = balcaprl::kBadRewards;
+      return;
+    }
+    if (job.totals != nullptr) {
+      for (int64_t i = 0; i < size * width; ++i) work.totals[i] = work.scored[i] != 0.0 ? work.totals[i] : NAN;
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t to = (first + g) * size;
+      for (int64_t j = 0; job.totals != nullptr && j < size; ++j) job.totals[to + j] = work.totals[j * width + g];
+      for (int64_t j = 0; job.totals == nullptr && j < size; ++j) {
+        advantages[to + j] = static_cast<float>(work.totals[j * width + g]);
+      }
+    }
+  }
 }
 
 template <typename T>
-Status normalise_groups(const T* rewards, const Shape& shape, const double* weights, const LengthMask& mask,
-                        Method method, double eps, Totals& totals) {
-  Column column(shape.group_size);
-  for (int64_t first = 0; first < shape.num_rollouts; first += shape.group_size) {
-    for (int64_t k = 0; k < shape.num_rewards; ++k) {
-      const double weight = weights == nullptr ? 1.0 : weights[k];
-      if (!load_column(rewards, shape, mask, first, k, column, totals)) return balcaprl::kBadRewards;
-      if (method != kSumFirst) {
-        add_normalised(column, weight, eps, totals);
-        continue;
-      }
-      for (size_t j = 0; j < column.count; ++j) {
-        totals.values[static_cast<size_t>(column.rollouts[j])] += weight * column.values[j];
-      }
-    }
-    if (method == kSumFirst) normalise_sums(column, first, shape.group_size, eps, totals);
-  }
-  return balcaprl::kOk;
-}
-
-// gdpo: what the totals are divided by. The batch mean is 0 by construction (every z sums to 0 over its group), so that
-// only the std is needed: taking the mean away would move rounding noise into flat groups.
-double batch_divisor(const Totals& totals, double eps) {
-  Column scored(static_cast<int64_t>(totals.values.size()));
-  for (size_t i = 0; i < totals.values.size(); ++i) {
-    if (totals.scored[i] != 0) scored.add(totals.values[i], static_cast<int64_t>(i));
-  }
-  const Spread spread = centre(scored);
-  return spread.range == 0.0 ? kInfinity : spread.std + eps;
-}
-
-template <typename T>
-int32_t run(const T* rewards, const Shape& shape, const double* weights, const LengthMask& mask, Method method,
-            double eps, float* advantages) {
-  const Status status = check_arguments(shape, weights, mask);
+int32_t run(const T* rewards, const Problem& problem, float* advantages) {
+  const Status status = check_arguments(problem);
   if (status != balcaprl::kOk) return status;
-  try {
-    Totals totals(shape.num_rollouts);
-    const Status normalised = normalise_groups(rewards, shape, weights, mask, method, eps, totals);
-    if (normalised != balcaprl::kOk) return normalised;
-    const double divisor = method == kDecoupledBatch ? batch_divisor(totals, eps) : 1.0;
-    for (size_t i = 0; i < totals.values.size(); ++i) advantages[i] = static_cast<float>(totals.values[i] / divisor);
-  } catch (const std::bad_alloc&) {
-    return balcaprl::kOutOfMemory;
+  const Shape& shape = problem.shape;
+  const int64_t group_values = shape.group_size * shape.num_rewards;
+  Job job;
+  job.batch_groups = std::max<int64_t>(1, kBatchValues / (group_values * kWidth)) * kWidth;
+  const int64_t block_groups = job.batch_groups * std::max<int64_t>(1, kBlockValues / (job.batch_groups * group_values));
+  const int64_t num_blocks = (shape.num_groups() + block_groups - 1) / block_groups;
+  std::unique_ptr<double[]> totals;
+  if (problem.method == kDecoupledBatch) {
+    totals.reset(new (std::nothrow) double[static_cast<size_t>(shape.num_rollouts)]);
+    if (totals == nullptr) return balcaprl::kOutOfMemory;
   }
+  job.totals = totals.get();
+  balcaprl::parallel_for(num_blocks, [&](int64_t block) {
+    const int64_t begin = block * block_groups, end = std::min(shape.num_groups(), begin + block_groups);
+    run_block(rewards, problem, begin, end, advantages, job);
+  });
+  if (job.status != balcaprl::kOk || totals == nullptr) return job.status;
+  balcaprl::group_table().divide(job.totals, shape.num_rollouts, batch_divisor(job.totals, problem), advantages);
   return balcaprl::kOk;
 }
 
@@ -211,8 +265,8 @@ int32_t run(const T* rewards, const Shape& shape, const double* weights, const L
       const double* lengths, const double* reference_lengths, int64_t masked_reward, double length_low,             \
       double length_high, int32_t method, double eps, float* advantages) {                                          \
     const LengthMask mask{lengths, reference_lengths, masked_reward, length_low, length_high};                      \
-    return run(rewards, Shape{num_rollouts, num_rewards, group_size}, weights, mask, static_cast<Method>(method),   \
-               eps, advantages);                                                                                    \
+    const Shape shape{num_rollouts, num_rewards, group_size};                                                       \
+    return run(rewards, Problem{shape, weights, mask, static_cast<Method>(method), eps}, advantages);               \
   }
 
 BALCAPRL_GROUPED_ADVANTAGES(f32, float)

@@ -19,6 +19,9 @@ Edge rules:
   total, so that a rollout with some scores missing has a smaller total; only one with none at all counts as missing.
 - A rollout with no score at all gets exactly 0, and is not part of the batch statistics of ``gdpo``.
 - Fewer than two scores in a group, or all equal ones, contribute exactly 0.
+- For ``gdpo`` a batch is flat, and all its advantages exactly 0, also where they differ by no more than the rounding of
+  their terms: 64 units in the last place of ``sum_k |w_k|``. Dividing such noise by its own std would
+  make it as large as a signal.
 - The length mask sets ``masked_reward`` to 0 where ``lengths / reference_lengths`` leaves ``length_bounds`` (both ends
   are inside), before anything else. A missing score stays missing.
 
@@ -48,6 +51,7 @@ _VALUE_ERRORS = {
     native.BAD_LENGTHS: "lengths: expected finite numbers >= 0",
     native.BAD_REFERENCE_LENGTHS: "reference_lengths: expected finite numbers > 0",
 }
+_ROUNDING = 64
 _LENGTH_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 
@@ -148,7 +152,8 @@ def grouped_advantages_reference(
     z_NGK = torch.where(flat, 0.0, deviation / torch.where(flat, 1.0, std + eps))
     advantages_R = (z_NGK * weights).sum(dim=-1).flatten()
     if method == "gdpo":
-        _, batch_std, batch_flat = _moments(advantages_R.masked_fill(~scored_R, torch.nan)[None, :, None])
+        noise = _ROUNDING * torch.finfo(rewards.dtype).eps * weights.abs().sum()
+        _, batch_std, batch_flat = _moments(advantages_R.masked_fill(~scored_R, torch.nan)[None, :, None], noise)
         # Only the std: the module's docstring says why there is no mean to take away.
         advantages_R = torch.where(
             batch_flat, 0.0, advantages_R / torch.where(batch_flat, 1.0, batch_std + eps)
@@ -168,8 +173,9 @@ def _apply_length_mask(
     return rewards
 
 
-def _moments(values_NGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Over dim 1, NaN excluded: deviations from the mean (0 for NaN), std with ddof 1, and whether there is no spread.
+def _moments(values_NGK: Tensor, noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Over dim 1, NaN excluded: deviations from the mean (0 for NaN), std with ddof 1, and whether there is no spread
+    beyond ``noise``.
 
     Shapes (N, G, K), (N, 1, K), (N, 1, K). The shift to the smallest value makes equal entries exactly 0 and keeps a
     tiny spread on a large offset; the division by the range keeps the squares from overflowing or vanishing.
@@ -178,7 +184,7 @@ def _moments(values_NGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count = present.sum(dim=1, keepdim=True)
     low = values_NGK.masked_fill(~present, torch.inf).amin(dim=1, keepdim=True)
     high = values_NGK.masked_fill(~present, -torch.inf).amax(dim=1, keepdim=True)
-    flat = (count < 2) | (low == high)
+    flat = (count < 2) | ~(high - low > noise)
     spread = torch.where(flat, 1.0, high - low)
     scaled = ((values_NGK - low) / spread).masked_fill(~present, 0.0)
     mean = scaled.sum(dim=1, keepdim=True) / count.clamp(min=1)
@@ -230,30 +236,25 @@ def _weights_tensor(weights: Sequence[float] | Tensor | None, rewards: Tensor) -
     return torch.tensor([float(w) for w in weights], dtype=torch.float64, device=rewards.device)
 
 
-@torch.library.custom_op(
-    "balcaprl::grouped_advantages",
-    mutates_args=(),
-    schema="(Tensor rewards, int group_size, Tensor? weights, Tensor? lengths, Tensor? reference_lengths, "
-    "int? masked_reward, float length_low, float length_high, str method, float eps, str impl) -> Tensor",
+# Defined and implemented by hand: torch.library.custom_op would wrap each call in checks of mutation and autograd, which take
+# longer than the work itself.
+_LIBRARY = torch.library.Library("balcaprl", "FRAGMENT")
+_LIBRARY.define(
+    "grouped_advantages(Tensor rewards, int group_size, Tensor? weights, Tensor? lengths, Tensor? reference_lengths, "
+    "int? masked_reward, float length_low, float length_high, str method, float eps, str impl) -> Tensor"
 )
-def _grouped_advantages_op(
+
+
+@torch.library.impl(_LIBRARY, "grouped_advantages", "CompositeExplicitAutograd")
+def _grouped_advantages_impl(
     rewards, group_size, weights, lengths, reference_lengths, masked_reward, length_low, length_high, method, eps, impl
 ):
     """Chooses the implementation and checks values, out of sight of the tracer."""
     if impl == "auto":
         impl = _choose(rewards)
+    mask = (lengths, reference_lengths, masked_reward, (length_low, length_high))
     if impl == "native":
-        return _grouped_advantages_native(
-            rewards,
-            group_size,
-            weights,
-            lengths,
-            reference_lengths,
-            masked_reward,
-            (length_low, length_high),
-            method,
-            eps,
-        )
+        return _grouped_advantages_native(rewards, group_size, weights, *mask, method, eps)
     _check_values(rewards, weights, lengths, reference_lengths)
     return grouped_advantages_reference(
         rewards.double(),
@@ -268,9 +269,12 @@ def _grouped_advantages_op(
     ).float()
 
 
-@_grouped_advantages_op.register_fake
+@torch.library.register_fake("balcaprl::grouped_advantages")
 def _grouped_advantages_fake(rewards, *_):
     return rewards.new_empty(rewards.shape[0], dtype=torch.float32)
+
+
+_grouped_advantages_op = torch.ops.balcaprl.grouped_advantages.default
 
 
 def _choose(rewards: Tensor) -> str:

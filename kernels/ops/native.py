@@ -51,6 +51,7 @@ _SIGNATURES = {
     "balcaprl_grouped_advantages_f32": _GROUPED_ADVANTAGES,
     "balcaprl_grouped_advantages_f64": _GROUPED_ADVANTAGES,
 }
+_LIBRARY_PATH = Path(__file__).resolve().parent / LIBRARY_NAME  # once: resolving it costs more than a small op
 _TEAM_ENTRIES = ("GOMP_parallel", "omp_get_max_threads")
 _REINSTALL = "Install balcaprl again on a machine with cmake and a C++17 compiler (pip install -v shows the build)."
 
@@ -62,7 +63,7 @@ SIMD_VARIABLE = "BALCAPRL_SIMD"
 
 def library_path() -> Path:
     """Where the library is expected: beside this module."""
-    return Path(__file__).resolve().parent / LIBRARY_NAME
+    return _LIBRARY_PATH
 
 
 def is_available() -> bool:

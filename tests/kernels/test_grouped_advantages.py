@@ -233,6 +233,39 @@ def test_native_agrees_with_the_float64_reference(seed: int) -> None:
         torch.testing.assert_close(actual.double(), exact, rtol=1e-6, atol=1e-12 * terms)
 
 
+@pytest.mark.skipif(not native.is_available(), reason=f"no native library: {native.unavailable_reason()}")
+@pytest.mark.parametrize("method", METHODS)
+def test_instruction_sets_and_threads_give_the_same_bits(method: str) -> None:
+    rewards = torch.rand(40_000 * 3, 3, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    rewards[rewards < 0.1] = NAN
+    threads, results = torch.get_num_threads(), []
+    try:
+        for level, count in ((0, 1), (1, 2), (2, 3), (2, 1)):
+            native.library().balcaprl_set_simd_level(level)
+            torch.set_num_threads(count)
+            results += [grouped_advantages(r, 5, method=method, impl="native") for r in (rewards, rewards.float())]
+    finally:
+        native.library().balcaprl_set_simd_level(-1)
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[i % 2]) for i, result in enumerate(results))
+
+
+def test_rounding_noise_of_a_batch_is_flat(impl: str) -> None:
+    # Opposite components: every advantage is 0 but for rounding, and eps = 0 would blow that up to +-1.
+    rewards = torch.rand(64, 1, generator=torch.Generator().manual_seed(12), dtype=torch.float64)
+    opposite = torch.cat([rewards, -0.3 * rewards], dim=1)
+    assert torch.equal(grouped_advantages(opposite, 8, method="gdpo", eps=0.0, impl=impl), torch.zeros(64))
+
+
+@pytest.mark.parametrize("outlier", [0, 7])
+def test_an_outlier_does_not_take_the_digits_of_the_others(impl: str, outlier: int) -> None:
+    rewards = 1.0 + 1e-9 * torch.arange(8, dtype=torch.float64)
+    rewards[outlier] = 0.0
+    exact = (rewards - rewards.mean()) / rewards.std()
+    actual = grouped_advantages(rewards[:, None], 8, eps=0.0, impl=impl)
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-7, atol=0)
+
+
 def test_comparison_rule_holds_for_native(impl: str) -> None:
     rewards = torch.rand(64, 3, generator=torch.Generator().manual_seed(3))
     exact = grouped_advantages_reference(rewards.double(), 8)
