@@ -80,9 +80,7 @@ class Op:
 
 def _impls(op: str, run: Callable[[Inputs, Case, str], Tensor]) -> dict[str, Provider]:
     """Our implementations of an op. ``native`` is for the CPU, ``triton`` for CUDA."""
-    function = getattr(kernels, op, None)
-    if function is None:
-        return {}
+    function = getattr(kernels, op)
     devices = {"native": ("cpu",), "triton": ("cuda",)}
     found = {}
     for impl in sys.modules[function.__module__].IMPLS:
@@ -414,9 +412,7 @@ LOGITS_POLICY_LOSS = Op(
 )
 
 OPS: dict[str, Op] = {
-    op.name: op
-    for op in (GROUPED_ADVANTAGES, POLICY_LOSS, LINEAR_LOGPROBS, LINEAR_POLICY_LOSS, LOGITS_POLICY_LOSS)
-    if hasattr(kernels, op.name)
+    op.name: op for op in (GROUPED_ADVANTAGES, POLICY_LOSS, LINEAR_LOGPROBS, LINEAR_POLICY_LOSS, LOGITS_POLICY_LOSS)
 }
 
 

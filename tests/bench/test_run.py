@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import inputs
 import registry
+import run
 import timing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,9 +49,10 @@ def test_quick_run_prints_complete_rows_and_resumes(op: str, tmp_path: Path) -> 
         if row["direction"] != "backward":
             assert row["median_ms"] > 0
             assert row["percent_of_ceiling"] > 0
-    again = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert again.stdout == ""
-    assert again.stderr.count("measured already") == len(cases)
+    # What a second run would leave out; all of it again after a change of the sources or the machine.
+    assert run.measured_already(output, rows[0]) == {(op, case.name) for case in cases}
+    for name in run.SAME:
+        assert run.measured_already(output, {**rows[0], name: "another"}) == set()
 
 
 def test_ours_being_wrong_stops_the_run() -> None:

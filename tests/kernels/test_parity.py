@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from balcaprl import kernels
-from balcaprl.kernels import grouped_advantages, linear_logprobs, native, policy_loss
+from balcaprl.kernels import (
+    grouped_advantages,
+    linear_logprobs,
+    linear_policy_loss,
+    logits_policy_loss,
+    native,
+    policy_loss,
+)
 from balcaprl.kernels.grouped_advantages import grouped_advantages_reference
 from balcaprl.kernels.linear_logprobs import linear_logprobs_reference
 from balcaprl.kernels.policy_loss import policy_loss_reference
@@ -235,13 +242,8 @@ def exact_head_loss(hidden, weight, targets, old_logprobs, advantages, cu_seqlen
 def head_losses() -> list:
     """Every way of ours from hidden states to a loss."""
     ways = [pytest.param(two_ops(impl), id=f"linear_logprobs-{impl}") for impl in impls(linear_logprobs)]
-    fused = getattr(kernels, "linear_policy_loss", None)
-    for impl in [] if fused is None else impls(fused):
-
-        def way(*arguments, impl=impl, **options):
-            return fused(*arguments, impl=impl, **options)
-
-        ways.append(pytest.param(way, id=f"linear_policy_loss-{impl}"))
+    for impl in impls(linear_policy_loss):
+        ways.append(pytest.param(partial(linear_policy_loss, impl=impl), id=f"linear_policy_loss-{impl}"))
     return ways
 
 
@@ -273,6 +275,36 @@ def test_liger_loss_and_gradients(seed: int, loss_type: str, case: str, ours: Ca
             loss = function(*arguments, temperature=TEMPERATURE, **our_options(data, loss_type)).loss
         results[name] = (loss, *torch.autograd.grad(loss, (hidden, weight)))
     for index, quantity in enumerate(("loss", "hidden", "weight")):
+        assert_within_rounding(*(results[name][index].detach() for name in ("ours", "peer", "exact")), quantity)
+
+
+def exact_logits_loss(logits, targets, *rest, temperature, **options):
+    logprobs = (logits / temperature).log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
+    return policy_loss_reference(logprobs, *rest, **options)
+
+
+@pytest.mark.usefixtures("trl")
+@pytest.mark.parametrize("impl", impls(logits_policy_loss))
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("loss_type", PEER_LOSSES)
+@pytest.mark.parametrize("seed", SEEDS[:2])
+def test_trl_losses_from_logits(seed: int, loss_type: str, case: str, impl: str) -> None:
+    """TRL's log-probabilities of logits, divided by the temperature beforehand, and its ``_compute_loss``."""
+    batch = head_batch(seed, case)
+    batch["logits"] = batch.pop("hidden") @ batch.pop("weight").T
+    cu_seqlens, results = batch["cu_seqlens"], {}
+    for name, data in (("ours", batch), ("peer", batch), ("exact", in_float64(batch))):
+        logits = data["logits"].clone().requires_grad_()
+        if name == "peer":
+            padded = peers.pad_ragged(peers.trl_logprobs_of_logits(logits / TEMPERATURE, data["targets"]), cu_seqlens)
+            mask = peers.completion_mask(cu_seqlens)
+            loss = peers.trl_policy_loss(padded, mask, data["advantages"], **peer_options(data, loss_type))
+        else:
+            function = exact_logits_loss if name == "exact" else partial(logits_policy_loss, impl=impl)
+            arguments = (logits, data["targets"], data["old_logprobs"], data["advantages"], cu_seqlens)
+            loss = function(*arguments, temperature=TEMPERATURE, **our_options(data, loss_type)).loss
+        results[name] = (loss, *torch.autograd.grad(loss, logits))
+    for index, quantity in enumerate(("loss", "gradient")):
         assert_within_rounding(*(results[name][index].detach() for name in ("ours", "peer", "exact")), quantity)
 
 
