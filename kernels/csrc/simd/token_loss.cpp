@@ -8,16 +8,24 @@ namespace {
 
 // Log-probabilities differ by little, and the divergences by the square of that: in float32 the rounding of exp is as large as
 // what it tells of. The pass waits for memory all the same, so that the arithmetic is in double.
-typedef double Doubles __attribute__((vector_size(8 * kLanes)));
-typedef int64_t Longs __attribute__((vector_size(8 * kLanes)));
+//
+// One register of doubles: compilers take wider vectors apart into single values where they compare.
+constexpr int kTokens = kLanes / 2;
+typedef double Doubles __attribute__((vector_size(8 * kTokens)));
+typedef int64_t Longs __attribute__((vector_size(8 * kTokens)));
+typedef float TokenFloats __attribute__((vector_size(4 * kTokens)));
 
-BALCAPRL_INLINE Doubles wide(Floats v) { return __builtin_convertvector(v, Doubles); }
+BALCAPRL_INLINE Doubles load_wide(const float* from) {
+  TokenFloats v;
+  memcpy(&v, from, sizeof(v));
+  return __builtin_convertvector(v, Doubles);
+}
 BALCAPRL_INLINE Doubles smaller(Doubles a, double b) { return a < b ? a : Doubles{} + b; }
 BALCAPRL_INLINE Doubles larger(Doubles a, double b) { return a > b ? a : Doubles{} + b; }
 
 BALCAPRL_INLINE double reduce(Doubles v) {
   double result = 0.0;
-  for (int i = 0; i < kLanes; ++i) result += v[i];
+  for (int i = 0; i < kTokens; ++i) result += v[i];
   return result;
 }
 
@@ -56,7 +64,7 @@ struct Settings {
 
 // Adds to the sums, returns the gradients.
 template <bool kSampling, bool kReference>
-BALCAPRL_INLINE Floats add(const Lanes& t, const Settings& settings, LaneSums& sums) {
+BALCAPRL_INLINE TokenFloats add(const Lanes& t, const Settings& settings, LaneSums& sums) {
   const Doubles zero = {}, one = zero + 1.0;
   const Doubles ratio = expm1(t.logprobs - t.old_logprobs) + 1.0;
   // An advantage of 0 gives exactly 0, also where the ratio overflows.
@@ -90,17 +98,17 @@ BALCAPRL_INLINE Floats add(const Lanes& t, const Settings& settings, LaneSums& s
   sums.ratio += ratio;
   sums.clipped += clipped ? one : zero;
   sums.ratio_max = ratio > sums.ratio_max ? ratio : sums.ratio_max;
-  return __builtin_convertvector(gradient * t.scale, Floats);
+  return __builtin_convertvector(gradient * t.scale, TokenFloats);
 }
 
 BALCAPRL_INLINE Lanes load_lanes(const TokenInputs& in, int64_t i) {
-  const Doubles logprobs = wide(load(in.logprobs + i));
+  const Doubles logprobs = load_wide(in.logprobs + i);
   return {logprobs,
-          in.old_logprobs == nullptr ? logprobs : wide(load(in.old_logprobs + i)),
-          wide(load(in.advantages + i)),
-          wide(load(in.scale + i)),
-          in.sampling_logprobs == nullptr ? logprobs : wide(load(in.sampling_logprobs + i)),
-          in.reference_logprobs == nullptr ? logprobs : wide(load(in.reference_logprobs + i))};
+          in.old_logprobs == nullptr ? logprobs : load_wide(in.old_logprobs + i),
+          load_wide(in.advantages + i),
+          load_wide(in.scale + i),
+          in.sampling_logprobs == nullptr ? logprobs : load_wide(in.sampling_logprobs + i),
+          in.reference_logprobs == nullptr ? logprobs : load_wide(in.reference_logprobs + i)};
 }
 
 // The last tokens, fewer than there are lanes, in buffers of their own. A lane that is padded with zeros adds nothing but its
@@ -108,7 +116,7 @@ BALCAPRL_INLINE Lanes load_lanes(const TokenInputs& in, int64_t i) {
 template <bool kSampling, bool kReference>
 void add_rest(const TokenInputs& in, const Settings& settings, int64_t begin, int64_t count, float* gradients,
               LaneSums& sums) {
-  float buffers[6][kLanes] = {};
+  float buffers[6][kTokens] = {};
   const float* from[6] = {in.logprobs, in.old_logprobs,      in.advantages,
                           in.scale,    in.sampling_logprobs, in.reference_logprobs};
   const float* to[6] = {};
@@ -119,8 +127,9 @@ void add_rest(const TokenInputs& in, const Settings& settings, int64_t begin, in
   }
   const Lanes lanes = load_lanes(TokenInputs{to[0], to[1], to[2], to[3], to[4], to[5]}, 0);
   const Doubles highest = sums.ratio_max;
-  store_partial(gradients + begin, add<kSampling, kReference>(lanes, settings, sums), count);
-  for (int64_t k = count; k < kLanes; ++k) {
+  const TokenFloats result = add<kSampling, kReference>(lanes, settings, sums);
+  memcpy(gradients + begin, &result, static_cast<size_t>(count) * sizeof(float));
+  for (int64_t k = count; k < kTokens; ++k) {
     sums.ratio[k] -= 1.0;
     sums.ratio_max[k] = highest[k];
   }
@@ -131,12 +140,13 @@ void token_loss(const TokenInputs& in, const Settings& settings, int64_t begin, 
                 TokenSums* out) {
   LaneSums sums;
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) {
-    store(gradients + i, add<kSampling, kReference>(load_lanes(in, i), settings, sums));
+  for (; i + kTokens <= end; i += kTokens) {
+    const TokenFloats result = add<kSampling, kReference>(load_lanes(in, i), settings, sums);
+    memcpy(gradients + i, &result, sizeof(result));
   }
   if (i < end) add_rest<kSampling, kReference>(in, settings, i, end - i, gradients, sums);
   double highest = 0.0;
-  for (int k = 0; k < kLanes; ++k) highest = sums.ratio_max[k] > highest ? sums.ratio_max[k] : highest;
+  for (int k = 0; k < kTokens; ++k) highest = sums.ratio_max[k] > highest ? sums.ratio_max[k] : highest;
   out->loss = reduce(sums.loss);
   out->clipped = reduce(sums.clipped);
   out->ratio = reduce(sums.ratio);
