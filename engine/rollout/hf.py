@@ -7,7 +7,7 @@ once, its cache is repeated for the group, and each step samples from logits tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from balcaprl.config import SamplingConfig
 from balcaprl.policy import Policy
 from balcaprl.policy.packing import merge_image_inputs
-from balcaprl.rollout.sampler import check_request, make_group
+from balcaprl.rollout.sampler import check_request, first_stop, make_group
 from balcaprl.types import Prompt, RolloutGroup, SyncReport
 
 
@@ -28,7 +28,6 @@ class HFRollout:
         """Sample from ``policy``."""
         self._policy = policy
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -39,8 +38,27 @@ class HFRollout:
         greedy: bool = False,
     ) -> list[RolloutGroup]:
         """See ``Sampler.generate``."""
+        groups = self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy)
+        return [group for _, group in groups]
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        greedy: bool = False,
+    ) -> Iterator[tuple[int, RolloutGroup]]:
+        """See ``Sampler.stream``: here all groups end together."""
         check_request(prompts, group_size)
-        pick = _TokenPicker(self._policy, 1.0 if greedy else sampling.temperature, None if greedy else seed)
+        yield from enumerate(self._sample(prompts, group_size, sampling, None if greedy else seed))
+
+    @torch.no_grad()
+    def _sample(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, seed: int | None
+    ) -> list[RolloutGroup]:
+        pick = _TokenPicker(self._policy, 1.0 if seed is None else sampling.temperature, seed)
         decoder = _Decoder(self._policy, prompts)
         hidden = decoder.prefill(group_size)
         ends = torch.tensor(self._policy.eos_token_ids, device=hidden.device)
@@ -56,13 +74,22 @@ class HFRollout:
             logprobs.append(logprob)
             kept.append(running)
             running = running & ~torch.isin(token, ends)
+            if sampling.stop:
+                running = running & ~self._at_stop(tokens, sampling.stop).to(running.device)
             if not running.any():
                 break
         lengths = torch.stack(kept, 1).sum(1).tolist()
         ids = [row[:n] for row, n in zip(torch.stack(tokens, 1).tolist(), lengths, strict=True)]
         values = [row[:n] for row, n in zip(torch.stack(logprobs, 1).tolist(), lengths, strict=True)]
         groups = (slice(i * group_size, (i + 1) * group_size) for i in range(len(prompts)))
-        return [make_group(self._policy, p, ids[g], values[g]) for p, g in zip(prompts, groups, strict=True)]
+        return [
+            make_group(self._policy, p, ids[g], values[g], sampling.stop) for p, g in zip(prompts, groups, strict=True)
+        ]
+
+    def _at_stop(self, tokens: list[Tensor], stop: Sequence[str]) -> Tensor:
+        """Which rows (R,) hold a stop text by now."""
+        texts = self._policy.tokenizer.batch_decode(torch.stack(tokens, 1).tolist(), skip_special_tokens=True)
+        return torch.tensor([first_stop(text, stop) is not None for text in texts])
 
     def sync(self, policy_version: int) -> SyncReport:
         """See ``Sampler.sync``: there is only one set of weights."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Protocol, runtime_checkable
 
@@ -27,6 +27,18 @@ class Sampler(Protocol):
         seed: int,
         greedy: bool = False,
     ) -> list[RolloutGroup]:
+        """All of ``stream``, one group for each prompt, in order."""
+        ...
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        greedy: bool = False,
+    ) -> Iterator[tuple[int, RolloutGroup]]:
         """Sample ``group_size`` completions of each prompt.
 
         The ids in ``policy.image_token_ids`` are never sampled. ``sampling_logprobs`` are those of the distribution
@@ -35,13 +47,14 @@ class Sampler(Protocol):
         Args:
             prompts: From ``policy.prepare``.
             group_size: Completions of each prompt.
-            sampling: Temperature and length.
+            sampling: Temperature, length, stop texts.
             seed: The same seed, prompts and weights give the same completions on the same CPU. The global random
                 state is neither used nor changed.
             greedy: Take the likeliest token each time; the temperature is then 1, also in ``sampling_logprobs``.
 
-        Returns:
-            One group for each prompt, in order.
+        Yields:
+            The index of a prompt and its group, as soon as the group is whole; other groups go on only as the next is
+            asked for.
         """
         ...
 
@@ -71,6 +84,9 @@ def make_sampler(config: TrainConfig, policy: Policy) -> Sampler:
             max_completion_tokens=config.rollout.sampling.max_completion_tokens,
             memory_gib=config.rollout.vllm_memory_gib,
             gpu_memory_utilization=config.rollout.vllm_gpu_memory_utilization,
+            sync=config.rollout.sync,
+            probe=config.rollout.sync_probe,
+            sleep=config.rollout.vllm_sleep,
         )
     from balcaprl.rollout.hf import HFRollout
 
@@ -86,13 +102,24 @@ def check_request(prompts: Sequence[Prompt], group_size: int) -> None:
 
 
 def make_group(
-    policy: Policy, prompt: Prompt, token_ids: Sequence[list[int]], logprobs: Sequence[list[float]]
+    policy: Policy,
+    prompt: Prompt,
+    token_ids: Sequence[list[int]],
+    logprobs: Sequence[list[float]],
+    stop: Sequence[str] = (),
 ) -> RolloutGroup:
-    """A group from sampled ids and their log-probabilities; text without special tokens."""
+    """A group from sampled ids and their log-probabilities; text without special tokens, cut before a stop text."""
     texts = policy.tokenizer.batch_decode(list(token_ids), skip_special_tokens=True)
     ends = set(policy.eos_token_ids)
-    completions = (
-        Completion(ids, text, lps, finished=bool(ids) and ids[-1] in ends)
-        for ids, text, lps in zip(token_ids, texts, logprobs, strict=True)
-    )
-    return RolloutGroup(prompt, [Rollout(completion) for completion in completions])
+    rollouts = []
+    for ids, text, values in zip(token_ids, texts, logprobs, strict=True):
+        cut = first_stop(text, stop)
+        finished = cut is not None or (bool(ids) and ids[-1] in ends)
+        rollouts.append(Rollout(Completion(ids, text[:cut], values, finished)))
+    return RolloutGroup(prompt, rollouts)
+
+
+def first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first of the stop texts begins; None where there is none."""
+    places = [place for place in map(text.find, stop) if place >= 0]
+    return min(places) if places else None

@@ -1,49 +1,50 @@
-"""Sampling with vLLM in this process. The only module that imports vllm, and only when an engine is made."""
+"""Sampling with vLLM in this process, from the trainer's own weights."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import gc
-import os
-import random
-import tempfile
+import logging
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from balcaprl.config import SamplingConfig
-from balcaprl.policy import Policy
+from balcaprl.policy import Group, Policy
+from balcaprl.rollout.memory import kv_cache_budget
 from balcaprl.rollout.sampler import check_request, make_group
-from balcaprl.torchvision_compat import ensure_importable
+from balcaprl.rollout.weights import (
+    InplaceCopy,
+    Reload,
+    SharedWeights,
+    StaleWeightsError,
+    SyncStrategy,
+    why_not_inplace,
+    why_not_shared,
+)
 from balcaprl.types import Prompt, RolloutGroup, SyncReport
 
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine has to see the trainer's tensors
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer computes in the same threads
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the ban is a logits processor of the first model runner
-}
-_ENVIRONMENT_DEFAULTS = {
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+logger = logging.getLogger(__name__)
+
 _LENGTH_MULTIPLE = 128
 """``max_model_len`` is rounded up to this, so that a slightly longer prompt needs no new engine."""
+_PROBE_TOKENS = 4
+_PROBE_TOLERANCE = {torch.float32: 2e-3}
+"""Largest difference of a probe's log-probabilities from the policy's, in nats."""
+_PROBE_TOLERANCE_HALF = 0.3
 
 
 class VLLMRollout:
-    """The ``Sampler`` that runs vLLM beside the trainer, loaded from the policy's own weights.
+    """The ``Sampler`` that runs vLLM beside the trainer, on the policy's own weights.
 
     The engine is made at the first ``generate``, as only then the lengths and image sizes are known, and made anew
-    should a request outgrow it. It always starts from the policy's present weights. vLLM allows one engine at a time in
-    a process: close one before another generates.
+    should a request outgrow it or the engine fail. It always starts from the policy's present weights. vLLM allows one
+    engine at a time in a process: close one before another generates.
+
+    Under the strategy ``shared`` the policy's parameters move into vLLM's tensors. They stay ordinary parameters: train
+    them in place, save them, and go on using them after ``close``.
     """
 
     name = "vllm"
@@ -54,9 +55,13 @@ class VLLMRollout:
         *,
         max_completion_tokens: int = 128,
         max_prompt_tokens: int = 0,
-        memory_gib: float = 1.0,
+        memory_gib: float | None = None,
         gpu_memory_utilization: float = 0.4,
         max_num_seqs: int = 256,
+        sync: Literal["auto", "shared", "inplace", "reload"] = "auto",
+        probe: Literal["first", "always"] = "first",
+        independent: bool = False,
+        sleep: bool = False,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -64,9 +69,14 @@ class VLLMRollout:
             policy: What to sample from.
             max_completion_tokens: Longest completion that will be asked for.
             max_prompt_tokens: Longest prompt that will come, images expanded, where it is known beforehand.
-            memory_gib: Key-value cache on a CPU.
+            memory_gib: Key-value cache; None: as much as the requests need.
             gpu_memory_utilization: Share of a GPU's memory that vLLM may take.
             max_num_seqs: Completions that are decoded at once.
+            sync: How new weights reach the engine; see ``weights.py``. ``auto`` takes the first that works.
+            probe: When a sync asks the engine for a few tokens and compares their log-probabilities with the policy's:
+                at the first one of every engine, or always. ``reload`` always does.
+            independent: The policy changes while the engine samples, so that the two must not share weights.
+            sleep: Give the key-value cache back while the trainer updates; needs CUDA.
 
         Raises:
             RuntimeError: If vLLM is not installed.
@@ -76,16 +86,27 @@ class VLLMRollout:
                 "rollout.sampler = vllm needs vLLM, which is not installed: install balcaprl[cpu] or balcaprl[gpu], "
                 "or set rollout.sampler to hf"
             )
+        if independent and sync == "shared":
+            raise ValueError("sync: shared would change the weights while the engine samples; use inplace or auto")
         self._policy = policy
         self._max_completion_tokens = max_completion_tokens
         self._max_prompt_tokens = max_prompt_tokens
         self._memory_gib = memory_gib
         self._gpu_memory_utilization = gpu_memory_utilization
         self._max_num_seqs = max_num_seqs
+        self._wanted, self._probe_when, self._independent = sync, probe, independent
+        self._can_sleep = sleep and policy.device.type == "cuda"
         self._image_size = (1, 1)
-        self._llm: Any = None
-        self._max_model_len = 0
+        self._num_completions = 1
+        self._engine: Any = None
+        self._strategy: SyncStrategy | None = None
+        self._probe_prompt: Prompt | None = None
+        self._probed = False
+        self._tolerance = 0.0
+        self._asleep = False
         self._closed = False
+        self.num_restarts = 0
+        """Engines that were given up because they failed."""
 
     def generate(
         self,
@@ -96,57 +117,171 @@ class VLLMRollout:
         seed: int,
         greedy: bool = False,
     ) -> list[RolloutGroup]:
-        """See ``Sampler.generate``.
+        """See ``Sampler.generate``; errors as ``stream``."""
+        groups = dict(self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy))
+        return [groups[index] for index in range(len(prompts))]
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        greedy: bool = False,
+    ) -> Iterator[tuple[int, RolloutGroup]]:
+        """See ``Sampler.stream``.
+
+        An engine that fails is replaced once, and the groups that it owes are sampled anew, from the same seeds.
 
         Raises:
-            RuntimeError: If vLLM expands a prompt otherwise than the policy's processor did, or after ``close``.
+            ValueError: If a prompt with its completion exceeds what the model or the memory can hold, or a prompt does
+                not fit its image.
+            RuntimeError: If the engine fails twice, or after ``close``.
         """
         check_request(prompts, group_size)
-        self._ensure_engine(prompts, sampling.max_completion_tokens)
-        requests = [self._request(prompt) for prompt in prompts]
-        # vLLM samples one greedy completion at most; the group is that one, repeated.
-        copies = group_size if greedy else 1
-        seeds = [_prompt_seed(seed, index) for index in range(len(prompts))]
-        params = [self._sampling_params(group_size // copies, sampling, each, greedy) for each in seeds]
-        with _untouched_random_state(self._policy.device):
-            outputs = self._llm.generate(requests, params, use_tqdm=False)
-        groups = []
-        for prompt, output in zip(prompts, outputs, strict=True):
-            _check_expansion(prompt, output.prompt_token_ids)
-            ordered = sorted(output.outputs, key=lambda completion: completion.index) * copies
-            ids = [list(completion.token_ids) for completion in ordered]
-            logprobs = [_sampled_logprobs(completion) for completion in ordered]
-            groups.append(make_group(self._policy, prompt, ids, logprobs))
-        return groups
+        self._check_placeholders(prompts)
+        owed = set(range(len(prompts)))
+        for attempt in (1, 2):
+            self._ensure_engine(prompts, group_size, sampling.max_completion_tokens)
+            try:
+                for index, group in self._sample(prompts, owed, group_size, sampling, seed, greedy):
+                    owed.discard(index)
+                    yield index, group
+                return
+            except GeneratorExit:
+                self._engine.abort_all()
+                raise
+            except Exception as error:
+                self._discard_engine()
+                if attempt == 2:
+                    raise RuntimeError(f"vLLM failed twice in a row while sampling: {error}") from error
+                self.num_restarts += 1
+                logger.warning("vLLM failed while sampling and is started anew: %s: %s", type(error).__name__, error)
+            except BaseException:  # Ctrl-C: a step that was cut short leaves the engine in no known state
+                self._discard_engine()
+                raise
 
     def sync(self, policy_version: int) -> SyncReport:
-        """See ``Sampler.sync``: vLLM reloads every tensor, then forgets all it computed with the old ones."""
+        """See ``Sampler.sync``.
+
+        Raises:
+            StaleWeightsError: If the engine does not serve the policy's weights afterwards.
+        """
         self._refuse_if_closed()
         started = time.perf_counter()
-        if self._llm is None:
+        if self._engine is None or self._strategy is None:
             return SyncReport("unloaded", 0, 0, 0.0, policy_version)
-        tensors = self._named_tensors()
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
-        self._drop_caches()
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        return SyncReport("reload", len(tensors), num_bytes, time.perf_counter() - started, policy_version)
+        self.wake_up()
+        num_tensors, num_bytes = self._strategy.push(policy_version)
+        self._engine.drop_caches()
+        if self._probe_when == "always" or self._strategy.name == "reload" or not self._probed:
+            self._verify(policy_version)
+        return SyncReport(self._strategy.name, num_tensors, num_bytes, time.perf_counter() - started, policy_version)
+
+    def sleep(self) -> bool:
+        """Give the key-value cache's memory back until the next ``generate``; False where the platform cannot."""
+        if self._engine is None or self._asleep:
+            return self._asleep
+        self._asleep = self._engine.sleep()
+        return self._asleep
+
+    def wake_up(self) -> None:
+        """Undo ``sleep``; ``generate`` and ``sync`` do it by themselves."""
+        if self._asleep:
+            self._engine.wake_up()
+            self._asleep = False
 
     def close(self) -> None:
-        """See ``Sampler.close``: shuts the engine down and gives its memory back."""
+        """See ``Sampler.close``: shuts the engine down and gives its memory back; the policy stays usable."""
         self._closed = True
-        self._shut_down()
+        self._discard_engine()
+
+    # --------------------------------------------------------------------------------------------------- sampling
+
+    def _sample(
+        self,
+        prompts: Sequence[Prompt],
+        owed: set[int],
+        group_size: int,
+        sampling: SamplingConfig,
+        seed: int,
+        greedy: bool,
+    ) -> Iterator[tuple[int, RolloutGroup]]:
+        # vLLM samples one greedy completion at most; the group is that one, repeated.
+        copies = group_size if greedy else 1
+        for index in sorted(owed):
+            prompt_seed = None if greedy else _prompt_seed(seed, index)
+            params = self._engine.params(group_size // copies, sampling, prompt_seed)
+            self._engine.submit(str(index), prompts[index], params)
+        for done in self._engine.finished():
+            prompt = prompts[int(done.request_id)]
+            _check_prompt(prompt, done.prompt_ids)
+            ids, logprobs = done.token_ids * copies, done.logprobs * copies
+            yield int(done.request_id), make_group(self._policy, prompt, ids, logprobs, sampling.stop)
+
+    def _check_placeholders(self, prompts: Sequence[Prompt]) -> None:
+        config, family = self._policy.model.config, self._policy.family
+        for prompt in prompts:
+            expected = family.num_image_tokens(config, prompt.image_inputs)
+            found = int((prompt.prompt_ids == family.image_token_id(config)).sum())
+            if found != expected:
+                raise ValueError(
+                    f"prompts: sample {prompt.sample.sample_id} has {found} image placeholders, its image makes "
+                    f"{expected} features; take prompt_ids and image_inputs from one policy.prepare"
+                )
+
+    def _probe(self) -> float:
+        """Ask the engine for a few tokens; the largest difference of their log-probabilities from the policy's."""
+        prompt = self._probe_prompt
+        if prompt is None:
+            return 0.0
+        params = self._engine.params(1, SamplingConfig(max_completion_tokens=_PROBE_TOKENS), None)
+        self._engine.submit("probe", prompt, params)
+        (done,) = list(self._engine.finished())
+        completion = torch.tensor(done.token_ids[0], dtype=torch.long)
+        expected = _sampler_logprobs(self._policy, Group(prompt.prompt_ids, [completion], prompt.image_inputs))
+        return (torch.tensor(done.logprobs[0]) - expected).abs().max().item()
+
+    def _calibrate(self) -> None:
+        """Learn how far sampler and trainer are apart on the very same weights, before any sync."""
+        rounding = _PROBE_TOLERANCE.get(self._policy.dtype)
+        difference = self._probe()
+        if rounding is not None and not difference <= rounding:
+            raise RuntimeError(
+                f"vLLM's log-probabilities differ from the policy's by {difference:.3g} on the same weights: this version "
+                "of vLLM computes another model, or sees other images. Set rollout.sampler to hf"
+            )
+        self._tolerance = rounding or max(_PROBE_TOLERANCE_HALF, 3 * difference)
+        if rounding is None and not difference <= _PROBE_TOLERANCE_HALF:
+            logger.warning("vLLM's log-probabilities differ from the policy's by %.3g on the same weights", difference)
+
+    def _verify(self, policy_version: int) -> None:
+        difference = self._probe()
+        if not difference <= self._tolerance:
+            raise StaleWeightsError(
+                f"after the sync to policy version {policy_version} the engine's log-probabilities differ from the "
+                f"policy's by {difference:.3g} (at most {self._tolerance:.3g} is rounding): it still serves other weights "
+                "or cached results. Set rollout.sync to reload, or rollout.sampler to hf"
+            )
+        self._probed = True
+
+    # --------------------------------------------------------------------------------------------------- the engine
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
             raise RuntimeError("this VLLMRollout is closed; make a new one")
 
-    def _ensure_engine(self, prompts: Sequence[Prompt], max_completion_tokens: int) -> None:
+    def _ensure_engine(self, prompts: Sequence[Prompt], group_size: int, max_completion_tokens: int) -> None:
         """Make the engine, or a larger one, so that every prompt with its completion fits."""
         self._refuse_if_closed()
+        self._probe_prompt = min(prompts, key=lambda prompt: len(prompt.prompt_ids))
         self._max_completion_tokens = max(self._max_completion_tokens, max_completion_tokens)
         self._max_prompt_tokens = max(self._max_prompt_tokens, *(len(prompt.prompt_ids) for prompt in prompts))
+        self._num_completions = max(self._num_completions, min(self._max_num_seqs, len(prompts) * group_size))
         needed = self._max_prompt_tokens + self._max_completion_tokens
-        if self._llm is not None and needed <= self._max_model_len:
+        if self._engine is not None and needed <= self._engine.limits.max_model_len:
+            self.wake_up()
             return
         limit = getattr(self._policy.model.config.get_text_config(), "max_position_embeddings", needed)
         if needed > limit:
@@ -154,176 +289,77 @@ class VLLMRollout:
                 f"a prompt of {self._max_prompt_tokens} tokens and a completion of {self._max_completion_tokens} "
                 f"exceed the model's {limit} positions: lower data.max_pixels or rollout.sampling.max_completion_tokens"
             )
-        self._max_model_len = min(limit, -(-needed // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
         sizes = [self._image_size, *(prompt.image.size for prompt in prompts)]
         self._image_size = (max(width for width, _ in sizes), max(height for _, height in sizes))
-        self._shut_down()
-        with tempfile.TemporaryDirectory(prefix="balcaprl-vllm-") as folder:
-            self._save_without_weights(folder)
-            self._llm = self._load(folder)
+        self._discard_engine()
+        self._start(min(limit, -(-needed // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE))
 
-    def _save_without_weights(self, folder: str) -> None:
-        """All that vLLM reads from a checkpoint folder but the weights, which it gets from memory."""
-        config = copy.deepcopy(self._policy.model.config)
-        config.architectures = [self._architecture]
-        config.save_pretrained(folder)
-        self._policy.processor.save_pretrained(folder)
+    def _start(self, max_model_len: int) -> None:
+        from balcaprl.rollout.vllm_engine import EngineLimits, VLLMEngine
 
-    @property
-    def _architecture(self) -> str:
-        return type(self._policy.model).__name__
-
-    def _load(self, folder: str) -> Any:
-        os.environ.update(_ENVIRONMENT)
-        for name, value in _ENVIRONMENT_DEFAULTS.items():
-            os.environ.setdefault(name, value)
-        ensure_importable()
-        with _own_threads(), _untouched_random_state(self._policy.device), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            from vllm import LLM
-
-            _inspect_in_process(self._architecture)
-            width, height = self._image_size
-            dtype: Any = str(self._policy.dtype).removeprefix("torch.")
-            memory: dict[str, Any] = {"gpu_memory_utilization": self._gpu_memory_utilization}
-            if self._policy.device.type == "cpu":
-                memory = {"kv_cache_memory_bytes": int(self._memory_gib * 2**30)}
-            return LLM(
-                folder,
-                load_format=_register_memory_loader(self._named_tensors()),
-                dtype=dtype,
-                enforce_eager=self._policy.device.type == "cpu",
-                max_model_len=self._max_model_len,
-                max_num_seqs=self._max_num_seqs,
-                max_num_batched_tokens=max(4096, self._max_model_len),
-                limit_mm_per_prompt={"image": {"count": 1, "width": width, "height": height}},
-                logits_processors=[_ban(self._policy.image_token_ids)],
-                logprobs_mode="processed_logprobs",
-                # Sampling defaults of a published checkpoint, such as a repetition penalty, are not the policy's.
-                generation_config="vllm",
-                use_tqdm_on_load=False,
-                disable_log_stats=True,
-                **memory,
-            )
-
-    def _request(self, prompt: Prompt) -> dict[str, Any]:
-        """Token ids with one placeholder per image, which vLLM expands itself."""
-        image_token_id = self._policy.family.image_token_id(self._policy.model.config)
-        request: dict[str, Any] = {"prompt_token_ids": _collapse_runs(prompt.prompt_ids, image_token_id)}
-        if prompt.image_inputs:
-            request["multi_modal_data"] = {"image": prompt.image}
-        return request
-
-    def _sampling_params(self, num_completions: int, sampling: SamplingConfig, seed: int, greedy: bool) -> Any:
-        from vllm import SamplingParams
-
-        return SamplingParams(
-            n=num_completions,
-            temperature=0.0 if greedy else sampling.temperature,
-            max_tokens=sampling.max_completion_tokens,
-            stop_token_ids=list(self._policy.eos_token_ids),
-            seed=None if greedy else seed,
-            logprobs=0,
-            detokenize=False,
+        limits = EngineLimits(
+            max_model_len=max_model_len,
+            max_num_seqs=self._max_num_seqs,
+            image_size=self._image_size,
+            kv_cache_bytes=kv_cache_budget(
+                self._policy,
+                max_model_len=max_model_len,
+                num_completions=self._num_completions,
+                memory_gib=self._memory_gib,
+                gpu_memory_utilization=self._gpu_memory_utilization,
+            ),
+            gpu_memory_utilization=self._gpu_memory_utilization,
+            can_sleep=self._can_sleep,
         )
-
-    def _named_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the policy by the name under which vLLM loads it."""
-        rename = self._policy.family.published_name
-        return {rename(name): tensor.detach() for name, tensor in self._policy.model.state_dict().items()}
-
-    def _drop_caches(self) -> None:
-        """Prefixes, preprocessed images and image features: all may stem from the old weights."""
-        self._llm.reset_prefix_cache()
-        self._llm.llm_engine.reset_mm_cache()
-        self._llm.llm_engine.reset_encoder_cache()
-
-    def _shut_down(self) -> None:
-        if self._llm is None:
-            return
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        self._llm.llm_engine.engine_core.shutdown()
-        self._llm = None
-        cleanup_dist_env_and_memory()
-        gc.collect()
-
-
-def _ban(token_ids: Sequence[int]) -> type:
-    """A vLLM logits processor that makes ``token_ids`` impossible in every request.
-
-    A logit bias would not do: vLLM clamps it to 100, which a large logit outweighs.
-    """
-    from vllm.v1.sample.logits_processor import LogitsProcessor
-
-    class BannedTokens(LogitsProcessor):
-        def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-            self._token_ids = torch.tensor(list(token_ids), dtype=torch.long, device=device)
-
-        def apply(self, logits: Tensor) -> Tensor:
-            return logits.index_fill_(-1, self._token_ids, -torch.inf)
-
-        def is_argmax_invariant(self) -> bool:
-            return False
-
-        def update_state(self, batch_update: Any) -> None:
-            """The ban is the same for all requests."""
-
-    return BannedTokens
-
-
-def _register_memory_loader(tensors: dict[str, Tensor]) -> str:
-    """A vLLM load format that takes the weights from memory: no copy on disk, whatever their size."""
-    from vllm.model_executor.model_loader import register_model_loader
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-
-    name = "balcaprl_memory"
-
-    @register_model_loader(name)
-    class MemoryLoader(BaseModelLoader):
-        def download_model(self, model_config: Any) -> None:
-            """There is nothing to download."""
-
-        def load_weights(self, model: Any, model_config: Any) -> None:
-            model.load_weights(iter(tensors.items()))
-            tensors.clear()  # vLLM's registry keeps this class, and must not keep a policy alive
-
-    return name
-
-
-def _inspect_in_process(architecture: str) -> None:
-    """Hand vLLM the model class itself: it would start a whole Python process just to look at it."""
-    from vllm.model_executor.models.registry import ModelRegistry
-
-    if architecture not in ModelRegistry.models:
-        raise RuntimeError(f"this vLLM does not know the architecture {architecture}: set rollout.sampler to hf")
-    registered = ModelRegistry.models[architecture]
-    if hasattr(registered, "load_model_cls"):
-        ModelRegistry.register_model(architecture, registered.load_model_cls())
-
-
-@contextlib.contextmanager
-def _own_threads() -> Iterator[None]:
-    """vLLM's CPU worker replaces ``torch.set_num_threads`` by a warning; the trainer keeps the real one."""
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        if torch.get_num_threads() != num_threads:
-            torch.set_num_threads(num_threads)
-
-
-@contextlib.contextmanager
-def _untouched_random_state(device: torch.device) -> Iterator[None]:
-    """vLLM seeds the global generators as it starts, and draws from torch's even for requests with a seed."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        self._engine = VLLMEngine(self._policy, limits, plain_weights=self._wanted != "reload")
         try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+            self._strategy, reason = self._choose_strategy()
+            self._calibrate()
+        except BaseException:
+            self._discard_engine()
+            raise
+        self._probed = False
+        logger.info("weights reach vLLM by %s: %s", self._strategy.name, reason)
+
+    def _choose_strategy(self) -> tuple[SyncStrategy, str]:
+        """The strategy that is wanted, or for ``auto`` the first that works, and why."""
+        engine, wanted = self._engine, self._wanted
+        if wanted == "reload":
+            return Reload(engine.reload), "as configured"
+        plan = engine.plan()
+        obstacle = why_not_inplace(plan)
+        if obstacle is None and not engine.computes_from_plain_weights():
+            obstacle = "vLLM computes from repacked weights"
+        if obstacle is not None:
+            if wanted != "auto":
+                raise ValueError(f"sync: {wanted} cannot be done here, {obstacle}; use auto or reload")
+            return Reload(engine.reload), obstacle
+        plan.check_values()
+        obstacle = "the policy changes while vLLM samples" if self._independent else why_not_shared(plan)
+        unused = f"; vLLM does without {len(plan.unserved)} of the policy's tensors" if plan.unserved else ""
+        if wanted == "inplace" or (wanted == "auto" and obstacle is not None):
+            return InplaceCopy(plan), (obstacle or "as configured") + unused
+        if obstacle is not None:
+            raise ValueError(f"sync: shared cannot be done here, {obstacle}; use auto or inplace")
+        return SharedWeights(plan), f"all {plan.num_tensors} tensors of the policy are views of vLLM's{unused}"
+
+    def _discard_engine(self) -> None:
+        """Shut the engine down; parameters that live in its memory stay valid."""
+        engine, strategy = self._engine, self._strategy
+        self._engine, self._strategy, self._asleep = None, None, False
+        if strategy is not None:
+            strategy.detach(copy=engine.owns_weight_memory)
+        if engine is not None:
+            engine.shutdown()
+
+
+@torch.no_grad()
+def _sampler_logprobs(policy: Policy, group: Group) -> torch.Tensor:
+    """Log-probabilities (T,) of a few tokens with the banned ids removed, exact even where the policy prefers those."""
+    packed = policy.pack([group])
+    logits = (policy.hidden_states(packed) @ policy.lm_head_weight.T).float()
+    logits[:, list(policy.image_token_ids)] = -torch.inf
+    return logits.log_softmax(-1).gather(1, packed.targets[:, None])[:, 0].cpu()
 
 
 def _prompt_seed(seed: int, index: int) -> int:
@@ -331,21 +367,10 @@ def _prompt_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
-def _collapse_runs(prompt_ids: Tensor, token_id: int) -> list[int]:
-    """``prompt_ids`` with each run of ``token_id`` shortened to one."""
-    ids = prompt_ids.tolist()
-    return [each for i, each in enumerate(ids) if each != token_id or i == 0 or ids[i - 1] != token_id]
-
-
-def _check_expansion(prompt: Prompt, expanded: Sequence[int]) -> None:
-    expected = prompt.prompt_ids.tolist()
-    if list(expanded) != expected:
+def _check_prompt(prompt: Prompt, used: Sequence[int]) -> None:
+    if list(used) != prompt.prompt_ids.tolist():
         raise RuntimeError(
-            f"sample {prompt.sample.sample_id}: vLLM expands the prompt to {len(expanded)} tokens, the policy's "
-            f"processor to {len(expected)}, or to other ids: sampling and training would see different prompts. The "
-            "versions of vLLM and transformers do not agree on this model's processor; set rollout.sampler to hf"
+            f"sample {prompt.sample.sample_id}: vLLM sampled after a prompt of {len(used)} tokens, the policy prepared "
+            f"one of {len(prompt.prompt_ids)}, or of other ids: this version of vLLM changes prompts; set "
+            "rollout.sampler to hf"
         )
-
-
-def _sampled_logprobs(completion: Any) -> list[float]:
-    return [step[token].logprob for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]

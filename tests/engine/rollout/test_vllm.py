@@ -1,5 +1,6 @@
 """Real vLLM beside a tiny policy: the same distribution before and after every kind of weight change."""
 
+import gc
 import math
 import subprocess
 import sys
@@ -9,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from balcaprl.config import SamplingConfig, TrainConfig
+from balcaprl.config import OptimConfig, SamplingConfig, TrainConfig
+from balcaprl.optim import PolicyOptimizer
 from balcaprl.policy import Group, Policy
 from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
-from balcaprl.rollout import HFRollout, Sampler, make_sampler
+from balcaprl.rollout import HFRollout, Sampler, make_sampler, weights
 from balcaprl.rollout import vllm as vllm_rollout
+from balcaprl.rollout.weights import StaleWeightsError
 from balcaprl.types import Sample
 
 pytest.importorskip("vllm", reason="vLLM is an optional extra")
@@ -39,9 +42,9 @@ def prompts(policy):
     return [policy.prepare(make_sample(i, size)) for i, size in enumerate(SIZES)]
 
 
-@pytest.fixture(scope="module")
-def sampler(policy):
-    config = TrainConfig.model_validate({"rollout": {"sampler": "auto", "vllm_memory_gib": 0.25}})
+@pytest.fixture(scope="module", params=["shared", "inplace", "reload"])
+def sampler(policy, request):
+    config = TrainConfig.model_validate({"rollout": {"sampler": "auto", "sync": request.param}})
     sampler = make_sampler(config, policy)
     yield sampler
     sampler.close()
@@ -55,11 +58,21 @@ def changed_policy(policy, sampler):
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             parameter.copy_(saved[name])
-    sampler.sync(0)
+            parameter.grad = None
+    if not sampler._closed:
+        sampler.sync(0)
 
 
 def token_ids(groups):
     return [[rollout.completion.token_ids for rollout in group.rollouts] for group in groups]
+
+
+def perturb(policy, part):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if part in name:
+                parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
 
 
 def largest_difference(policy, groups, temperature):
@@ -105,22 +118,112 @@ def test_greedy_agrees_with_transformers(policy, sampler, prompts):
     assert largest_difference(policy, by_vllm, 1.0) < 1e-5
 
 
-@pytest.mark.parametrize("part", ["", "visual", "language_model"], ids=["all", "image-tower", "text"])
+@pytest.mark.parametrize("part", ["", "visual", "language_model", "embed_tokens"])
 def test_parity_after_sync(changed_policy, sampler, prompts, part):
-    sampler.generate(prompts, 2, SAMPLING, seed=3)  # fills the caches that a sync has to drop
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in changed_policy.model.named_parameters():
-            if part in name:
-                parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
-    stale = sampler.generate(prompts, 2, SAMPLING, seed=3)
-    assert largest_difference(changed_policy, stale, 0.8) > 1e-3, "the change must be visible"
+    """All parameters, the image tower alone, the text model alone, the (tied) head alone."""
+    before = sampler.generate(prompts, 2, SAMPLING, seed=3)  # fills the caches that a sync has to drop
+    perturb(changed_policy, part)
+    strategy = sampler._strategy.name
+    if part == "visual" or strategy != "shared":
+        stale = sampler.generate(prompts, 2, SAMPLING, seed=3)
+        assert largest_difference(changed_policy, stale, 0.8) > 1e-3, "the change must be visible"
     report = sampler.sync(5)
-    assert (report.strategy, report.policy_version) == ("reload", 5)
-    assert report.bytes_copied >= 4 * changed_policy.num_parameters
+    assert (report.strategy, report.policy_version) == (strategy, 5)
+    num_bytes = 4 * changed_policy.num_parameters
+    if strategy == "reload":
+        assert report.bytes_copied >= num_bytes
+    else:
+        assert report.bytes_copied == (0 if strategy == "shared" else num_bytes)
     assert report.num_tensors >= len(list(changed_policy.model.parameters()))
     groups = sampler.generate(prompts, 2, SAMPLING, seed=3)
     assert largest_difference(changed_policy, groups, 0.8) < 1e-5
+    assert token_ids(groups) != token_ids(before)
+
+
+def test_every_parameter_is_served(policy, sampler, prompts):
+    sampler.generate(prompts[:1], 1, SAMPLING, seed=0)
+    if sampler._strategy.name == "reload":
+        assert not sampler._engine.computes_from_plain_weights(), "on a CPU vLLM repacks, unless it is told not to"
+        return
+    plan = sampler._engine.plan()
+    assert set(plan.parts) == {name for name, _ in policy.model.named_parameters()}
+    assert not plan.unserved
+    addresses = {name: p.data_ptr() for name, p in policy.model.named_parameters()}
+    served = {name: plan.alias(name).data_ptr() for name in plan.parts}
+    assert (addresses == served) == (sampler._strategy.name == "shared")
+
+
+@pytest.mark.parametrize("skipped", ["weights", "encoder cache"])
+def test_a_skipped_sync_is_caught(changed_policy, sampler, prompts, monkeypatch, skipped):
+    sampler.generate(prompts, 2, SAMPLING, seed=3)
+    saved = {name: p.data for name, p in changed_policy.model.named_parameters()}
+    engine, strategy = sampler._engine, sampler._strategy.name
+    if skipped == "encoder cache":
+        monkeypatch.setattr(engine._llm.llm_engine, "reset_encoder_cache", lambda: None)
+    elif strategy == "inplace":
+        monkeypatch.setattr(weights, "copy_all", lambda targets, sources: None)
+    elif strategy == "reload":
+        monkeypatch.setattr(sampler._strategy, "_reload", lambda: (0, 0))
+    else:  # something moved the parameters out of vLLM's memory
+        for parameter in changed_policy.model.parameters():
+            parameter.data = parameter.data.clone()
+    perturb(changed_policy, "")
+    with pytest.raises(StaleWeightsError, match=r"old weights|old values|no longer lies|still serves"):
+        sampler.sync(9)
+    if skipped == "weights" and strategy == "shared":
+        for name, parameter in changed_policy.model.named_parameters():
+            parameter.data = saved[name]
+    monkeypatch.undo()
+    sampler.sync(9)
+    assert largest_difference(changed_policy, sampler.generate(prompts, 2, SAMPLING, seed=3), 0.8) < 1e-5
+
+
+def test_thirty_real_updates(changed_policy, sampler, prompts):
+    """Gradients through the shared memory: after every step both sides agree."""
+    optimizer = PolicyOptimizer(changed_policy.model.named_parameters(), OptimConfig(lr=1e-3), 30)
+    for step in range(30):
+        groups = sampler.generate(prompts[step % 3 :][:1], 2, SAMPLING, seed=step)
+        assert largest_difference(changed_policy, groups, 0.8) < 1e-5, step
+        rollouts = [torch.tensor(r.completion.token_ids) for r in groups[0].rollouts]
+        prompt = groups[0].prompt
+        packed = changed_policy.pack([Group(prompt.prompt_ids, rollouts, prompt.image_inputs)])
+        (-changed_policy.logprobs(packed).mean()).backward()
+        assert optimizer.step()["grad_norm"] > 0
+        sampler.sync(step + 1)
+
+
+def test_a_checkpoint_is_the_same_wherever_the_parameters_live(changed_policy, sampler, prompts, tmp_path):
+    sampler.generate(prompts[:1], 1, SAMPLING, seed=0)
+    perturb(changed_policy, "")
+    changed_policy.save(tmp_path)
+    again = Policy.from_pretrained(tmp_path, device="cpu")
+    pairs = zip(changed_policy.model.named_parameters(), again.model.named_parameters(), strict=True)
+    assert all(name == other and torch.equal(p, q) for (name, p), (other, q) in pairs)
+
+
+def test_groups_stream_as_they_finish(sampler, prompts):
+    whole = sampler.generate(prompts, 2, SAMPLING, seed=4)
+    streamed = dict(sampler.stream(prompts, 2, SAMPLING, seed=4))
+    assert token_ids([streamed[i] for i in range(3)]) == token_ids(whole)
+    stream = sampler.stream(prompts, 2, SAMPLING, seed=4)
+    next(stream)
+    stream.close()  # the rest is forgotten, the engine stays usable
+    assert token_ids(sampler.generate(prompts, 2, SAMPLING, seed=4)) == token_ids(whole)
+
+
+def test_stop_texts_end_a_completion(policy, sampler, prompts):
+    (group,) = sampler.generate(prompts[:1], 4, SAMPLING, seed=4)
+    text = max((r.completion.text for r in group.rollouts), key=len)
+    word = text.split()[len(text.split()) // 2]
+    stopping = SAMPLING.model_copy(update={"stop": (word,)})
+    by_vllm = sampler.generate(prompts[:1], 4, stopping, seed=4)[0]
+    for rollout, free in zip(by_vllm.rollouts, group.rollouts, strict=True):
+        assert word not in rollout.completion.text
+        assert free.completion.text.startswith(rollout.completion.text)
+        assert rollout.completion.finished == (word in free.completion.text or free.completion.finished)
+    assert any(word in r.completion.text for r in group.rollouts)
+    by_hf = HFRollout(policy).generate(prompts[:1], 2, stopping, seed=0)[0]
+    assert all(word not in r.completion.text for r in by_hf.rollouts)
 
 
 def test_banned_ids_are_never_sampled(changed_policy, sampler, prompts):
@@ -152,12 +255,12 @@ def test_eos_is_kept_and_ends_a_completion(policy, sampler, prompts, monkeypatch
     assert completion.finished
 
 
-def test_other_expansion_is_an_error(sampler, prompts):
+def test_a_prompt_that_does_not_fit_its_image_is_an_error(sampler, prompts):
     from dataclasses import replace
 
     ids = prompts[0].prompt_ids
     longer = replace(prompts[0], prompt_ids=torch.cat([ids[:10], ids[8:]]))
-    with pytest.raises(RuntimeError, match=r"sample s0: vLLM expands the prompt to 3\d tokens"):
+    with pytest.raises(ValueError, match=r"sample s0 has 18 image placeholders, its image makes 16"):
         sampler.generate([longer], 1, SAMPLING, seed=0)
 
 
@@ -175,27 +278,58 @@ def test_too_long_for_the_model(policy, prompts):
         sampler.generate(prompts, 1, SamplingConfig(max_completion_tokens=5000), seed=0)
 
 
-def test_engine_grows_and_closes(policy, sampler, prompts):
-    """Last to use the module's engine, which it replaces and closes."""
+def test_engine_grows_fails_and_closes(changed_policy, sampler, prompts, monkeypatch):
+    """Last to use the module's engine, which it replaces and closes: parameters move along and outlive it."""
+    policy = changed_policy
     longer = SamplingConfig(max_completion_tokens=200)
     groups = sampler.generate(prompts, 1, longer, seed=0)
     assert largest_difference(policy, groups, 1.0) < 1e-5
+    expected = token_ids(sampler.generate(prompts, 2, SAMPLING, seed=1))
+    calls = iter(range(10))
+    engine = sampler._engine._llm.llm_engine
+    step = engine.step
+
+    def step_that_fails_once():
+        if next(calls) == 3:
+            raise RuntimeError("out of memory")
+        return step()
+
+    monkeypatch.setattr(engine, "step", step_that_fails_once)
+    assert token_ids(sampler.generate(prompts, 2, SAMPLING, seed=1)) == expected
+    assert sampler.num_restarts == 1
+    perturb(policy, "")
+    sampler.sync(3)
+    assert largest_difference(policy, sampler.generate(prompts, 2, SAMPLING, seed=1), 0.8) < 1e-5
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     sampler.close()
+    gc.collect()
+    torch.zeros(policy.num_parameters)  # would overwrite freed memory
+    assert all(torch.equal(p, before[name]) for name, p in policy.model.named_parameters())
+    assert all(torch.isfinite(p.mul_(1.0)).all() for p in (q.data for q in policy.model.parameters()))
     with pytest.raises(RuntimeError, match="closed"):
         sampler.generate(prompts, 1, longer, seed=0)
 
 
-def test_llava_parity_before_and_after_sync(tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_llava_parity_before_and_after_sync(tmp_path, tied):
     """After the module's engine is closed: vLLM allows one at a time."""
-    llava = Policy.from_pretrained(build_tiny_llava(tmp_path, CORPUS, num_layers=2), device="cpu")
+    llava = Policy.from_pretrained(
+        build_tiny_llava(tmp_path, CORPUS, num_layers=2, tie_word_embeddings=tied), device="cpu"
+    )
     prompts = [llava.prepare(make_sample(i, size)) for i, size in enumerate(SIZES)]
-    sampler = vllm_rollout.VLLMRollout(llava, memory_gib=0.25)
+    sampler = vllm_rollout.VLLMRollout(llava)
     try:
         assert largest_difference(llava, sampler.generate(prompts, 2, SAMPLING, seed=0), 0.8) < 1e-5
+        plan = sampler._engine.plan()
+        unused = {name for name, _ in llava.model.named_parameters()} - set(plan.parts)
+        assert all("encoder.layers.3." in name or "post_layernorm" in name for name in unused), (
+            "the untrained last layer"
+        )
+        assert set(plan.unserved) == unused
         with torch.no_grad():
             for parameter in llava.model.parameters():
                 parameter *= 1.1
-        sampler.sync(1)
+        assert sampler.sync(1).strategy == "shared"
         assert largest_difference(llava, sampler.generate(prompts, 2, SAMPLING, seed=0), 0.8) < 1e-5
     finally:
         sampler.close()

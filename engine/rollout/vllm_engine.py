@@ -1,0 +1,415 @@
+"""One vLLM engine in this process, over a policy's weights. The only module that imports vllm, and only as one is made."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import os
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from balcaprl.config import SamplingConfig
+from balcaprl.policy import Policy
+from balcaprl.rollout.images import image_spans, inputs_hash
+from balcaprl.rollout.weights import CopyRecorder, StaleWeightsError, WeightPlan, make_plan
+from balcaprl.torchvision_compat import ensure_importable
+from balcaprl.types import Prompt
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine has to see the trainer's tensors
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer computes in the same threads
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the ban is a logits processor of the first model runner
+}
+_ENVIRONMENT_DEFAULTS = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine has to hold."""
+
+    max_model_len: int
+    """Longest prompt with its completion, in tokens."""
+    max_num_seqs: int
+    """Completions that are decoded at once."""
+    image_size: tuple[int, int]
+    """Largest width and height in pixels."""
+    kv_cache_bytes: int
+    """Key-value cache."""
+    gpu_memory_utilization: float = 0.4
+    """Share of a GPU's memory that vLLM may take."""
+    can_sleep: bool = False
+    """Whether the key-value cache can be given back between rollouts; needs CUDA."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One finished request."""
+
+    request_id: str
+    prompt_ids: list[int]
+    token_ids: list[list[int]]
+    """Of each completion, in the order asked for."""
+    logprobs: list[list[float]]
+
+
+class VLLMEngine:
+    """A running engine: its weights, its requests, its caches."""
+
+    def __init__(self, policy: Policy, limits: EngineLimits, *, plain_weights: bool) -> None:
+        """Load the engine from the policy's weights as they are now.
+
+        Args:
+            policy: What to sample from.
+            limits: What has to fit.
+            plain_weights: Keep the engine's weights as ordinary tensors that can be mapped (``plan``). Otherwise a CPU
+                build repacks them for its own matrix products.
+        """
+        self.limits = limits
+        self._policy, self._plain_weights = policy, plain_weights
+        self._parameters = dict(policy.model.named_parameters())
+        self._recorder = CopyRecorder(self._parameters)
+        with tempfile.TemporaryDirectory(prefix="balcaprl-vllm-") as folder:
+            self._save_without_weights(folder)
+            self._llm = self._load(folder)
+        self._params_class, self._mm = _request_types()
+
+    # --------------------------------------------------------------------------------------------------- weights
+
+    @property
+    def model(self) -> nn.Module:
+        """vLLM's own model."""
+        return self._llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+    def plan(self) -> WeightPlan:
+        """Where this engine keeps the policy's parameters, as its own load showed."""
+        return make_plan(self._parameters, self._recorder, self.model)
+
+    def computes_from_plain_weights(self) -> bool:
+        """Whether every linear layer reads its weight as it runs, and not a copy packed beforehand."""
+        packed = (getattr(module, "cpu_linear", _plain_linear) for module in self.model.modules())
+        return all(each is _plain_linear or each is torch.nn.functional.linear for each in packed)
+
+    def reload(self) -> tuple[int, int]:
+        """Let vLLM load all tensors of the policy anew, repacking what it repacks; (tensors, bytes)."""
+        tensors = _named_tensors(self._policy)
+        with _plain_cpu_linear() if self._plain_weights else contextlib.nullcontext():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
+        return len(tensors), sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def drop_caches(self) -> None:
+        """Forget prefixes, preprocessed images and image features: all may stem from the old weights.
+
+        Raises:
+            StaleWeightsError: If one of the caches still holds something afterwards.
+        """
+        engine = self._llm.llm_engine
+        engine.reset_prefix_cache()
+        engine.reset_mm_cache()
+        engine.reset_encoder_cache()
+        held = {name: count for name, count in self.cached_entries().items() if count}
+        if held:
+            what = ", ".join(f"{count} in the {name} cache" for name, count in held.items())
+            raise StaleWeightsError(f"vLLM still holds results of the old weights after a sync: {what}")
+
+    def cached_entries(self) -> dict[str, int]:
+        """How much the caches that depend on the weights hold."""
+        core = self._llm.llm_engine.engine_core.engine_core
+        scheduler = core.scheduler
+        prefixes = scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block
+        runner = core.model_executor.driver_worker.worker.model_runner
+        return {
+            "prefix": len(prefixes),
+            "encoder": len(scheduler.encoder_cache_manager.cached) + len(runner.encoder_cache),
+        }
+
+    # --------------------------------------------------------------------------------------------------- requests
+
+    def submit(self, request_id: str, prompt: Prompt, params: Any) -> None:
+        """Queue one prompt with its expanded ids and its preprocessed image, as the trainer sees them."""
+        request: dict[str, Any] = {"type": "token", "prompt_token_ids": prompt.prompt_ids.tolist()}
+        if prompt.image_inputs:
+            request = self._multimodal(prompt)
+        self._llm.llm_engine.add_request(request_id, request, params)
+
+    def params(self, num_completions: int, sampling: SamplingConfig, seed: int | None) -> Any:
+        """vLLM's sampling parameters; greedy where ``seed`` is None."""
+        return self._params_class(
+            n=num_completions,
+            temperature=0.0 if seed is None else sampling.temperature,
+            max_tokens=sampling.max_completion_tokens,
+            stop_token_ids=list(self._policy.eos_token_ids),
+            stop=list(sampling.stop) or None,
+            seed=seed,
+            logprobs=0,
+            detokenize=bool(sampling.stop),
+        )
+
+    def finished(self) -> Iterator[Finished]:
+        """Run until every queued request is done, yielding each as it ends."""
+        engine = self._llm.llm_engine
+        while engine.has_unfinished_requests():
+            with untouched_random_state(self._policy.device):
+                outputs = engine.step()
+            for output in outputs:
+                if output.finished:
+                    yield _to_finished(output)
+
+    def abort_all(self) -> None:
+        """Forget every request that is not finished."""
+        engine = self._llm.llm_engine
+        states = engine.output_processor.request_states
+        engine.abort_request(list(states), internal=True)
+        while engine.has_unfinished_requests():
+            engine.step()
+
+    def _multimodal(self, prompt: Prompt) -> dict[str, Any]:
+        spans = image_spans(prompt.prompt_ids, self._policy.family.image_token_id(self._policy.model.config))
+        processor = self._llm.llm_engine.renderer.get_mm_processor()
+        features = self._mm.BatchFeature(dict(prompt.image_inputs))
+        items = self._mm.MultiModalKwargsItems.from_hf_inputs(features, processor._get_mm_fields_config(features, {}))
+        if len(items["image"]) != len(spans):
+            raise ValueError(
+                f"sample {prompt.sample.sample_id}: the prompt has {len(spans)} runs of image placeholders, the "
+                f"processor made {len(items['image'])} images; take both from one policy.prepare"
+            )
+        digest = inputs_hash(prompt.image_inputs)
+        places = [self._mm.PlaceholderRange(offset=start, length=length) for start, length in spans]
+        hashes = [f"{digest}-{index}" for index in range(len(spans))]
+        return self._mm.mm_input(prompt.prompt_ids.tolist(), items, {"image": hashes}, {"image": places})
+
+    # --------------------------------------------------------------------------------------------------- life
+
+    def sleep(self) -> bool:
+        """Give the key-value cache's memory back, keep the weights; whether there was anything to give back."""
+        if not self.limits.can_sleep:
+            return False
+        self._llm.sleep(level=0)
+        self._llm.llm_engine.release_kv_cache_memory()
+        return True
+
+    def wake_up(self) -> None:
+        """Take the memory again."""
+        if self.limits.can_sleep:
+            self._llm.wake_up(tags=["kv_cache", "scheduling"])
+
+    @property
+    def owns_weight_memory(self) -> bool:
+        """Whether the weights' memory is unmapped as the engine shuts down, however many tensors still view it."""
+        return self.limits.can_sleep
+
+    def shutdown(self) -> None:
+        """End the engine and give its memory back. Views of its weights stay valid unless ``owns_weight_memory``."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+    def _save_without_weights(self, folder: str) -> None:
+        """All that vLLM reads from a checkpoint folder but the weights, which it gets from memory."""
+        config = copy.deepcopy(self._policy.model.config)
+        config.architectures = [self._architecture]
+        config.save_pretrained(folder)
+        self._policy.processor.save_pretrained(folder)
+
+    @property
+    def _architecture(self) -> str:
+        return type(self._policy.model).__name__
+
+    def _load(self, folder: str) -> Any:
+        os.environ.update(_ENVIRONMENT)
+        for name, value in _ENVIRONMENT_DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        ensure_importable()
+        with _own_threads(), untouched_random_state(self._policy.device), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            from vllm import LLM, EngineArgs
+
+            _inspect_in_process(self._architecture)
+            width, height = self.limits.image_size
+            # Images come normalised by the policy's processor; newer versions would do that (again) in the model.
+            known = {field.name for field in fields(EngineArgs)}
+            optional = {name: value for name, value in {"mm_device_do_normalize": False}.items() if name in known}
+            dtype: Any = str(self._policy.dtype).removeprefix("torch.")
+            with _plain_cpu_linear() if self._plain_weights else contextlib.nullcontext():
+                return LLM(
+                    folder,
+                    load_format=_register_memory_loader(_named_tensors(self._policy), self._recorder),
+                    dtype=dtype,
+                    enforce_eager=self._policy.device.type == "cpu",
+                    max_model_len=self.limits.max_model_len,
+                    max_num_seqs=self.limits.max_num_seqs,
+                    max_num_batched_tokens=max(4096, self.limits.max_model_len),
+                    limit_mm_per_prompt={"image": {"count": 1, "width": width, "height": height}},
+                    logits_processors=[_ban(self._policy.image_token_ids)],
+                    logprobs_mode="processed_logprobs",
+                    # Sampling defaults of a published checkpoint, such as a repetition penalty, are not the policy's.
+                    generation_config="vllm",
+                    kv_cache_memory_bytes=self.limits.kv_cache_bytes,
+                    gpu_memory_utilization=self.limits.gpu_memory_utilization,
+                    enable_sleep_mode=self.limits.can_sleep,
+                    use_tqdm_on_load=False,
+                    disable_log_stats=True,
+                    **optional,
+                )
+
+
+def _named_tensors(policy: Policy) -> dict[str, Tensor]:
+    """Every tensor of the policy by the name under which vLLM loads it."""
+    rename = policy.family.published_name
+    return {rename(name): tensor.detach() for name, tensor in policy.model.state_dict().items()}
+
+
+def _to_finished(output: Any) -> Finished:
+    ordered = sorted(output.outputs, key=lambda completion: completion.index)
+    return Finished(
+        request_id=output.request_id,
+        prompt_ids=list(output.prompt_token_ids),
+        token_ids=[list(completion.token_ids) for completion in ordered],
+        logprobs=[
+            [step[token].logprob for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+            for completion in ordered
+        ],
+    )
+
+
+def _request_types() -> tuple[Any, Any]:
+    """vLLM's sampling parameters, and what a preprocessed request is made of."""
+    from types import SimpleNamespace
+
+    from transformers import BatchFeature
+    from vllm import SamplingParams
+    from vllm.inputs import mm_input
+    from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
+    from vllm.sampling_params import RequestOutputKind
+
+    def params(**values: Any) -> Any:
+        return SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **values)
+
+    kinds = SimpleNamespace(
+        BatchFeature=BatchFeature,
+        MultiModalKwargsItems=MultiModalKwargsItems,
+        PlaceholderRange=PlaceholderRange,
+        mm_input=mm_input,
+    )
+    return params, kinds
+
+
+def _ban(token_ids: Sequence[int]) -> type:
+    """A vLLM logits processor that makes ``token_ids`` impossible in every request.
+
+    A logit bias would not do: vLLM clamps it to 100, which a large logit outweighs.
+    """
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    class BannedTokens(LogitsProcessor):
+        def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+            self._token_ids = torch.tensor(list(token_ids), dtype=torch.long, device=device)
+
+        def apply(self, logits: Tensor) -> Tensor:
+            return logits.index_fill_(-1, self._token_ids, -torch.inf)
+
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def update_state(self, batch_update: Any) -> None:
+            """The ban is the same for all requests."""
+
+    return BannedTokens
+
+
+def _register_memory_loader(tensors: dict[str, Tensor], recorder: CopyRecorder) -> str:
+    """A vLLM load format that takes the weights from memory, and lets the recorder watch: no copy on disk."""
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    name = "balcaprl_memory"
+    hold = {"recorder": recorder}
+
+    @register_model_loader(name)
+    class MemoryLoader(BaseModelLoader):
+        def download_model(self, model_config: Any) -> None:
+            """There is nothing to download."""
+
+        def load_weights(self, model: Any, model_config: Any) -> None:
+            with hold.pop("recorder"):
+                model.load_weights(iter(tensors.items()))
+            tensors.clear()  # vLLM's registry keeps this class, and must not keep a policy alive
+
+    return name
+
+
+def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@contextlib.contextmanager
+def _plain_cpu_linear() -> Iterator[None]:
+    """While it lasts, vLLM's CPU backend leaves the weights of linear layers as they are.
+
+    It would replace each by a copy packed for oneDNN (or for AMX), which nothing but a reload can change.
+    """
+    from vllm.model_executor.layers import utils
+
+    original = utils.dispatch_cpu_unquantized_gemm
+
+    def keep_weight(layer: Any, remove_weight: bool) -> None:
+        if layer.weight.ndim == 2:
+            layer.cpu_linear = _plain_linear
+        else:
+            original(layer, remove_weight)
+
+    utils.dispatch_cpu_unquantized_gemm = keep_weight
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = original
+
+
+def _inspect_in_process(architecture: str) -> None:
+    """Hand vLLM the model class itself: it would start a whole Python process just to look at it."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    if architecture not in ModelRegistry.models:
+        raise RuntimeError(f"this vLLM does not know the architecture {architecture}: set rollout.sampler to hf")
+    registered = ModelRegistry.models[architecture]
+    if hasattr(registered, "load_model_cls"):
+        ModelRegistry.register_model(architecture, registered.load_model_cls())
+
+
+@contextlib.contextmanager
+def _own_threads() -> Iterator[None]:
+    """vLLM's CPU worker replaces ``torch.set_num_threads`` by a warning; the trainer keeps the real one."""
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        if torch.get_num_threads() != num_threads:
+            torch.set_num_threads(num_threads)
+
+
+@contextlib.contextmanager
+def untouched_random_state(device: torch.device) -> Iterator[None]:
+    """vLLM seeds the global generators as it starts, and draws from torch's even for requests with a seed."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
