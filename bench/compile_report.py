@@ -14,12 +14,16 @@ It must not run under TRITON_INTERPRET: a process interprets or compiles.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -147,6 +151,26 @@ def compile_kernel(spec: KernelSpec, arch: int, sass_folder: Path | None = None)
         operations=work.operations,
         predicted_us=predict_us(work, arch),
     )
+
+
+@functools.cache
+def _specs() -> dict[str, KernelSpec]:
+    return {spec.name: spec for spec in registered_kernels()}
+
+
+def _compile_named(case: tuple[str, int], sass_folder: Path | None) -> Compiled:
+    """``compile_kernel`` for another process: a kernel does not travel, its name does."""
+    return compile_kernel(_specs()[case[0]], case[1], sass_folder)
+
+
+def compile_all(cases: Sequence[tuple[str, int]], jobs: int, sass_folder: Path | None = None) -> Iterator[Compiled]:
+    """(name, architecture) pairs, compiled in ``jobs`` processes; results in the order of ``cases``."""
+    compile_one = functools.partial(_compile_named, sass_folder=sass_folder)
+    if jobs == 1 or len(cases) == 1:
+        yield from map(compile_one, cases)
+        return
+    with ProcessPoolExecutor(min(jobs, len(cases)), multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(compile_one, cases)
 
 
 def _source(spec: KernelSpec, arch: int):
@@ -343,31 +367,36 @@ def _render_kernel(rows: list[Compiled]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    """Compiles what was asked for; returns 1 where a kernel fails to show what it must, or the table is stale."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this; prints, writes nothing")
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="only this one; prints, writes nothing")
     parser.add_argument("--check", action="store_true", help="compare with the committed report instead of writing it")
     parser.add_argument("--update", action="store_true", help="with --kernel: write these into the report")
     parser.add_argument("--output", type=Path, default=REPORT, help="JSON to write; the tables go beside it")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--sass", type=Path, help="folder for the disassembly")
-    arguments = parser.parse_args()
-    specs = [spec for spec in registered_kernels() if arguments.kernel in spec.name]
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Compiles what was asked for; returns 1 where a kernel fails to show what it must, or the table is stale."""
+    arguments = _arguments()
+    specs = _specs()
+    architectures = [arguments.arch] if arguments.arch else ARCHITECTURES
+    cases = [(name, arch) for name in specs if arguments.kernel in name for arch in architectures]
     partial = bool(arguments.kernel or arguments.arch)
     committed = {(row.kernel, row.arch): row for row in read_report()} if arguments.check else {}
     rows, failed = [], False
-    for spec in specs:
-        for arch in [arguments.arch] if arguments.arch else ARCHITECTURES:
-            row = compile_kernel(spec, arch, arguments.sass)
-            rows.append(row)
-            complaints = violations(row, spec)
-            if arguments.check:
-                old = committed.pop((row.kernel, arch), None)
-                complaints += ["not in the committed report"] if old is None else differences(row, old)
-            failed |= bool(complaints)
-            for complaint in complaints:
-                print(f"{spec.name} on sm_{arch}: {complaint}", file=sys.stderr)
+    for row in compile_all(cases, arguments.jobs, arguments.sass):
+        rows.append(row)
+        complaints = violations(row, specs[row.kernel])
+        if arguments.check:
+            old = committed.pop((row.kernel, row.arch), None)
+            complaints += ["not in the committed report"] if old is None else differences(row, old)
+        failed |= bool(complaints)
+        for complaint in complaints:
+            print(f"{row.kernel} on sm_{row.arch}: {complaint}", file=sys.stderr)
     if arguments.check and not partial:
         for kernel, arch in committed:
             print(f"{kernel} on sm_{arch}: in the committed report, but not registered", file=sys.stderr)
@@ -384,8 +413,7 @@ def main() -> int:
 def merged(old: list[Compiled], new: list[Compiled]) -> list[Compiled]:
     """Rows of both, the new ones where both have one, in the order in which kernels are registered."""
     rows = {(row.kernel, row.arch): row for row in [*old, *new]}
-    names = [spec.name for spec in registered_kernels()]
-    return [rows[name, arch] for name in names for arch in ARCHITECTURES if (name, arch) in rows]
+    return [rows[name, arch] for name in _specs() for arch in ARCHITECTURES if (name, arch) in rows]
 
 
 if __name__ == "__main__":
