@@ -98,11 +98,11 @@ def _impls(op: str, run: Callable[[Inputs, Case, str], Tensor]) -> dict[str, Pro
 
 
 def _plain(eager: Callable[[Inputs, Case], Tensor]) -> dict[str, Provider]:
-    """A plain formulation, as it is and under ``torch.compile`` (static shapes)."""
+    """A plain formulation, as it is and under ``torch.compile``, for any shape, as batches of varying length need it."""
 
     @functools.cache
     def compiled() -> Callable[[Inputs, Case], Tensor]:
-        return torch.compile(eager, dynamic=False)
+        return torch.compile(eager, dynamic=True)
 
     return {"eager": Provider(eager), "compile": Provider(lambda made, case: compiled()(made, case))}
 

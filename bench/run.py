@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from inputs import Case
 from registry import OPS, Op, applicable, sizes_row
-from timing import Measurement, copy_bandwidth, gemm_rate, measure
+from timing import MAX_ROUNDS, MIN_SAMPLE_SECONDS, Measurement, copy_bandwidth, gemm_rate, measure
 
 import balcaprl
 from balcaprl.kernels import native
@@ -72,7 +72,7 @@ def sources_digest() -> str:
 
 def case_rows(op: Op, case: Case, measured: Measurement, device: torch.device, bandwidth: float) -> Iterator[dict]:
     """Rows of one case: one per provider and pass, and one per provider that was left out."""
-    common = {"op": op.name, "device_type": device.type, **sizes_row(case)}
+    common = {"op": op.name, "device_type": device.type, **sizes_row(case), "bfloat16_error": measured.bfloat16_error}
     ceilings = {t.direction: t.median_ms for t in measured.timings if op.providers[t.provider].ceiling}
     floors = dict(zip(("forward", "both"), op.floor_bytes(case), strict=True))
     floors["backward"] = floors["both"] - floors["forward"]
@@ -97,7 +97,8 @@ def expected_seconds(op: Op, case: Case, device: torch.device, budget: float, ba
     if case.memory_only:
         return 3.0 * floor
     num_providers = sum(p.unavailable(device) is None for p in applicable(op, case).values())
-    return 2.5 * floor * num_providers * 5 + budget
+    rounds = MAX_ROUNDS * num_providers * max(2 * MIN_SAMPLE_SECONDS, 2.0 * floor)
+    return 10.0 * floor * num_providers + min(budget, rounds)
 
 
 def measured_already(path: Path, where: dict[str, object]) -> set[tuple[str, str]]:
@@ -133,6 +134,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20.0, help="budget of the timed rounds of a case")
     parser.add_argument("--max_seconds", type=float, default=400.0, help="cases expected to take longer are left out")
     parser.add_argument("--quick", action="store_true", help="small cases, shortest rounds")
+    parser.add_argument(
+        "--list", action="store_true", help="what would be measured and about how long it takes; stop there"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again what the output file has")
     parser.add_argument("--output", help="JSON lines are appended here; '-': printed only; default: by device")
     return parser.parse_args()
@@ -156,6 +160,8 @@ def main() -> None:
             print(f"# {label}: measured already", file=sys.stderr)
         elif guess > arguments.max_seconds:
             print(f"# {label}: about {guess:.0f} s, over --max_seconds; left out", file=sys.stderr)
+        elif arguments.list:
+            print(f"{guess:6.0f} s  {label}")
         else:
             print(f"# {label}: about {guess:.0f} s", file=sys.stderr, flush=True)
             stamp = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "load": os.getloadavg()[0]}

@@ -67,6 +67,8 @@ class Measurement:
     """Seconds per call, a value per round."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Provider to reason."""
+    bfloat16_error: float | None = None
+    """Of a filtered case: the gradient error of the reference in bfloat16 on the same inputs, which bounds the filter's."""
 
 
 class WrongResult(AssertionError):
@@ -101,7 +103,6 @@ def measure(op: Op, case: Case, device: torch.device, seconds: float = 30.0) -> 
     Raises:
         WrongResult: an implementation of ours is wrong.
     """
-    torch._dynamo.reset()  # each case compiles anew, or the limit on recompilations would turn it off
     made = measure_inputs(op, case, device)
     result = Measurement()
     entries = _entries(op, case, made, device, result)
@@ -121,13 +122,17 @@ def measure(op: Op, case: Case, device: torch.device, seconds: float = 30.0) -> 
 def _entries(op: Op, case: Case, made: Inputs, device: torch.device, result: Measurement) -> dict[str, _Entry]:
     """The providers that can run and are right; the others go to ``result.skipped``."""
     entries: dict[str, _Entry] = {}
-    exact = None if case.memory_only else _exact(op, case, made)
+    exact = None if case.memory_only else _reference(op, case, made, _exact_dtype(op, case))
+    if exact is not None and case.filter_eps is not None:
+        result.bfloat16_error = _gradient_error(_reference(op, case, made, torch.bfloat16), exact)
     for name, provider in applicable(op, case).items():
         reason = provider.unavailable(device)
         if reason is None:
             calls = _calls(op, provider, made, case)
             try:
-                errors = (None, None) if exact is None else _check(op, case, provider, calls, exact)
+                errors = (
+                    (None, None) if exact is None else _check(op, case, provider, calls, exact, result.bfloat16_error)
+                )
             except Exception as error:
                 if provider.ours:
                     raise
@@ -157,20 +162,30 @@ def _calls(op: Op, provider: Provider, made: Inputs, case: Case) -> dict[Pass, C
     return {"forward": forward, "both": both} if op.differentiable else {"forward": forward}
 
 
-def _exact(op: Op, case: Case, made: Inputs) -> tuple[Tensor, ...]:
-    """Output and gradients of the reference, in float64, or in float32 for half-precision inputs of a large case."""
+def _exact_dtype(op: Op, case: Case) -> torch.dtype:
+    """Float64, or float32 for half-precision inputs of a large case."""
     large = op.floor_flops(case)[1] > EXACT_FLOPS
-    dtype = torch.float32 if large and case.dtype != torch.float32 else torch.float64
-    exact_inputs = {n: t.detach().to(dtype) if t.is_floating_point() else t for n, t in made.items()}
-    gradients_of = [exact_inputs[name].requires_grad_() for name in op.differentiable]
-    output = op.exact(exact_inputs, case)
+    return torch.float32 if large and case.dtype != torch.float32 else torch.float64
+
+
+def _reference(op: Op, case: Case, made: Inputs, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Output and gradients of the reference in some dtype."""
+    cast = {n: t.detach().to(dtype) if t.is_floating_point() else t for n, t in made.items()}
+    gradients_of = [cast[name].requires_grad_() for name in op.differentiable]
+    output = op.exact(cast, case)
     if not gradients_of:
         return (output,)
-    return output.detach(), *torch.autograd.grad(output, gradients_of, exact_inputs.get("upstream"))
+    upstream = cast["upstream"].to(output.dtype) if "upstream" in cast else None
+    return output.detach(), *torch.autograd.grad(output, gradients_of, upstream)
 
 
 def _check(
-    op: Op, case: Case, provider: Provider, calls: dict[Pass, Call], exact: tuple[Tensor, ...]
+    op: Op,
+    case: Case,
+    provider: Provider,
+    calls: dict[Pass, Call],
+    exact: tuple[Tensor, ...],
+    bfloat16_error: float | None,
 ) -> tuple[float | None, float | None]:
     """Errors of output and gradients; runs every call once, which also warms it up.
 
@@ -182,10 +197,9 @@ def _check(
     if provider.ceiling:
         return None, None
     output_error = max(_largest_error(o, exact[0]) for o in (forward_output, outputs[0]))
-    gradient_error = max((_norm_error(a, e) for a, e in zip(outputs[1:], exact[1:], strict=True)), default=None)
+    gradient_error = _gradient_error(outputs, exact)
     allowed = op.tolerance[case.dtype]
-    # A filtered gradient may err by what bfloat16 would.
-    allowed_gradient = allowed if case.filter_eps is None else max(allowed, 2.0**-8)
+    allowed_gradient = allowed if bfloat16_error is None else bfloat16_error
     for kind, error, limit in (("output", output_error, allowed), ("gradient", gradient_error, allowed_gradient)):
         if error is not None and not error <= limit:
             raise WrongResult(f"{op.name}, {case.name}: {kind} error {error:.2e} exceeds {limit:.2e}")
@@ -196,6 +210,11 @@ def _largest_error(actual: Tensor, exact: Tensor) -> float:
     # A loss is a mean of terms of both signs and may be near 0 by chance: 0.1 is the least that it is measured by.
     largest = max(float(exact.abs().max()), 1e-30 if exact.dim() else 0.1)
     return float((actual.detach().to(exact.dtype) - exact).abs().max()) / largest
+
+
+def _gradient_error(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float | None:
+    """The worst relative error of the gradients, which follow the output; None without any."""
+    return max((_norm_error(a, e) for a, e in zip(actual[1:], exact[1:], strict=True)), default=None)
 
 
 def _norm_error(actual: Tensor, exact: Tensor) -> float:
