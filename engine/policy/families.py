@@ -1,39 +1,64 @@
 """What differs between the supported model families: the image call, the positions, and the special ids.
 
-Everything else is alike in transformers: ``model.model.language_model`` runs on embeddings, and
-``get_input_embeddings`` / ``get_output_embeddings`` name the two ends. Adding a family adds one class here.
+Everything else is alike in transformers: a text model runs on embeddings, and ``get_input_embeddings`` /
+``get_output_embeddings`` name the two ends. Adding a family adds one class here. Methods take the stock model itself,
+never one that an adapter wraps.
 """
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+logger = logging.getLogger(__name__)
+
 
 class UnsupportedFamilyError(ValueError):
-    """The checkpoint's ``model_type`` is none of the supported ones."""
+    """The checkpoint's ``model_type`` is none of the supported ones, nor a vision-language model of transformers."""
+
+
+class ImageFeatures(NamedTuple):
+    """What the text model gets of N image tokens, all images one after the other."""
+
+    embeds: Tensor
+    """(N, D), one row per placeholder; before projection (N, rows merged into one token, width of the tower)."""
+    deepstack: tuple[Tensor, ...] = ()
+    """As ``embeds``, added to the hidden states after the first decoder layers (Qwen3-VL)."""
 
 
 class Family(ABC):
     """One model family. Methods take the stock transformers model; A is the number of position axes."""
 
-    model_types: ClassVar[tuple[str, ...]]
+    model_types: ClassVar[tuple[str, ...]] = ()
     """Values of ``config.model_type`` that it serves."""
+    auto_class: ClassVar[str] = "AutoModelForImageTextToText"
+    """The class of transformers that loads it."""
+    is_known: ClassVar[bool] = True
+    """Whether the text model can be run on packed embeddings; otherwise the whole model runs on repeated rows."""
+
+    def text_model(self, model: Any) -> Any:
+        """The decoder, which runs on embeddings."""
+        return model.model.language_model
 
     def image_token_id(self, config: Any) -> int:
-        """Id of the placeholder that an image's features replace."""
+        """Id of the placeholder that an image's features replace; -1 where there are no images."""
         return int(config.image_token_id)
 
     @abstractmethod
-    def num_image_tokens(self, config: Any, image_inputs: dict[str, Tensor]) -> int:
-        """Placeholders that the images of one prompt need."""
+    def num_image_tokens(self, config: Any, image_inputs: dict[str, Tensor]) -> int | None:
+        """Placeholders that the images of one prompt need; None where that is not known.
+
+        Raises:
+            ValueError: The image tensors do not fit together; says how.
+        """
 
     @abstractmethod
-    def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> Tensor:
-        """Features (N, D) of all images, in order, one row per placeholder."""
+    def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
+        """Features of all images, in order."""
 
     @abstractmethod
     def prompt_positions(self, model: Any, prompt_ids: Tensor, image_inputs: dict[str, Tensor]) -> Tensor:
@@ -55,25 +80,41 @@ class Family(ABC):
     def vision_modules(self, model: Any) -> list[nn.Module]:
         """What ``freeze_vision`` freezes: the image tower, not the projection into the text model."""
 
+    def projections(self, model: Any) -> list[tuple[nn.Module, str]]:
+        """(parent, name) of each projection, ``ImageFeatures``' one before those of ``deepstack``."""
+        return []
+
+    def projected_rows(self, config: Any) -> int:
+        """Rows of the tower that a projection merges into one image token."""
+        return 1
+
 
 class QwenVL(Family):
     """Qwen2-VL and Qwen2.5-VL: any image size, three rotary axes (time, height, width)."""
 
-    model_types = ("qwen2_5_vl", "qwen2_vl")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl", "qwen2_vl")
 
     def num_image_tokens(self, config: Any, image_inputs: dict[str, Tensor]) -> int:
         """See ``Family``: every merged block of patches is a token."""
-        grid = image_inputs.get("image_grid_thw")
-        if grid is None:
+        grid, pixels = image_inputs.get("image_grid_thw"), image_inputs.get("pixel_values")
+        if grid is None and pixels is None:
             return 0
-        return int(grid.prod(-1).sum()) // config.vision_config.spatial_merge_size**2
+        if grid is None or pixels is None:
+            raise ValueError("image_grid_thw and pixel_values come together; one of them is missing")
+        patches = int(grid.prod(-1).sum())
+        if pixels.shape[0] != patches:
+            raise ValueError(
+                f"image_grid_thw {grid.tolist()} tells of {patches} patches, but pixel_values has {pixels.shape[0]}"
+            )
+        return patches // self.projected_rows(config)
 
-    def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> Tensor:
+    def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
         """See ``Family``."""
         output = model.model.get_image_features(
             image_inputs["pixel_values"], image_inputs["image_grid_thw"], return_dict=True
         )
-        return torch.cat(list(output.pooler_output))
+        deepstack = tuple(torch.cat(list(each)) for each in getattr(output, "deepstack_features", None) or ())
+        return ImageFeatures(torch.cat(list(output.pooler_output)), deepstack)
 
     def prompt_positions(self, model: Any, prompt_ids: Tensor, image_inputs: dict[str, Tensor]) -> Tensor:
         """See ``Family``: (3, P), as the model itself counts them."""
@@ -96,8 +137,43 @@ class QwenVL(Family):
         visual = model.model.visual
         return [visual.patch_embed, visual.blocks]
 
+    def projections(self, model: Any) -> list[tuple[nn.Module, str]]:
+        """See ``Family``."""
+        return [(model.model.visual, "merger")]
 
-class Llava(Family):
+    def projected_rows(self, config: Any) -> int:
+        """See ``Family``."""
+        return int(config.vision_config.spatial_merge_size) ** 2
+
+
+class Qwen3VL(QwenVL):
+    """Qwen3-VL: as above, and features of inner tower layers join the hidden states of the first decoder layers."""
+
+    model_types = ("qwen3_vl",)
+
+    def vision_modules(self, model: Any) -> list[nn.Module]:
+        """See ``Family``."""
+        return [*super().vision_modules(model), model.model.visual.pos_embed]
+
+    def projections(self, model: Any) -> list[tuple[nn.Module, str]]:
+        """See ``Family``."""
+        mergers = model.model.visual.deepstack_merger_list
+        return [*super().projections(model), *((mergers, str(index)) for index in range(len(mergers)))]
+
+
+class OneAxis(Family):
+    """What families have in common whose positions are counted from 0 on one axis."""
+
+    def prompt_positions(self, model: Any, prompt_ids: Tensor, image_inputs: dict[str, Tensor]) -> Tensor:
+        """See ``Family``: (1, P), counted from 0."""
+        return torch.arange(prompt_ids.shape[0], device=prompt_ids.device)[None]
+
+    def position_ids(self, positions: Tensor) -> Tensor:
+        """See ``Family``: (rows, length)."""
+        return positions[0]
+
+
+class Llava(OneAxis):
     """LLaVA-1.5: a CLIP tower of one fixed image size, one position axis."""
 
     model_types = ("llava",)
@@ -111,7 +187,7 @@ class Llava(Family):
         extra = int(config.vision_feature_select_strategy == "full")
         return pixels.shape[0] * ((pixels.shape[-2] // patch) * (pixels.shape[-1] // patch) + extra)
 
-    def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> Tensor:
+    def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
         """See ``Family``."""
         output = model.model.get_image_features(
             pixel_values=image_inputs["pixel_values"],
@@ -119,15 +195,7 @@ class Llava(Family):
             vision_feature_select_strategy=model.config.vision_feature_select_strategy,
             return_dict=True,
         )
-        return torch.cat(list(output.pooler_output))
-
-    def prompt_positions(self, model: Any, prompt_ids: Tensor, image_inputs: dict[str, Tensor]) -> Tensor:
-        """See ``Family``: (1, P), counted from 0."""
-        return torch.arange(prompt_ids.shape[0], device=prompt_ids.device)[None]
-
-    def position_ids(self, positions: Tensor) -> Tensor:
-        """See ``Family``: (rows, length)."""
-        return positions[0]
+        return ImageFeatures(torch.cat(list(output.pooler_output)))
 
     def banned_token_ids(self, config: Any) -> tuple[int, ...]:
         """See ``Family``."""
@@ -144,21 +212,112 @@ class Llava(Family):
         """See ``Family``."""
         return [model.model.vision_tower]
 
+    def projections(self, model: Any) -> list[tuple[nn.Module, str]]:
+        """See ``Family``."""
+        return [(model.model, "multi_modal_projector")]
 
-_FAMILIES: tuple[Family, ...] = (QwenVL(), Llava())
+
+class TextOnly(OneAxis):
+    """Llama, Qwen2 and Qwen3 without images."""
+
+    model_types = ("llama", "qwen2", "qwen3")
+    auto_class = "AutoModelForCausalLM"
+
+    def text_model(self, model: Any) -> Any:
+        """See ``Family``."""
+        return model.model
+
+    def image_token_id(self, config: Any) -> int:
+        """See ``Family``: there are no images."""
+        return -1
+
+    def num_image_tokens(self, config: Any, image_inputs: dict[str, Tensor]) -> int:
+        """See ``Family``."""
+        if image_inputs:
+            raise ValueError(f"model_type {config.model_type!r} takes no images, got {sorted(image_inputs)}")
+        return 0
+
+    def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
+        """See ``Family``: never asked for."""
+        raise ValueError(f"model_type {model.config.model_type!r} takes no images")
+
+    def banned_token_ids(self, config: Any) -> tuple[int, ...]:
+        """See ``Family``: nothing."""
+        return ()
+
+    def vision_modules(self, model: Any) -> list[nn.Module]:
+        """See ``Family``: nothing."""
+        return []
+
+
+class Unknown(OneAxis):
+    """Any other vision-language model of transformers: it runs whole, each completion in a row with its own images."""
+
+    is_known = False
+
+    def image_token_id(self, config: Any) -> int:
+        """See ``Family``."""
+        for name in ("image_token_id", "image_token_index"):
+            if getattr(config, name, None) is not None:
+                return int(getattr(config, name))
+        return -1
+
+    def num_image_tokens(self, config: Any, image_inputs: dict[str, Tensor]) -> None:
+        """See ``Family``: not known; the model itself checks."""
+
+    def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
+        """See ``Family``: the model takes images by itself."""
+        raise UnsupportedFamilyError(
+            f"model_type {model.config.model_type!r}: how images enter its text model is not known; sample with vLLM, or "
+            "add a class to balcaprl/policy/families.py"
+        )
+
+    def banned_token_ids(self, config: Any) -> tuple[int, ...]:
+        """See ``Family``: all that the configuration calls a token of an image, video or sound."""
+        found = set()
+        for name, value in config.to_dict().items():
+            media = any(kind in name for kind in ("image", "video", "vision", "audio"))
+            if media and name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
+                found.add(value)
+        return tuple(sorted(found))
+
+    def vision_modules(self, model: Any) -> list[nn.Module]:
+        """See ``Family``: what transformers' models call their tower."""
+        towers = [getattr(model.model, name, None) for name in ("visual", "vision_tower", "vision_model")]
+        found = [tower for tower in towers if tower is not None]
+        if not found:
+            raise UnsupportedFamilyError(
+                f"freeze_vision: model_type {model.config.model_type!r} has no image tower under a name that is known"
+            )
+        return found
+
+
+_FAMILIES: tuple[Family, ...] = (QwenVL(), Qwen3VL(), Llava(), TextOnly())
 
 
 def family_of(config: Any) -> Family:
     """The family that serves a transformers configuration.
 
+    A vision-language model that is not listed gets ``Unknown``, with a warning that names it: it trains, without the
+    gain of shared prompts.
+
     Raises:
-        UnsupportedFamilyError: Names the ``model_type`` and those that are supported.
+        UnsupportedFamilyError: It is no such model; names the ``model_type`` and those that are supported.
     """
     for family in _FAMILIES:
         if config.model_type in family.model_types:
             return family
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
     supported = ", ".join(name for family in _FAMILIES for name in family.model_types)
+    if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        logger.warning(
+            "model_type %r is not one of %s: each completion runs with its own copy of prompt and images",
+            config.model_type,
+            supported,
+        )
+        return Unknown()
     raise UnsupportedFamilyError(
-        f"model_type {config.model_type!r} is not supported; supported are {supported}. "
-        "A family is one class in balcaprl/policy/families.py"
+        f"model_type {config.model_type!r} is not supported; supported are {supported}, and, more slowly, the "
+        "image-text-to-text models of transformers. A family is one class in balcaprl/policy/families.py"
     )

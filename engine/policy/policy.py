@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from balcaprl.kernels import linear_logprobs
-from balcaprl.policy.families import Family, family_of
-from balcaprl.policy.packing import Group, PackedBatch, check_group, pack_rows
+from balcaprl.policy.attention import (
+    SHARED_PREFIX,
+    checkpointing,
+    enable_checkpointing,
+    register,
+    sharing_obstacle,
+    using_attention,
+)
+from balcaprl.policy.families import Family, ImageFeatures, family_of
+from balcaprl.policy.packing import Group, PackedBatch, check_group, check_same_dtypes, label, pack_rows, pack_shared
+from balcaprl.policy.tower import frozen_tower_features, is_frozen
 from balcaprl.torchvision_compat import ensure_importable
 from balcaprl.types import Prompt, Sample
 
+logger = logging.getLogger(__name__)
+
 _NOT_IMAGE_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+Sharing = Literal["auto", "shared", "repeated"]
+"""Whether a group's prompt goes through the model once (``shared``) or once per completion (``repeated``)."""
 
 
 class Policy:
     """A vision-language model, its processor, and what its family needs.
 
     The model stays a stock transformers model in evaluation mode (there is no dropout to switch off, and its gradients
-    flow all the same), held in ``model``; optimisers take ``model.parameters()``. Make one with ``from_pretrained`` or
-    ``from_model``.
+    flow all the same), held in ``model``; optimisers take ``model.parameters()``. A peft model is taken as it is: its
+    adapters act inside of the stock model. Make one with ``from_pretrained`` or ``from_model``.
     """
 
     def __init__(self, model: Any, processor: Any, family: Family) -> None:
@@ -31,6 +47,9 @@ class Policy:
         self.model = model.eval()
         self.processor = processor
         self.family = family
+        self.autocast_dtype: torch.dtype | None = None
+        self._obstacle: str | None = None
+        register()
 
     @classmethod
     def from_pretrained(
@@ -56,13 +75,13 @@ class Policy:
             ValueError: For a dtype that torch does not have.
         """
         ensure_importable()
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+        import transformers
 
-        family_of(AutoConfig.from_pretrained(path_or_id))
-        model: Any = AutoModelForImageTextToText.from_pretrained(
+        family = family_of(transformers.AutoConfig.from_pretrained(path_or_id))
+        model: Any = getattr(transformers, family.auto_class).from_pretrained(
             path_or_id, dtype=_torch_dtype(dtype), attn_implementation=attention
         )
-        processor = AutoProcessor.from_pretrained(path_or_id)
+        processor = transformers.AutoProcessor.from_pretrained(path_or_id)
         return cls.from_model(model.to(_torch_device(device)), processor, freeze_vision=freeze_vision)
 
     @classmethod
@@ -72,11 +91,21 @@ class Policy:
         Raises:
             UnsupportedFamilyError: For a family that ``families.py`` does not know.
         """
-        family = family_of(model.config)
+        policy = cls(model, processor, family_of(model.config))
         if freeze_vision:
-            for module in family.vision_modules(model):
+            for module in policy.family.vision_modules(policy.stock_model):
                 module.requires_grad_(False)
-        return cls(model, processor, family)
+        return policy
+
+    @property
+    def stock_model(self) -> Any:
+        """The transformers model itself, where ``model`` is one that peft wraps around it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def text_model(self) -> Any:
+        """The decoder, which runs on embeddings."""
+        return self.family.text_model(self.stock_model)
 
     @property
     def device(self) -> torch.device:
@@ -90,8 +119,8 @@ class Policy:
 
     @property
     def tokenizer(self) -> Any:
-        """The processor's tokenizer."""
-        return self.processor.tokenizer
+        """The processor's tokenizer; the processor itself where there are no images."""
+        return getattr(self.processor, "tokenizer", self.processor)
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -148,50 +177,145 @@ class Policy:
         image_inputs = {key: value for key, value in inputs.items() if key not in _NOT_IMAGE_INPUTS}
         return Prompt(sample, inputs["input_ids"][0], image_inputs, image, text)
 
-    def pack(self, groups: Sequence[Group]) -> PackedBatch:
+    def pack(self, groups: Sequence[Group], sharing: Sharing = "auto") -> PackedBatch:
         """Lay groups out for the forward pass, on the policy's device.
 
+        Args:
+            groups: At least one.
+            sharing: ``auto`` shares prompts wherever that saves tokens and the model can.
+
         Raises:
-            ValueError: For no groups, wrong shapes or dtypes, or images that do not match their prompt.
+            ValueError: For no groups, wrong shapes or dtypes, images that do not match their prompt, a sequence beyond the
+                model's context, or ``shared`` where the model cannot; names the group.
         """
         if not groups:
             raise ValueError("pack needs at least one group")
-        config = self.model.config
-        image_token_id = self.family.image_token_id(config)
+        config, family = self.model.config, self.family
+        image_token_id = family.image_token_id(config)
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
         for index, group in enumerate(groups):
-            check_group(index, group, image_token_id, self.family.num_image_tokens(config, group.image_inputs))
+            check_group(index, group, image_token_id, self._num_image_tokens(index, group), context)
+        check_same_dtypes(groups)
+        shares = self._shares(groups, sharing)
         positions = [self.prompt_positions(group.prompt_ids, group.image_inputs) for group in groups]
-        return pack_rows(groups, positions, image_token_id, self.pad_token_id, self.device)
+        if shares:
+            return pack_shared(groups, positions, image_token_id, self.device)
+        whole = not family.is_known
+        return pack_rows(groups, positions, image_token_id, self.pad_token_id, self.device, repeat_images=whole)
+
+    def shares_prompts(self, prompts: Sequence[int], completions: Sequence[Sequence[int]], sharing: Sharing) -> bool:
+        """Whether groups of such lengths are packed with each prompt once.
+
+        Where the model cannot, one warning says why.
+
+        Args:
+            prompts: Length of each group's prompt.
+            completions: Lengths of each group's completions, without empty ones.
+            sharing: What is asked for.
+
+        Raises:
+            ValueError: ``shared`` is asked for and the model cannot.
+        """
+        if sharing == "repeated":
+            return False
+        longest = max((p + max(c, default=0) for p, c in zip(prompts, completions, strict=True)), default=0)
+        obstacle = self.sharing_obstacle(longest)
+        if obstacle is not None and sharing == "shared":
+            raise ValueError(f"sharing: model_type {self.model.config.model_type!r} cannot share prompts: {obstacle}")
+        if obstacle is not None and obstacle != self._obstacle:
+            self._obstacle = obstacle  # said once, and again only if it is another one
+            logger.warning("%s repeats prompts: %s", self.model.config.model_type, obstacle)
+        # A lone completion has nothing to share, but its padding to lose: equal lengths make a dense batch as good.
+        rows = [p + n for p, c in zip(prompts, completions, strict=True) for n in c]
+        saves = sum(p + sum(c) for p, c in zip(prompts, completions, strict=True) if c) < len(rows) * max(
+            rows, default=0
+        )
+        return obstacle is None and (saves or sharing == "shared")
+
+    def sharing_obstacle(self, longest: int) -> str | None:
+        """Why prompts cannot be shared where the longest sequence is ``longest`` tokens; None if they can."""
+        if not self.family.is_known:
+            return "its family is not known"
+        return sharing_obstacle(self.text_model.config, longest)
+
+    def _shares(self, groups: Sequence[Group], sharing: Sharing) -> bool:
+        lengths = [[len(c) for c in group.completions if len(c)] for group in groups]
+        return self.shares_prompts([len(group.prompt_ids) for group in groups], lengths, sharing)
+
+    def _num_image_tokens(self, index: int, group: Group) -> int | None:
+        try:
+            return self.family.num_image_tokens(self.model.config, group.image_inputs)
+        except ValueError as error:
+            raise ValueError(f"{label(index, group)}.image_inputs: {error}") from None
 
     def prompt_positions(self, prompt_ids: Tensor, image_inputs: dict[str, Tensor]) -> Tensor:
         """Rotary positions (A, P) of a prompt (P,), on the CPU."""
         on_cpu = {key: value.cpu() for key, value in image_inputs.items() if key != "pixel_values"}
-        return self.family.prompt_positions(self.model, prompt_ids.cpu(), on_cpu)
+        return self.family.prompt_positions(self.stock_model, prompt_ids.cpu(), on_cpu)
 
-    def embed(self, tokens: Tensor, image_index: Tensor, feature_index: Tensor, image_inputs: dict) -> Tensor:
-        """Embeddings (N, L, D) of rows of tokens (N, L), image features in place.
+    def text_inputs(
+        self,
+        tokens: Tensor,
+        image_index: Tensor,
+        feature_index: Tensor,
+        image_inputs: dict[str, Tensor],
+        tower_cache: dict[Any, ImageFeatures] | None = None,
+    ) -> dict[str, Any]:
+        """What the text model takes in place of rows of tokens (N, L): ``inputs_embeds`` (N, L, D), image features in place.
 
-        ``image_index`` (I,) are the placeholders in the flattened rows, ``feature_index`` (I,) the feature of each.
-        The image tower runs once per image, however many rows share it.
+        Args:
+            tokens: LongTensor (N, L).
+            image_index: (I,) the placeholders in the flattened rows, ascending.
+            feature_index: (I,) the feature of each. The image tower runs once per image, however many rows share it.
+            image_inputs: Of all images.
+            tower_cache: Of these images, where they will be used again: a frozen tower then runs only once.
         """
         embeds = self.model.get_input_embeddings()(tokens)
         if not image_index.numel():
-            return embeds
-        features = self.family.image_features(self.model, image_inputs).to(embeds.dtype)
-        flat = embeds.flatten(0, 1).index_copy(0, image_index, features[feature_index])
-        return flat.view_as(embeds)
+            return {"inputs_embeds": embeds}
+        features = self._image_features(image_inputs, tower_cache)
+        rows = features.embeds.to(embeds.dtype).index_select(0, feature_index)
+        inputs = {"inputs_embeds": embeds.flatten(0, 1).index_copy(0, image_index, rows).view_as(embeds)}
+        if features.deepstack:
+            mask = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device)
+            inputs["visual_pos_masks"] = mask.index_fill(0, image_index, True).view_as(tokens)
+            inputs["deepstack_visual_embeds"] = [x.index_select(0, feature_index) for x in features.deepstack]
+        return inputs
+
+    def _image_features(self, image_inputs: dict[str, Tensor], cache: dict[Any, ImageFeatures] | None) -> ImageFeatures:
+        model = self.stock_model
+        if cache is not None and self.family.projections(model) and is_frozen(self.family.vision_modules(model)):
+            return frozen_tower_features(self.family, model, image_inputs, cache)
+        return self.family.image_features(model, image_inputs)
 
     def hidden_states(self, packed: PackedBatch) -> Tensor:
         """Last hidden states (T, D) at the positions that predict each completion token; differentiable."""
         if not packed.num_targets:
             return self.lm_head_weight[:0]
-        output = self.model.model.language_model(
-            inputs_embeds=self.embed(packed.tokens, packed.image_index, packed.feature_index, packed.image_inputs),
-            position_ids=self.family.position_ids(packed.positions),
-            attention_mask=packed.attention_mask,
-            use_cache=False,
+        with self.autocast(), checkpointing(self.model) if torch.is_grad_enabled() else nullcontext():
+            rows = self._last_hidden(packed) if self.family.is_known else self._whole_forward(packed)
+        return rows.flatten(0, 1).index_select(0, packed.predict_index)
+
+    def _last_hidden(self, packed: PackedBatch) -> Tensor:
+        """(N, L, D) of the text model, run on embeddings in the layout of ``packed``."""
+        text_model = self.text_model
+        inputs = self.text_inputs(
+            packed.tokens, packed.image_index, packed.feature_index, packed.image_inputs, packed.tower_cache
         )
-        return output.last_hidden_state.flatten(0, 1)[packed.predict_index]
+        inputs |= {"position_ids": self.family.position_ids(packed.positions), "use_cache": False}
+        if packed.prefix_layout is None:
+            return text_model(**inputs, attention_mask=packed.attention_mask).last_hidden_state
+        with using_attention(text_model.config, SHARED_PREFIX):
+            return text_model(**inputs, attention_mask=None, prefix_layout=packed.prefix_layout).last_hidden_state
+
+    def _whole_forward(self, packed: PackedBatch) -> Tensor:
+        """(N, L, D) of a model whose parts are not known, with the images of each row."""
+        model = self.stock_model.model
+        inputs = dict(packed.image_inputs)
+        if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+            inputs["mm_token_type_ids"] = (packed.tokens == self.family.image_token_id(self.model.config)).int()
+        output = model(input_ids=packed.tokens, attention_mask=packed.attention_mask, use_cache=False, **inputs)
+        return output.last_hidden_state
 
     def logprobs(self, packed: PackedBatch, temperature: float = 1.0, *, exclude_banned: bool = False) -> Tensor:
         """Log-probabilities (T,) of the completion tokens; differentiable.
@@ -203,7 +327,8 @@ class Policy:
                 difference is -log(1 - their probability): nothing for a trained captioner, not for random weights.
         """
         hidden, weight = self.hidden_states(packed), self.lm_head_weight
-        logprobs = linear_logprobs(hidden, weight, packed.targets, temperature=temperature).logprobs
+        with self.autocast():
+            logprobs = linear_logprobs(hidden, weight, packed.targets, temperature=temperature).logprobs
         if not exclude_banned:
             return logprobs
         return logprobs - torch.log1p(-self._banned_mass(hidden, packed.targets, logprobs, temperature))
@@ -214,6 +339,50 @@ class Policy:
         banned = hidden @ weight[list(self.image_token_ids)].T / temperature
         log_normalizer = (hidden * weight[targets]).sum(-1) / temperature - logprobs
         return (banned - log_normalizer[:, None]).exp().sum(-1)
+
+    # ------------------------------------------------------------------------------------------------ how it computes
+
+    def autocast(self) -> AbstractContextManager:
+        """Matrix products in ``autocast_dtype`` within, weights and sums as they are; nothing where that is None."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Let ``hidden_states`` keep only the inputs of layers for its backward, and compute the rest again in it."""
+        enable_checkpointing(self.stock_model, self.text_model.config)
+
+    def compile_layers(self) -> None:
+        """Compile each decoder layer with ``torch.compile``, for batches of any size."""
+        for layer in self.text_model.layers:
+            layer.compile(dynamic=True)
+
+    def share_frozen_tower(self, other: Policy) -> None:
+        """Take over the image tower of a policy that has the same one, frozen: one copy, computed once per batch.
+
+        Raises:
+            ValueError: One of the two towers is trained.
+        """
+        towers = [policy.family.vision_modules(policy.stock_model) for policy in (self, other)]
+        if not is_frozen(towers[1]):
+            raise ValueError("other: its image tower is trained, or there is none; only a frozen one can be shared")
+        shared = dict(zip(map(id, towers[0]), towers[1], strict=True))
+        for parent in list(self.stock_model.modules()):
+            for name, child in parent._modules.items():
+                if id(child) in shared:
+                    parent._modules[name] = shared[id(child)]
+
+    @contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """The model without its adapters: the reference policy of one that only trains adapters.
+
+        Raises:
+            ValueError: ``model`` is no peft model.
+        """
+        if not hasattr(self.model, "disable_adapter"):
+            raise ValueError("model: it has no adapter to disable; load a frozen copy as reference instead")
+        with self.model.disable_adapter():
+            yield
 
     def save(self, folder: str | Path) -> None:
         """Write a stock checkpoint folder: safetensors, configuration, generation config, processor, tokenizer."""

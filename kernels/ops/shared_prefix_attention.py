@@ -55,6 +55,8 @@ def shared_prefix_attention(
 ) -> Tensor:
     """Attention output (T, H, head_dim) of packed groups, in the dtype of ``query``; differentiable once.
 
+    Under autocast all three tensors are cast to its dtype first, as PyTorch's own attention does.
+
     Args:
         query: (T, H, head_dim) float32, float64, bfloat16 or float16, packed as ``layout`` says. Any strides.
         key: (T, H_kv, head_dim), H a multiple of H_kv.
@@ -69,6 +71,9 @@ def shared_prefix_attention(
         ValueError: an argument has a wrong shape, dtype, device or range, or the layout is of other tokens; the message
             starts with the argument's name.
     """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
     _check_arguments(query, key, value, layout, scale, softcap)
     check_impl("shared_prefix_attention", impl, IMPLS)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -142,7 +147,8 @@ def _attention_op(query: Tensor, key: Tensor, value: Tensor, layout: list[Tensor
     named = SharedPrefixLayout(*layout)
     if named.num_tokens != query.shape[0]:
         raise ValueError(f"layout: it is of {named.num_tokens} packed tokens, query has {query.shape[0]}")
-    return _implementation(resolve_impl(impl, query)).forward(query, key, value, named, scale)
+    with torch.autocast(query.device.type, enabled=False):
+        return _implementation(resolve_impl(impl, query)).forward(query, key, value, named, scale)
 
 
 @_attention_op.register_fake
@@ -159,7 +165,8 @@ def _attention_fake(query, key, value, layout, scale, impl):
 )
 def _attention_backward_op(grad_out, query, key, value, out, lse, layout, scale, impl):
     implementation = _implementation(resolve_impl(impl, query))
-    return implementation.backward(grad_out, query, key, value, out, lse, SharedPrefixLayout(*layout), scale)
+    with torch.autocast(query.device.type, enabled=False):
+        return implementation.backward(grad_out, query, key, value, out, lse, SharedPrefixLayout(*layout), scale)
 
 
 @_attention_backward_op.register_fake

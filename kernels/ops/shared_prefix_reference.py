@@ -62,7 +62,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``shared_prefix_attention._implementation``."""
     repeats = query.shape[1] // key.shape[1]
-    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
     for start, prompt, completions in layout.groups():
         rows = slice(start, start + prompt + sum(completions))
         q, g, o = (x[rows].transpose(0, 1) for x in (query, grad_out, out))
@@ -75,4 +75,5 @@ def backward(
         for gradient, part in zip(gradients, parts, strict=True):
             summed = part.view(gradient.shape[1], -1, *part.shape[1:]).sum(1)
             gradient[rows] = summed.transpose(0, 1)
-    return gradients
+    grad_query, grad_key, grad_value = gradients
+    return grad_query, grad_key, grad_value

@@ -85,19 +85,19 @@ def backward(
 class _Bucket(NamedTuple):
     """Segments of similar length, padded to the longest: N rows of L tokens. Padding repeats a row's last token."""
 
-    index: Tensor
+    tokens: Tensor
     """LongTensor (N, L): packed tokens."""
     is_token: Tensor
     """BoolTensor (N, L): False at padding."""
 
     def gather(self, x: Tensor, num_heads: int | None = None) -> Tensor:
         """(T, H, ...) to (N, H, L, ...), heads repeated to ``num_heads``."""
-        rows = x[self.index].transpose(1, 2)
+        rows = x[self.tokens].transpose(1, 2)
         return rows if num_heads in (None, x.shape[1]) else rows.repeat_interleave(num_heads // x.shape[1], 1)
 
     def scatter(self, x: Tensor, rows: Tensor) -> None:
         """(N, H, L, ...) into x (T, H, ...)."""
-        x[self.index[self.is_token]] = rows.transpose(1, 2)[self.is_token].to(x.dtype)
+        x[self.tokens[self.is_token]] = rows.transpose(1, 2)[self.is_token].to(x.dtype)
 
 
 def _segment_buckets(layout: SharedPrefixLayout) -> list[_Bucket]:

@@ -87,9 +87,11 @@ def test_every_implementation_is_as_accurate_as_the_specification(case, dtype, i
             torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
         return
     working = run(shared_prefix_attention_reference, inputs, grad_out, layout)
-    for name, a, w, e in zip(("out", "query", "key", "value"), actual, working, exact, strict=True):
-        assert a.dtype == dtype
-        assert_as_accurate(a, w, e, kind="forward" if name == "out" else "gradient", name=name)
+    assert all(a.dtype == dtype for a in actual)
+    assert_as_accurate(actual[0], working[0], exact[0])
+    # The three gradients at once: where one is nearly 0 by cancellation, its own rounding alone says nothing.
+    gradients = [torch.cat([g.flatten() for g in each[1:]]) for each in (actual, working, exact)]
+    assert_as_accurate(*gradients, kind="gradient")
 
 
 def test_gradcheck_of_the_specification_and_of_sdpa():
@@ -119,6 +121,15 @@ def test_completions_do_not_see_each_other():
     out, other = shared_prefix_attention(*inputs, layout), shared_prefix_attention(*changed, layout)
     assert torch.equal(out[9:], other[9:])
     assert torch.equal(out[:6], other[:6])
+
+
+def test_autocast_casts_as_pytorch_does():
+    inputs, grad_out, layout = make_inputs(HAND_PICKED[0], torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = shared_prefix_attention(inputs[0], inputs[1], inputs[2].bfloat16(), layout)
+    plain = shared_prefix_attention(*(x.bfloat16() for x in inputs), layout)
+    assert torch.equal(mixed, plain)
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(mixed, inputs, grad_out.bfloat16()))
 
 
 def test_opcheck_and_full_graph_compilation():

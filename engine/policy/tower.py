@@ -1,0 +1,71 @@
+"""The output of a frozen image tower is computed once per batch, for every use: policy, reference, later epochs.
+
+The projection into the text model stays trainable when the tower is frozen, so what can be kept is what enters it. To
+get at that with the stock code in between (windows, splitting), the code runs with projections that hand their
+input through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from balcaprl.policy.families import Family, ImageFeatures
+
+
+class _HandThrough(nn.Module):
+    """In place of a projection: rows (..., tower width) that it would merge into one token stay beside each other."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.rows == 1 else x.reshape(-1, self.rows, x.shape[-1])
+
+
+@contextmanager
+def _projections_replaced(projections: list[tuple[nn.Module, str]], rows: int) -> Iterator[list[nn.Module]]:
+    """The projections, taken out of the model within."""
+    originals: list[nn.Module] = []
+    for parent, name in projections:
+        module = parent._modules[name]
+        assert module is not None  # a projection is there
+        originals.append(module)
+        parent._modules[name] = _HandThrough(rows)
+    try:
+        yield originals
+    finally:
+        for (parent, name), module in zip(projections, originals, strict=True):
+            parent._modules[name] = module
+
+
+def is_frozen(modules: list[nn.Module]) -> bool:
+    """Whether there is a tower and none of its parameters is trained."""
+    parameters = [p for module in modules for p in module.parameters()]
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def frozen_tower_features(
+    family: Family, model: Any, image_inputs: dict[str, Tensor], cache: dict[Any, ImageFeatures]
+) -> ImageFeatures:
+    """``family.image_features``, with the tower's part from ``cache``, which belongs to these image inputs.
+
+    The key is the tower's modules and whether autocast is on: a frozen reference that holds the same modules shares it.
+    """
+    tower, projections = family.vision_modules(model), family.projections(model)
+    key = (*(id(module) for module in tower), torch.is_autocast_enabled(next(tower[0].parameters()).device.type))
+    rows = family.projected_rows(model.config)
+    if key not in cache:
+        with _projections_replaced(projections, rows), torch.no_grad():
+            cache[key] = family.image_features(model, image_inputs)
+    modules = [parent._modules[name] for parent, name in projections]
+    raw = [cache[key].embeds, *cache[key].deepstack]
+    if rows > 1:
+        raw = [x.flatten(0, 1) for x in raw]
+    embeds, *deepstack = (module(x) for module, x in zip(modules, raw, strict=True))  # type: ignore[misc]
+    return ImageFeatures(embeds, tuple(deepstack))
