@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from balcaprl.kernels import native_head
-from balcaprl.kernels.checks import check_impl, check_number
+from balcaprl.kernels.checks import check_impl, check_number, check_tensor
 from balcaprl.kernels.linear_logprobs import (
     IMPLS,
     check_head,
@@ -72,6 +72,7 @@ def linear_policy_loss(
     normalizer: float | None = None,
     temperature: float = 1.0,
     filter_eps: float | None = None,
+    logprobs_out: Tensor | None = None,
     impl: str = "auto",
 ) -> PolicyLoss:
     """Loss and metrics of T completion tokens of R rollouts, from what predicts each token.
@@ -87,6 +88,7 @@ def linear_policy_loss(
         temperature: > 0, divides the logits.
         filter_eps: None: exact. Else above 0 and at most 1, see the module's docstring; 2^-12 is below what bfloat16 keeps
             of a gradient.
+        logprobs_out: (T,) floating; receives the log-probabilities, detached: the ``old_logprobs`` of later updates.
         impl: ``native`` (CPU), ``triton`` (CUDA; CPU under Triton's interpreter), ``reference`` or ``auto``. Only
             ``reference`` has float64.
 
@@ -120,7 +122,11 @@ def linear_policy_loss(
     check_impl("linear_policy_loss", impl, IMPLS)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
     head = (hidden, weight, targets)
-    loss, metrics, *_ = _linear_policy_loss_op(*head, *arguments.plain(), float(temperature), filter_eps, *needs, impl)
+    numbers = (float(temperature), filter_eps, *needs)
+    loss, metrics, _, logprobs, *_ = _linear_policy_loss_op(*head, *arguments.plain(), *numbers, impl)
+    if logprobs_out is not None:
+        check_tensor("logprobs_out", logprobs_out, shape=(hidden.shape[0],), device=hidden.device)
+        logprobs_out.copy_(logprobs.detach())
     return arguments.result(loss, metrics)
 
 

@@ -470,3 +470,19 @@ def test_fullgraph_compile(impl: str) -> None:
         leaves = (data.pop("hidden"), data.pop("weight"))
         expected = torch.autograd.grad(step(*leaves, data), leaves)
         torch.testing.assert_close(torch.autograd.grad(compiled(*leaves, data), leaves), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_logprobs_out_holds_the_log_probabilities_of_the_forward(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 16, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(33, 16, generator=generator).to(dtype)
+    targets = torch.randint(0, 33, (7,), generator=generator)
+    rollouts = (torch.tensor([1.0, -1.0]), torch.tensor([0, 3, 7], dtype=torch.int32))
+    out = torch.full((7,), torch.nan)
+    linear_policy_loss(hidden, weight, targets, None, *rollouts, temperature=0.7, logprobs_out=out).loss.backward()
+    expected = linear_logprobs(hidden, weight, targets, temperature=0.7).logprobs
+    torch.testing.assert_close(out, expected.detach().float())
+    assert not out.requires_grad
+    with pytest.raises(ValueError, match="logprobs_out: expected shape"):
+        linear_policy_loss(hidden, weight, targets, None, *rollouts, logprobs_out=out[:3])
