@@ -95,6 +95,11 @@ class RolloutConfig(_Section):
     """Key-value cache of vLLM, in GiB; none: derived from the model and the size of a step."""
     vllm_gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
     """Share of a GPU's memory that vLLM may take (ours)."""
+    max_staleness: Literal[0, 1] = 0
+    """1: sample the next step while this one is scored and learnt from, with weights one update old (ours); needs
+    ``loss.sampling_ratio_cap``, which corrects for it, and copies weights. Such a run does not resume bit for bit."""
+    sampling_kl_limit: float = Field(0.2, gt=0)
+    """An error is logged when ``sampling_kl`` leaves [-limit, limit]: sampler and trainer no longer agree (ours)."""
     vllm_sleep: bool = False
     """Give vLLM's key-value cache back while the policy is updated (GPU only; weights stay)."""
 
@@ -391,3 +396,11 @@ class TrainConfig(_Section):
     """Saving and resuming."""
     logging: LoggingConfig = LoggingConfig()
     """Metrics and completions."""
+
+    @model_validator(mode="after")
+    def _staleness_is_corrected(self) -> TrainConfig:
+        if self.rollout.max_staleness and self.loss.sampling_ratio_cap is None:
+            raise ValueError("rollout.max_staleness = 1 needs loss.sampling_ratio_cap, such as 2.0")
+        if self.rollout.max_staleness and self.rollout.sampler == "hf":
+            raise ValueError("rollout.max_staleness = 1 needs a sampler with weights of its own: vllm or server")
+        return self

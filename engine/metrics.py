@@ -51,7 +51,7 @@ def nanmean(values: Iterable[float | None]) -> float:
 
 def is_reproducible(key: str) -> bool:
     """Whether two runs of the same seed must agree on this metric: all but times, rates and memory."""
-    return not (key.startswith(("time/", "memory/")) or key.endswith("_per_second"))
+    return not (key.startswith(("time/", "memory/", "device/")) or key.endswith("_per_second"))
 
 
 def memory_metrics() -> dict[str, float]:

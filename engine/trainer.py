@@ -20,27 +20,30 @@ import yaml
 
 from balcaprl.checkpoint import TrainerState, list_checkpoints, load_state, save_checkpoint
 from balcaprl.config import TrainConfig
-from balcaprl.data import Dataset, SampleStream, load_dataset
+from balcaprl.data import Dataset, load_dataset
 from balcaprl.evaluation import Evaluation, evaluate_captions
 from balcaprl.evaluation.b_capscore import summarise
 from balcaprl.kernels import grouped_advantages, policy_loss
 from balcaprl.metrics import PhaseTimer, ProgressLine, RunLog, memory_metrics, nanmean, save_eval_image
 from balcaprl.optim import PolicyOptimizer
+from balcaprl.pipeline import RolloutPipeline, SampledStep
 from balcaprl.policy import Group, Policy
+from balcaprl.prompts import PromptStream, room_for_prompt
 from balcaprl.report import write_report
 from balcaprl.rewards import (
+    GroupScorer,
     Judge,
     JudgeStoppedError,
     ScoreStats,
     advantage_inputs,
     close_judge,
     make_judge,
-    score_groups,
 )
 from balcaprl.rewards.balance import within_group_correlations
 from balcaprl.rewards.columns import reward_of
 from balcaprl.rollout import Sampler, make_sampler
 from balcaprl.summary import write_summary
+from balcaprl.telemetry import SamplingAlarm, SamplingGap, device_metrics, speed_metrics, sync_metrics
 from balcaprl.types import Prompt, RewardBreakdown, Rollout, RolloutGroup
 
 logger = logging.getLogger(__name__)
@@ -86,7 +89,6 @@ class Trainer:
         torch.manual_seed(config.seed)
         checkpoint = self._checkpoint_to_resume()
         self.dataset: Dataset = load_dataset(config.data, seed=config.seed)
-        self.stream: SampleStream = self.dataset.train_stream(seed=config.seed)
         self.judge = judge or make_judge(
             config.reward,
             config.data.kind,
@@ -96,6 +98,11 @@ class Trainer:
         )
         self.policy = policy or load_policy(config, checkpoint)
         self.reference = load_policy(config, None) if config.loss.kl_coef > 0 else None
+        self.stream = PromptStream(
+            self.dataset.train_stream(seed=config.seed),
+            self.policy.prepare,
+            max_prompt_tokens=room_for_prompt(self.policy.model.config, config.rollout.sampling),
+        )
         updates = config.steps * config.optim.epochs_per_batch
         self.optimizer = PolicyOptimizer(self.policy.model.named_parameters(), config.optim, updates)
         if checkpoint is not None:
@@ -104,6 +111,16 @@ class Trainer:
         self.sampler = sampler or make_sampler(config, self.policy)
         self.timer = PhaseTimer(torch.cuda.synchronize if self.policy.device.type == "cuda" else None)
         self._eval_prompts: list[Prompt] | None = None
+        self.sampler.policy_version = self.policy_version
+        self.gap, self.alarm = SamplingGap(), SamplingAlarm(config.rollout.sampling_kl_limit)
+        self.pipeline = RolloutPipeline(
+            config.rollout,
+            self.sampler,
+            self.stream,
+            make_scorer=lambda: GroupScorer(self.judge, config.reward, self.policy.count_tokens),
+            step_seed=lambda step: step_seed(config.seed, step),
+            timer=self.timer,
+        )
 
     def train(self) -> dict[str, Any]:
         """Run until ``config.steps`` steps are done, or a signal asks to stop; returns the run's summary."""
@@ -114,13 +131,14 @@ class Trainer:
             while self.step < config.steps and self.stop_signal is None:
                 self.timer.start_step()
                 with self._saved_if_the_judge_stops():
-                    groups = self.sample_groups()
-                    stats = self.score_groups(groups)
+                    sampled = self.sample_groups()
+                    stats = self.score_groups(sampled)
+                groups = sampled.groups
                 self.compute_advantages(groups)
                 losses = self.update_policy(groups)
                 self.sync_weights()
                 self.step += 1
-                self.log_step(groups, stats, losses)
+                self.log_step(sampled, stats, losses)
                 with self._saved_if_the_judge_stops():
                     self.evaluate_if_due()
                 self.save_if_due()
@@ -129,24 +147,17 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ one step
 
-    def sample_groups(self) -> list[RolloutGroup]:
-        """The next images, and ``group_size`` completions of each."""
-        rollout = self.config.rollout
-        with self.timer("data"):
-            prompts = self.next_prompts(rollout.prompts_per_step)
-        with self.timer("sample"):
-            return self.sampler.generate(
-                prompts, rollout.group_size, rollout.sampling, seed=step_seed(self.config.seed, self.step)
-            )
+    def sample_groups(self) -> SampledStep:
+        """The next images and ``group_size`` completions of each, on their way to the judge; the next step's are begun."""
+        sampled = self.pipeline.take(self.step)
+        if self.step + 1 < self.config.steps:
+            self.pipeline.start(self.step + 1)
+        return sampled
 
-    def next_prompts(self, count: int) -> list[Prompt]:
-        """The next ``count`` prompts of the training stream; images that do not decode are skipped and counted."""
-        return [self.policy.prepare(sample) for sample in self.stream.next_decodable(count)]
-
-    def score_groups(self, groups: list[RolloutGroup]) -> ScoreStats:
-        """Judge every completion; one that cannot be scored is counted and left out."""
+    def score_groups(self, sampled: SampledStep) -> ScoreStats:
+        """Wait until every completion is judged; one that cannot be scored is counted and left out."""
         with self.timer("score"):
-            return score_groups(self.judge, groups, self.config.reward, count_tokens=self.policy.count_tokens)
+            return sampled.scorer.finish()
 
     def compute_advantages(self, groups: list[RolloutGroup]) -> None:
         """Write its advantage to each rollout."""
@@ -173,17 +184,21 @@ class Trainer:
             normalizer = self._normalizer(groups)
             updates = [self._accumulate(parts, normalizer) | self.optimizer.step() for _ in range(epochs)]
             num_nonfinite = sum(update["num_nonfinite_updates"] for update in updates)
-            return {**updates[-1], "num_skipped_updates": 0.0, "num_nonfinite_updates": num_nonfinite}
+            counts = {"num_skipped_updates": 0.0, "num_nonfinite_updates": num_nonfinite}
+            return {**updates[-1], **counts, **self.gap.take_metrics()}
 
     def sync_weights(self) -> None:
         """Give the sampler the new weights."""
+        self.pipeline.settle()
         self.policy_version += 1
         with self.timer("sync"):
             self.sync_report = self.sampler.sync(self.policy_version)
 
-    def log_step(self, groups: list[RolloutGroup], stats: ScoreStats, losses: dict[str, float]) -> None:
+    def log_step(self, sampled: SampledStep, stats: ScoreStats, losses: dict[str, float]) -> None:
         """Write the step's metrics and completions, and move the progress line."""
         times = self.timer.finish_step()
+        groups = sampled.groups
+        self.alarm.check(losses["sampling_kl"], groups, self.policy_version - 1)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         num_tokens = sum(len(r.completion.token_ids) for r in rollouts)
         names = self.config.reward.names
@@ -199,13 +214,16 @@ class Trainer:
             ),
             "num_flat_groups": float(sum(all(r.advantage == 0.0 for r in g.rollouts) for g in groups)),
             "num_undecodable": float(self.stream.num_undecodable),
+            "num_skipped_prompts": float(self.stream.num_skipped),
             "finished_fraction": nanmean(float(r.completion.finished) for r in rollouts),
             "tokens": float(num_tokens),
             "policy_version": float(self.policy_version),
-            "sync/bytes": float(self.sync_report.bytes_copied),
+            **sync_metrics(self.sync_report),
             "tokens_per_second": num_tokens / times["time/step"],
+            **speed_metrics(groups, sampled.seconds, times["time/update"]),
             **times,
             **memory_metrics(),
+            **device_metrics(self.policy.device),
         }
         self.log.log_step(self.step, metrics)
         self.log.log_completions(self.step, groups)
@@ -252,8 +270,9 @@ class Trainer:
         num_tokens = sum(part.num_tokens for part in parts)
         for part in parts:
             logprobs = self.policy.logprobs(part.packed, temperature=temperature)
-            if several and part.old_logprobs is None:
-                part.old_logprobs = logprobs.detach()
+            if part.old_logprobs is None:
+                self.gap.add(logprobs, part.sampling_logprobs)
+                part.old_logprobs = logprobs.detach() if several else None
             if self.reference is not None and part.reference_logprobs is None:
                 with torch.no_grad():
                     part.reference_logprobs = self.reference.logprobs(part.packed, temperature=temperature)
@@ -300,6 +319,7 @@ class Trainer:
         """Caption the held-out images, sampled and greedy, and log scores and captions."""
         if not len(self.eval_prompts):
             return {}
+        self.pipeline.settle()
         results = {}
         settings = self.config.evaluation
         for mode in ("sampled", "greedy"):
@@ -328,8 +348,7 @@ class Trainer:
     def eval_prompts(self) -> list[Prompt]:
         """The held-out images, prepared once; the first few are saved for the report."""
         if self._eval_prompts is None:
-            samples = self.dataset.evaluation_samples()
-            self._eval_prompts = [self.policy.prepare(sample) for sample in samples]
+            self._eval_prompts = [self.policy.prepare(sample) for sample in self.dataset.evaluation_samples()]
             for prompt in self._eval_prompts[:NUM_REPORT_IMAGES]:
                 save_eval_image(self.config.output_dir, prompt.sample.sample_id, prompt.image)
         return self._eval_prompts
@@ -344,6 +363,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
+        self.pipeline.settle()
         self.log.sync()
         state = TrainerState(
             step=self.step,
@@ -362,6 +382,7 @@ class Trainer:
 
     def close(self) -> None:
         """Free the sampler and the judge."""
+        self.pipeline.close()
         self.sampler.close()
         close_judge(self.judge)
 

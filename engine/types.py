@@ -161,6 +161,8 @@ class RolloutGroup:
 
     prompt: Prompt
     rollouts: list[Rollout] = field(default_factory=list)
+    policy_version: int | None = None
+    """Of the weights that it was sampled from, where the sampler knows."""
 
 
 @dataclass(frozen=True)

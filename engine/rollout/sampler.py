@@ -17,6 +17,8 @@ class Sampler(Protocol):
 
     name: str
     """As in ``rollout.sampler``."""
+    policy_version: int
+    """Of the weights that it samples from; ``sync`` sets it."""
 
     def generate(
         self,
@@ -76,6 +78,8 @@ def make_sampler(config: TrainConfig, policy: Policy) -> Sampler:
     name = config.rollout.sampler
     if name == "auto":
         name = "vllm" if find_spec("vllm") is not None else "hf"
+    if name == "hf" and config.rollout.max_staleness:
+        raise ValueError("rollout.max_staleness = 1 needs a sampler with weights of its own, and vLLM is not installed")
     if name == "vllm":
         from balcaprl.rollout.vllm import VLLMRollout
 
@@ -86,6 +90,7 @@ def make_sampler(config: TrainConfig, policy: Policy) -> Sampler:
             gpu_memory_utilization=config.rollout.vllm_gpu_memory_utilization,
             sync=config.rollout.sync,
             probe=config.rollout.sync_probe,
+            independent=config.rollout.max_staleness > 0,
             sleep=config.rollout.vllm_sleep,
         )
     from balcaprl.rollout.hf import HFRollout
@@ -107,6 +112,7 @@ def make_group(
     token_ids: Sequence[list[int]],
     logprobs: Sequence[list[float]],
     stop: Sequence[str] = (),
+    policy_version: int | None = None,
 ) -> RolloutGroup:
     """A group from sampled ids and their log-probabilities; text without special tokens, cut before a stop text."""
     texts = policy.tokenizer.batch_decode(list(token_ids), skip_special_tokens=True)
@@ -116,7 +122,7 @@ def make_group(
         cut = first_stop(text, stop)
         finished = cut is not None or (bool(ids) and ids[-1] in ends)
         rollouts.append(Rollout(Completion(ids, text[:cut], values, finished)))
-    return RolloutGroup(prompt, rollouts)
+    return RolloutGroup(prompt, rollouts, policy_version)
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:

@@ -105,6 +105,7 @@ class VLLMRollout:
         self._tolerance = 0.0
         self._asleep = False
         self._closed = False
+        self.policy_version = 0
         self.num_restarts = 0
         """Engines that were given up because they failed."""
 
@@ -171,9 +172,11 @@ class VLLMRollout:
         self._refuse_if_closed()
         started = time.perf_counter()
         if self._engine is None or self._strategy is None:
+            self.policy_version = policy_version
             return SyncReport("unloaded", 0, 0, 0.0, policy_version)
         self.wake_up()
         num_tensors, num_bytes = self._strategy.push(policy_version)
+        self.policy_version = policy_version
         self._engine.drop_caches()
         if self._probe_when == "always" or self._strategy.name == "reload" or not self._probed:
             self._verify(policy_version)
@@ -218,7 +221,8 @@ class VLLMRollout:
             prompt = prompts[int(done.request_id)]
             _check_prompt(prompt, done.prompt_ids)
             ids, logprobs = done.token_ids * copies, done.logprobs * copies
-            yield int(done.request_id), make_group(self._policy, prompt, ids, logprobs, sampling.stop)
+            group = make_group(self._policy, prompt, ids, logprobs, sampling.stop, self.policy_version)
+            yield int(done.request_id), group
 
     def _check_placeholders(self, prompts: Sequence[Prompt]) -> None:
         config, family = self._policy.model.config, self._policy.family

@@ -1,0 +1,108 @@
+"""Where a step's scored-to-be groups come from: sampled now, or, with ``rollout.max_staleness: 1``, during the last update.
+
+Groups are handed to the judge one by one as the sampler finishes them, so that a judge that works in the background scores
+the first while the last are still being sampled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from balcaprl.config import RolloutConfig
+from balcaprl.metrics import PhaseTimer
+from balcaprl.prompts import PromptStream
+from balcaprl.rewards import GroupScorer
+from balcaprl.rollout import Sampler
+from balcaprl.types import Prompt, RolloutGroup
+
+
+@dataclass(frozen=True)
+class SampledStep:
+    """The groups of one step, in the order of its prompts, and the scorer that has them all."""
+
+    groups: list[RolloutGroup]
+    scorer: GroupScorer
+    seconds: float
+    """What the sampling took."""
+
+
+class RolloutPipeline:
+    """Samples step after step.
+
+    On-policy, a step is sampled when it is asked for. With staleness 1 it is sampled in a thread, from the weights of the
+    previous sync, while the trainer updates; whatever touches the sampler has to ``settle`` first.
+
+    Args:
+        config: the rollout section.
+        sampler: draws completions; with staleness it must not share weights with the trainer.
+        prompts: of the coming steps.
+        make_scorer: a fresh scorer for each step.
+        step_seed: seed of a step's sampling.
+        timer: gets the phases ``data`` and ``sample``.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        sampler: Sampler,
+        prompts: PromptStream,
+        *,
+        make_scorer: Callable[[], GroupScorer],
+        step_seed: Callable[[int], int],
+        timer: PhaseTimer,
+    ) -> None:
+        self._config, self._sampler, self._prompts = config, sampler, prompts
+        self._make_scorer, self._step_seed, self._timer = make_scorer, step_seed, timer
+        self._pool: ThreadPoolExecutor | None = None
+        if config.max_staleness:  # a new thread has the default number of threads of its own, not the run's
+            self._pool = ThreadPoolExecutor(1, "rollout", torch.set_num_threads, (torch.get_num_threads(),))
+        self._pending: tuple[int, Future[SampledStep]] | None = None
+
+    def take(self, step: int) -> SampledStep:
+        """The groups of a step; they are the run's present ones from now on."""
+        if self._pending is not None and self._pending[0] == step:
+            with self._timer("sample"):
+                sampled = self._pending[1].result()
+            self._pending = None
+        else:
+            with self._timer("data"):
+                prompts = self._prompts.next(self._config.prompts_per_step)
+            with self._timer("sample"):
+                sampled = self._sample(step, prompts)
+        self._prompts.use()
+        return sampled
+
+    def start(self, step: int) -> None:
+        """With staleness: begin to sample a step from the weights that the sampler has now."""
+        if self._pool is not None:
+            with self._timer("data"):
+                prompts = self._prompts.next(self._config.prompts_per_step)
+            self._pending = (step, self._pool.submit(self._sample, step, prompts))
+
+    def settle(self) -> None:
+        """Wait until nothing is being sampled."""
+        if self._pending is not None:
+            with self._timer("sample"):
+                self._pending[1].exception()
+
+    def close(self) -> None:
+        """Wait for what is being sampled, and end the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._prompts.close()
+
+    def _sample(self, step: int, prompts: list[Prompt]) -> SampledStep:
+        started = time.perf_counter()
+        scorer = self._make_scorer()
+        groups: dict[int, RolloutGroup] = {}
+        config = self._config
+        seed = self._step_seed(step)
+        for index, group in self._sampler.stream(prompts, config.group_size, config.sampling, seed=seed):
+            groups[index] = group
+            scorer.submit(group)
+        return SampledStep([groups[index] for index in range(len(prompts))], scorer, time.perf_counter() - started)

@@ -1,0 +1,129 @@
+"""How far sampler and trainer are apart in a step, how fast both are, and how busy the machine is.
+
+The only importer of NVIDIA's management library.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import lru_cache
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from balcaprl.types import RolloutGroup, SyncReport
+
+logger = logging.getLogger(__name__)
+
+
+class SamplingGap:
+    """Collects, token by token, the sampler's log-probability minus the trainer's for the sampled id."""
+
+    def __init__(self) -> None:
+        self._differences: list[Tensor] = []
+
+    def add(self, logprobs: Tensor, sampling_logprobs: Tensor) -> None:
+        """The trainer's (T,) at the start of the update, and the sampler's (T,)."""
+        self._differences.append((sampling_logprobs - logprobs.detach()).float())
+
+    def take_metrics(self) -> dict[str, float]:
+        """Spread over the tokens since the last call, in nats; nothing if there were none."""
+        if not self._differences:
+            return {}
+        gap = torch.cat(self._differences)
+        self._differences = []
+        if not gap.numel():
+            return {}
+        size = gap.abs().sort().values
+        return {
+            "sampling_gap/std": gap.std(correction=0).item(),
+            "sampling_gap/p99": size[math.ceil(0.99 * len(size)) - 1].item(),
+            "sampling_gap/max": size[-1].item(),
+        }
+
+
+class SamplingAlarm:
+    """Says so when sampler and trainer drift apart, once each time it happens.
+
+    Args:
+        limit: ``sampling_kl`` beyond which, either way, something is wrong.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self.raised = False
+
+    def check(self, sampling_kl: float, groups: list[RolloutGroup], policy_version: int) -> bool:
+        """Whether ``sampling_kl`` is outside its band; logs the versions of both sides as it leaves it.
+
+        Args:
+            sampling_kl: of the step's tokens; NaN where there were none.
+            groups: what was sampled.
+            policy_version: of the trainer, as it computed its log-probabilities.
+        """
+        outside = not math.isnan(sampling_kl) and abs(sampling_kl) > self._limit
+        if outside and not self.raised:
+            versions = sorted({g.policy_version for g in groups if g.policy_version is not None})
+            logger.error(
+                "sampling_kl is %.3g, outside its band of +-%.3g: the sampler (policy version %s) and the trainer (policy "
+                "version %d) disagree on the same tokens. Check rollout.sync_probe: always, the data type, and the versions "
+                "of vLLM and transformers",
+                sampling_kl,
+                self._limit,
+                ", ".join(map(str, versions)) or "unknown",
+                policy_version,
+            )
+        self.raised = outside
+        return outside
+
+
+def speed_metrics(groups: list[RolloutGroup], sampling_seconds: float, update_seconds: float) -> dict[str, float]:
+    """Completion tokens per second of the sampler and of the update."""
+    num_tokens = sum(len(rollout.completion.token_ids) for group in groups for rollout in group.rollouts)
+    return {
+        "sampler_tokens_per_second": num_tokens / sampling_seconds if sampling_seconds > 0 else math.nan,
+        "update_tokens_per_second": num_tokens / update_seconds if update_seconds > 0 else math.nan,
+    }
+
+
+def sync_metrics(report: SyncReport) -> dict[str, float]:
+    """What a weight sync moved; its time is ``time/sync``."""
+    return {"sync/bytes": float(report.bytes_copied), "sync/tensors": float(report.num_tensors)}
+
+
+def device_metrics(device: torch.device) -> dict[str, float]:
+    """How busy the machine is: an NVIDIA GPU's utilisation, memory and power; otherwise the processors since the last call."""
+    if device.type != "cuda":
+        return {"device/cpu_percent": psutil.cpu_percent(), "device/memory_percent": psutil.virtual_memory().percent}
+    library, handle = _nvml(device.index or 0)
+    if library is None:
+        return {}
+    try:
+        memory = library.nvmlDeviceGetMemoryInfo(handle)
+        return {
+            "device/gpu_percent": float(library.nvmlDeviceGetUtilizationRates(handle).gpu),
+            "device/memory_percent": 100.0 * memory.used / memory.total,
+            "device/power_watts": library.nvmlDeviceGetPowerUsage(handle) / 1000.0,
+        }
+    except library.NVMLError as error:
+        logger.debug("no GPU metrics: %s", error)
+        return {}
+
+
+@lru_cache(maxsize=8)
+def _nvml(index: int) -> tuple[Any, Any]:
+    """NVIDIA's library and the handle of torch's device ``index``; (None, None) where there is none."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)  # NVML does not heed CUDA_VISIBLE_DEVICES
+        if uuid is None:
+            return pynvml, pynvml.nvmlDeviceGetHandleByIndex(index)
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except Exception as error:  # a missing package, library, driver or permission: metrics are never worth a run
+        logger.info("no GPU metrics (%s); install nvidia-ml-py to have them", error)
+        return None, None
