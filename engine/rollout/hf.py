@@ -8,6 +8,7 @@ once, its cache is repeated for the group, and each step samples from logits tha
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,8 +157,8 @@ class _Decoder:
         image_inputs = merge_image_inputs([prompt.image_inputs for prompt in self._prompts], device)
         feature_index = torch.arange(len(image_index), device=device)
         self._mask = self._mask.to(device)
-        embeds = policy.embed(tokens.to(device), image_index, feature_index, image_inputs)
-        hidden = self._run(embeds, positions.to(device))
+        inputs = policy.text_inputs(tokens.to(device), image_index, feature_index, image_inputs)
+        hidden = self._run(inputs, positions.to(device))
         self._cache.batch_repeat_interleave(group_size)
         self._mask = self._mask.repeat_interleave(group_size, 0)
         return hidden.repeat_interleave(group_size, 0)
@@ -167,11 +168,11 @@ class _Decoder:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(token), 1)], 1)
         positions = self._next_position[None, :, None].expand(self._num_axes, -1, -1)
         self._next_position = self._next_position + 1
-        return self._run(self._policy.model.get_input_embeddings()(token[:, None]), positions)
+        return self._run({"inputs_embeds": self._policy.model.get_input_embeddings()(token[:, None])}, positions)
 
-    def _run(self, embeds: Tensor, positions: Tensor) -> Tensor:
-        output = self._policy.model.model.language_model(
-            inputs_embeds=embeds,
+    def _run(self, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+        output = self._policy.text_model(
+            **inputs,
             position_ids=self._policy.family.position_ids(positions),
             attention_mask=self._mask,
             past_key_values=self._cache,
