@@ -32,6 +32,7 @@ ARCHITECTURES = (80, 90, 100)
 
 TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Triton's names of the storage dtypes that kernels take."""
+_NAMES = {**TRITON_TYPES, torch.float64: "fp64"}
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,57 @@ def _streaming(half: Launch, single: Launch) -> Table:
     return {(80, 2): half, (80, 4): single}
 
 
+def _products(half: Launch, half_90: Launch, half_100: Launch, single: Launch) -> Table:
+    """Rows of a matrix product in half precision by architecture, and in float32, where no tensor core helps."""
+    return {(80, 2): half, (90, 2): half_90, (100, 2): half_100, (80, 4): single}
+
+
+def _tile(tokens: int, columns: int, dims: int, warps: int, stages: int) -> Launch:
+    return Launch({"BLOCK_T": tokens, "BLOCK_V": columns, "BLOCK_D": dims}, warps, stages)
+
+
 TABLES: dict[str, Table] = {
+    # Sixteen warps: with eight the batch step's variant spills on sm_90 and sm_100.
+    "_grouped_advantages_kernel": {
+        (80, 4): Launch({"BLOCK_VALUES": 1024}, 16),
+        (80, 8): Launch({"BLOCK_VALUES": 1024}, 16),
+    },
+    "_token_loss_kernel": {(80, 4): Launch({"BLOCK_T": 1024}, 8)},
+    "_token_sums_kernel": {(80, 8): Launch({"BLOCK_P": 128}, 4)},
+    # Three stages on sm_90: with four the entropy's variant spills.
+    "_head_stats_kernel": _products(
+        _tile(128, 128, 64, 8, 3), _tile(128, 128, 64, 8, 3), _tile(128, 128, 64, 8, 4), _tile(64, 64, 32, 4, 2)
+    ),
+    "_head_grad_logits_kernel": _products(
+        _tile(128, 128, 64, 8, 3), _tile(128, 128, 64, 8, 4), _tile(128, 128, 64, 8, 4), _tile(64, 64, 32, 4, 2)
+    ),
+    "_head_grad_hidden_kernel": _products(
+        _tile(128, 64, 128, 8, 3), _tile(128, 64, 128, 8, 4), _tile(128, 64, 128, 8, 4), _tile(64, 32, 64, 4, 2)
+    ),
+    "_head_grad_weight_kernel": _products(
+        _tile(64, 128, 128, 8, 3), _tile(64, 128, 128, 8, 4), _tile(64, 128, 128, 8, 4), _tile(32, 64, 64, 8, 2)
+    ),
     "_logits_stats_kernel": _streaming(Launch({"BLOCK_V": 8192}, 8), Launch({"BLOCK_V": 4096}, 8)),
     "_logits_gradient_kernel": _streaming(Launch({"BLOCK_V": 4096}, 4), Launch({"BLOCK_V": 2048}, 4)),
+    # The largest tiles that keep a head of 128 in registers; without a GPU there was no other judge.
+    "_shared_prefix_fwd_kernel": {
+        (80, 2): Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
+        (90, 2): Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
+        (80, 4): Launch({"BLOCK_M": 32, "BLOCK_N": 16}, 8),
+    },
+    "_shared_prefix_delta_kernel": _streaming(Launch({"BLOCK_T": 16}, 4), Launch({"BLOCK_T": 16}, 4)),
+    "_shared_prefix_dq_kernel": {
+        (80, 2): Launch({"BLOCK_M": 64, "BLOCK_N": 64}, 8, 2),
+        (90, 2): Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
+        (80, 4): Launch({"BLOCK_M": 16, "BLOCK_N": 32}, 8),
+    },
+    "_shared_prefix_dkdv_kernel": {
+        (80, 2): Launch({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 2),
+        (90, 2): Launch({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 2),
+        (100, 2): Launch({"BLOCK_M": 64, "BLOCK_N": 128}, 8),
+        (80, 4): Launch({"BLOCK_M": 16, "BLOCK_N": 16}, 8),
+        (100, 4): Launch({"BLOCK_M": 16, "BLOCK_N": 32}, 8),
+    },
 }
 """Kernel name to its rows, keyed by (architecture, bytes per element)."""
 
@@ -145,6 +194,11 @@ def check_triton(device: torch.device) -> None:
         raise ValueError(f"impl: 'triton' runs on CUDA tensors, got tensors on {device}")
 
 
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current CUDA device: makes it the one that the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 # What the compile suite knows of a kernel.
 
 
@@ -194,7 +248,7 @@ class KernelSpec:
     def name(self) -> str:
         """Kernel, dtype and variant, as tables and tests show it."""
         kernel: str = self.kernel.__name__
-        return "-".join(part for part in (kernel, TRITON_TYPES[self.dtype], self.variant) if part)
+        return "-".join(part for part in (kernel, _NAMES[self.dtype], self.variant) if part)
 
     def launch(self, arch: int) -> Launch:
         """Its row on one of ``ARCHITECTURES``."""

@@ -194,7 +194,7 @@ def _forward(
         rows, gradients = native_head.logprobs_and_gradients(head, add, needs, filter_eps)
         check_logprobs(head, rows.logprobs)
         return parts, rows, gradients
-    rows, _ = head_rows(head, impl)
+    rows, _ = head_rows(head, impl, with_entropy=False)
     check_logprobs(head, rows.logprobs)
     add(rows.logprobs, 0, num_tokens)
     gradients = HeadGradients(None, None)

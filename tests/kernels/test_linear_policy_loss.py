@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from balcaprl.kernels import linear_logprobs, linear_policy_loss, native_head, policy_loss
+from balcaprl.kernels import launch, linear_logprobs, linear_policy_loss, native_head, policy_loss
 from balcaprl.kernels.linear_policy_loss import linear_policy_loss_reference
 from balcaprl.kernels.testing import assert_as_accurate
 
@@ -34,12 +37,13 @@ def problem(
     dtype: torch.dtype = torch.float64,
     temperature: float = 1.0,
     peak: float = 0.0,
+    seed: int = 0,
 ) -> Problem:
     """Inputs whose ratios lie well away from the bounds of the clip, on both sides of them: rounding flips no token.
 
     ``peak`` pushes the target's logit up.
     """
-    generator = torch.Generator().manual_seed(1000 * num_tokens + 10 * vocabulary + hidden_size)
+    generator = torch.Generator().manual_seed(1000 * num_tokens + 10 * vocabulary + hidden_size + 1_000_000 * seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -140,7 +144,7 @@ SHAPES += [(1, 1, 1), (65, 31, 63), (129, 4, 1025)]
 def test_as_accurate_as_the_reference_in_the_working_dtype(
     impl: str, dtype: torch.dtype, shape: tuple[int, int, int]
 ) -> None:
-    check_accuracy(problem(*shape, dtype=dtype, temperature=0.8), dtype, impl)
+    check_accuracy(shape, dtype, impl)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -149,17 +153,26 @@ def test_as_accurate_as_the_reference_in_the_working_dtype(
 @pytest.mark.parametrize("filter_eps", [None, 1e-9])
 def test_many_chunks_are_as_accurate(dtype: torch.dtype, shape: tuple[int, int, int], filter_eps: float | None) -> None:
     """In half precision also the second pass over tiles of the vocabulary."""
-    check_accuracy(problem(*shape, dtype=dtype, temperature=0.8), dtype, "native", filter_eps=filter_eps)
+    check_accuracy(shape, dtype, "native", filter_eps=filter_eps)
 
 
-def check_accuracy(data: Problem, dtype: torch.dtype, impl: str, **options: Any) -> None:
-    exact = loss_and_gradients(linear_policy_loss_reference, cast(data, torch.float64), **FULL)
-    working = loss_and_gradients(linear_policy_loss_reference, cast(data, dtype), **FULL)
-    actual = loss_and_gradients(linear_policy_loss, cast(data, dtype), **FULL, **options, impl=impl)
-    assert actual[1].dtype == actual[2].dtype == dtype
-    for name, kind, *values in zip(
-        ("loss", "hidden", "weight"), ("forward", "gradient", "gradient"), actual, working, exact, strict=True
-    ):
+def check_accuracy(
+    shape: tuple[int, int, int], dtype: torch.dtype, impl: str, *, num_seeds: int = 1, **options: Any
+) -> None:
+    """Holds losses and gradients of ``num_seeds`` problems, taken together, to the rule of ``testing``."""
+    triples = []
+    for seed in range(num_seeds):
+        data = problem(*shape, dtype=dtype, temperature=0.8, seed=seed)
+        exact = loss_and_gradients(linear_policy_loss_reference, cast(data, torch.float64), **FULL)
+        working = loss_and_gradients(linear_policy_loss_reference, cast(data, dtype), **FULL)
+        actual = loss_and_gradients(linear_policy_loss, cast(data, dtype), **FULL, **options, impl=impl)
+        assert actual[1].dtype == actual[2].dtype == dtype
+        triples.append((actual, working, exact))
+    for index, (name, kind) in enumerate((("loss", "forward"), ("hidden", "gradient"), ("weight", "gradient"))):
+        values = [torch.stack([triple[side][index] for triple in triples]) for side in range(3)]
+        if name == "loss":
+            # A sum of terms of both signs and a size of about 2: their rounding counts, not that of what is left.
+            values = [torch.cat([v, torch.full_like(v[:1], 2.0)]) for v in values]
         assert_as_accurate(*values, kind=kind, name=name)
 
 
@@ -385,6 +398,125 @@ def test_strided_and_overlapping_tensors(impl: str) -> None:
     plain = {k: v.contiguous() for k, v in same.items()}
     results = [linear_policy_loss(**{**data, **x}, impl=impl).loss for x in (same, plain)]
     torch.testing.assert_close(*results)
+
+
+# Triton, under its interpreter: slow, so small.
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiles of 16, so that small problems take several of them, and several slices of the vocabulary."""
+    triton_head = importlib.import_module("balcaprl.kernels.triton_head")
+    monkeypatch.setattr(triton_head, "_SLICE_BYTES", 4000)
+    monkeypatch.setattr(triton_head, "_WANTED_PROGRAMS", 6)
+    tiles = {
+        "stats": (16, 16, 16),
+        "grad_logits": (16, 32, 16),
+        "grad_hidden": (16, 16, 16),
+        "grad_weight": (16, 16, 16),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, (tokens, columns, dims) in tiles.items():
+            blocks = {"BLOCK_T": tokens, "BLOCK_V": columns, "BLOCK_D": dims}
+            stack.enter_context(launch.overridden(f"_head_{name}_kernel", **blocks))
+        yield
+
+
+TRITON_SHAPES = [(t, d, v) for t in (1, 5, 17, 40) for d, v in ((3, 4), (5, 17), (16, 31), (20, 64), (33, 75))]
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", TRITON_SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_triton_is_as_accurate_as_the_reference(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    # Few tokens have few roundings, and the reference is exact by luck: several problems are taken together.
+    check_accuracy(shape, dtype, "triton", num_seeds=4 if shape[0] < 10 else 1)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("small_tiles")
+def test_triton_leaves_out_tokens_without_gradient() -> None:
+    data = problem(50, 16, 40, dtype=torch.float32)
+    data["advantages"][::2] = 0.0
+    per_token = data["advantages"].repeat_interleave(data["cu_seqlens"].diff().long())
+    expected = loss_and_gradients(linear_policy_loss_reference, data)
+    actual = loss_and_gradients(linear_policy_loss, data, impl="triton")
+    again = loss_and_gradients(linear_policy_loss, data, impl="triton")
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+    assert not actual[1][per_token == 0].any()
+    data["advantages"].zero_()
+    assert not any(x.any() for x in loss_and_gradients(linear_policy_loss, data, impl="triton"))
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("small_tiles")
+def test_triton_filter_skips_tiles() -> None:
+    """Tokens of one half of the vocabulary, whose softmax gives the other half next to nothing."""
+    data = problem(40, 16, 96, dtype=torch.float32)
+    weight, half = data["weight"].detach(), torch.arange(96) < 48
+    hidden = data["hidden"].detach()
+    hidden[:, 0], weight[:, 0] = 6.0, torch.where(half, 1.0, -1.0)
+    data |= {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_(), "old_logprobs": None}
+    data["targets"] = data["targets"] % 48
+    full = loss_and_gradients(linear_policy_loss, data, impl="triton")
+    kept = loss_and_gradients(linear_policy_loss, data, impl="triton", filter_eps=1e-3)
+    assert torch.equal(full[0], kept[0])
+    assert not kept[2][64:].any(), "tiles of 32 columns from 64 on hold nothing"
+    assert full[2][64:].any()
+    torch.testing.assert_close(kept[1:], full[1:], rtol=0.0, atol=1e-3 * 2.0)
+    torch.testing.assert_close(kept[2][:32], full[2][:32])
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("small_tiles")
+def test_triton_poisoned_memory_scaling_and_strides() -> None:
+    data = problem(24, 6, 37, dtype=torch.float32)
+    expected = loss_and_gradients(linear_policy_loss_reference, data)
+    strided = {
+        "hidden": data["hidden"].detach().T.contiguous().T.requires_grad_(),
+        "weight": torch.cat([data["weight"].detach()] * 2, dim=1)[:, :6].requires_grad_(),
+        "targets": data["targets"].repeat_interleave(2)[::2],
+    }
+    torch.use_deterministic_algorithms(True)
+    try:
+        loss = linear_policy_loss(**{**data, **strided}, impl="triton", filter_eps=1e-9).loss
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for _ in range(2):
+        gradients = torch.autograd.grad(3.0 * loss, (strided["hidden"], strided["weight"]), retain_graph=True)
+        torch.testing.assert_close(gradients, tuple(3.0 * g for g in expected[1:]))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("argument", "changes"),
+    [
+        ("targets", {"targets": torch.tensor([0, 1, 2, 5])}),
+        ("targets", {"targets": torch.tensor([0, -1, 2, 3])}),
+        ("targets", {"targets": torch.tensor([0, 1 << 40, 2, 3])}),
+        ("hidden or weight", {"hidden": torch.full((4, 3), math.nan)}),
+        ("hidden or weight", {"weight": torch.full((5, 3), math.inf)}),
+        ("impl", {"hidden": torch.randn(4, 3).double(), "weight": torch.randn(5, 3).double()}),
+    ],
+)
+@pytest.mark.usefixtures("small_tiles")
+def test_triton_bad_argument_is_named(argument: str, changes: Problem) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}: "):
+        linear_policy_loss(**{**problem(4, 3, 5, dtype=torch.float32), "impl": "triton", **changes})
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("small_tiles")
+def test_triton_no_tokens() -> None:
+    weight = torch.randn(5, 3, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    rollouts = (torch.zeros(2), torch.zeros(3).int())
+    result = linear_policy_loss(torch.zeros(0, 3), weight, none, None, *rollouts, impl="triton")
+    result.loss.backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
 
 
 # Bad input.
