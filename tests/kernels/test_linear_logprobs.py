@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
 import subprocess
 import sys
@@ -10,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from balcaprl.kernels import LogProbs, linear_logprobs
+from balcaprl.kernels import LogProbs, launch, linear_logprobs
 from balcaprl.kernels.linear_logprobs import chunk_ranges, linear_logprobs_reference
 from balcaprl.kernels.testing import assert_as_accurate
 
 
 def problem(
-    num_tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype = torch.float64
+    num_tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(num_tokens + vocabulary)
+    generator = torch.Generator().manual_seed(num_tokens + vocabulary + 100_000 * seed)
     hidden = torch.randn(num_tokens, hidden_size, generator=generator, dtype=torch.float64)
     weight = torch.randn(vocabulary, hidden_size, generator=generator, dtype=torch.float64)
     targets = torch.randint(0, vocabulary, (num_tokens,), generator=generator)
@@ -64,20 +66,62 @@ def test_gradcheck(function) -> None:
     torch.autograd.gradcheck(lambda h, w: function(h, w, targets, temperature=0.8).logprobs, (hidden, weight))
 
 
+SHAPES = [(t, d, v) for t in (1, 3, 33, 130) for d, v in ((2, 3), (5, 17), (8, 64), (16, 301), (24, 1000), (31, 129))]
+SHAPES += [(2, 9, 4097), (257, 3, 65), (513, 12, 33), (600, 7, 515), (7, 64, 1), (1, 1, 1), (19, 40, 2049), (64, 2, 31)]
+SHAPES += [
+    (130, 33, 1025),
+    (300, 65, 100),
+    (9, 128, 77),
+    (5, 3, 10_007),
+    (128, 16, 16),
+    (129, 15, 15),
+    (256, 1, 50),
+    (11, 11, 11),
+]
+INTERPRETED = [(t, d, v) for t in (1, 5, 17, 40) for d, v in ((2, 3), (5, 17), (16, 31), (20, 64), (33, 75))]
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 8, 7), (33, 16, 301), (130, 24, 1000)])
-def test_as_accurate_as_the_whole_logits_in_the_working_dtype(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    results, gradients = [], []
-    for function, precision in ((linear_logprobs, dtype), (whole_logits, dtype), (whole_logits, torch.float64)):
-        hidden, weight, targets = problem(*shape, dtype)
-        hidden, weight = (x.detach().to(precision).requires_grad_() for x in (hidden, weight))
-        results.append(function(hidden, weight, targets))
-        gradients.append(torch.autograd.grad(results[-1].logprobs.sum(), (hidden, weight)))
-    for name, *values in zip(LogProbs._fields, *results, strict=True):
-        assert_as_accurate(*(v.detach() for v in values), name=name)
-    for name, *values in zip(("hidden", "weight"), *gradients, strict=True):
-        assert values[0].dtype == dtype
-        assert_as_accurate(*values, kind="gradient", name=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_as_accurate_as_the_whole_logits_in_the_working_dtype(
+    impl: str, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    check_accuracy(impl, dtype, shape)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", INTERPRETED, ids=lambda s: "x".join(map(str, s)))
+def test_triton_is_as_accurate(
+    dtype: torch.dtype, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton_head = importlib.import_module("balcaprl.kernels.triton_head")
+    monkeypatch.setattr(triton_head, "_SLICE_BYTES", 4000)
+    monkeypatch.setattr(triton_head, "_WANTED_PROGRAMS", 6)
+    with contextlib.ExitStack() as stack:
+        for name in ("stats", "grad_logits", "grad_hidden", "grad_weight"):
+            tiles = {"BLOCK_T": 16, "BLOCK_V": 16, "BLOCK_D": 16}
+            stack.enter_context(launch.overridden(f"_head_{name}_kernel", **tiles))
+        check_accuracy("triton", dtype, shape, num_seeds=4 if shape[0] < 10 else 1)
+
+
+def check_accuracy(impl: str, dtype: torch.dtype, shape: tuple[int, int, int], num_seeds: int = 1) -> None:
+    """Values and gradients of ``num_seeds`` problems, taken together; some tokens have no gradient."""
+    sides: list[list[tuple[Tensor, ...]]] = [[], [], []]
+    for seed in range(num_seeds):
+        hidden, weight, targets = problem(*shape, dtype, seed)
+        upstream = torch.linspace(-1, 2, shape[0], dtype=torch.float64).clamp(min=0.0) + 0.5 * (shape[0] == 1)
+        functions = (lambda *a: linear_logprobs(*a, impl=impl), whole_logits, whole_logits)
+        for side, function, precision in zip(sides, functions, (dtype, dtype, torch.float64), strict=True):
+            leaves = [x.detach().to(precision).requires_grad_() for x in (hidden, weight)]
+            result = function(*leaves, targets)
+            gradients = torch.autograd.grad((result.logprobs * upstream.to(result.logprobs)).sum(), leaves)
+            assert gradients[0].dtype == gradients[1].dtype == precision
+            side.append((*(x.detach() for x in result), *gradients))
+    for index, name in enumerate((*LogProbs._fields, "hidden", "weight")):
+        values = [torch.stack([results[index] for results in side]) for side in sides]
+        assert_as_accurate(*values, kind="forward" if index < 2 else "gradient", name=name)
 
 
 def test_only_the_gradients_that_are_asked_for() -> None:
