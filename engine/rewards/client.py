@@ -233,8 +233,13 @@ class JudgeClient:
 
     async def _attempt(self, call: Call, affinity: str, bodies: dict[str, bytes]) -> Reply:
         """One attempt at one server; counts how it ended."""
-        self.ledger.check()
         server = await self._dispatcher.acquire(affinity)
+        try:
+            self.ledger.check()
+        except JudgeStoppedError:
+            server.breaker.note_neutral()
+            self._dispatcher.release(server)
+            raise
         started = self._clock()
         self.ledger.in_flight += 1
         self.usage.num_attempts += 1

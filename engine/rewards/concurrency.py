@@ -23,6 +23,10 @@ _START_SHARE = 4
 _PLATEAU = 1.05
 """More places that do not bring this much more throughput are given back."""
 _CUT = 0.7
+_CUT_COST = 0.85
+"""A cut that leaves less than this of the throughput is taken back."""
+_MAX_WINDOW = 8
+"""A window of refusals alone ends after this many times its size."""
 _HOLD_WINDOWS = 8
 """Windows without a try after one that failed."""
 _MAX_BREAKER_WAIT_S = 60.0
@@ -33,10 +37,10 @@ _REFUSALS = 3
 class AdaptiveLimit:
     """The number of requests in flight that a server is worth.
 
-    A *window* is as many completions as the limit. While all places are taken the limit grows from window to window, first
+    A *window* is as many served requests as the limit. While all places are taken the limit grows from window to window, first
     twofold, then by an eighth, as long as throughput grows along. Where the server is overloaded (429, or replies that take
-    half of the time-out) it is cut, at most once a window; a cut that makes refusals no rarer is taken back, for then they do
-    not come from us.
+    half of the time-out) it is cut, at most every other window; a cut that costs throughput is taken back, for then the
+    overload does not come from us.
     """
 
     def __init__(self, maximum: int, timeout_s: float, clock: Clock = time.monotonic) -> None:
@@ -46,50 +50,57 @@ class AdaptiveLimit:
         self._clock = clock
         self._doubling = True
         self._hold = 0
-        self._previous: tuple[int, float] | None = None
-        """Limit and throughput of the last window, where the limit was raised after it."""
-        self._cut_from: tuple[int, float] | None = None
-        """Limit and share of overloads of the window that led to a cut."""
+        self._raised: tuple[int, float] | None = None
+        """Limit and throughput before it was raised, while it is seen whether that was worth it."""
+        self._cut: tuple[int, float] | None = None
+        """Limit and throughput before it was cut, likewise."""
+        self._settling = False
+        """The window only waits until requests of the old limit are gone."""
         self._start_window()
 
     def _start_window(self) -> None:
         self._started = self._clock()
-        self._done = self._overloads = self._slow = 0
+        self._done = self._refused = self._slow = 0
         self._saturated = False
 
     def note(self, *, in_flight: int, overloaded: bool = False, latency_s: float = 0.0) -> None:
         """One request ended, served or refused; ``in_flight`` counts it."""
         self._done += 1
-        self._overloads += overloaded
+        self._refused += overloaded
         self._slow += latency_s > self._slow_s
         self._saturated |= in_flight >= self.limit
-        if self._done >= max(4, self.limit):
-            self._end_window()
+        size = max(4, self.limit)
+        if self._done - self._refused >= size or self._done >= _MAX_WINDOW * size:
+            if self._settling:
+                self._settling = False
+            else:
+                self._end_window()
             self._start_window()
 
     def _end_window(self) -> None:
-        overload = (self._overloads + self._slow) / self._done
-        throughput = (self._done - self._overloads) / max(1e-9, self._clock() - self._started)
-        if self._cut_from is not None:
-            limit, before = self._cut_from
-            self._cut_from = None
-            if overload > 0.8 * before:  # fewer requests were refused no less
+        overload = (self._refused + self._slow) / self._done
+        throughput = (self._done - self._refused) / max(1e-9, self._clock() - self._started)
+        if self._cut is not None:
+            limit, before = self._cut
+            self._cut = None
+            if throughput < _CUT_COST * before:
                 self.limit, self._hold = max(limit, self.limit), _HOLD_WINDOWS
-                return
-        if overload > 0.1 and not self._hold:
-            self._cut_from = (self.limit, overload)
-            self.limit, self._doubling, self._previous = max(1, int(self.limit * _CUT)), False, None
-            return
-        if self._previous is not None:
-            limit, before = self._previous
-            self._previous = None
-            if throughput < _PLATEAU * before:
-                self.limit, self._doubling, self._hold = limit, False, _HOLD_WINDOWS
                 return
         if self._hold:
             self._hold -= 1
-        elif self._saturated and self.limit < self.maximum:
-            self._previous = (self.limit, throughput)
+            return
+        if overload > 0.1 and self.limit > 1:
+            self._cut, self._raised = (self.limit, throughput), None
+            self.limit, self._doubling, self._settling = max(1, int(self.limit * _CUT)), False, True
+            return
+        if self._raised is not None:
+            limit, before = self._raised
+            self._raised = None
+            if throughput < _PLATEAU * before:
+                self.limit, self._doubling, self._hold = limit, False, _HOLD_WINDOWS
+                return
+        if self._saturated and self.limit < self.maximum:
+            self._raised = (self.limit, throughput)
             grown = 2 * self.limit if self._doubling else self.limit + max(1, self.limit // 8)
             self.limit = min(self.maximum, grown)
 

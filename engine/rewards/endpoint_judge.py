@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from balcaprl.rewards.reference_units import UnitStore, units_path
 from balcaprl.rewards.usage import LEDGER, Ledger, Usage
 from balcaprl.types import REWARD_NAMES, JudgeStoppedError, RewardBreakdown, Sample
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _TASK_OF = {"precision": "verify", "recall": "match", "linguistic": "style"}
 _NEED_UNITS = ("match", "combined")
 _NEED_IMAGE = tuple(name for name, task in TASKS.items() if task.needs_image)
@@ -209,7 +211,7 @@ class EndpointJudge:
                     task = asyncio.ensure_future(self._score_caption(group, caption))
                     task.add_done_callback(self._release_place)
                     tasks.append(task)
-            await asyncio.gather(*tasks)
+            await _all_ended(tasks)
         finally:
             for task in tasks:
                 task.cancel()
@@ -248,13 +250,14 @@ class EndpointJudge:
         return tuple(dict.fromkeys(reply.units))
 
     def _clipped(self, text: str) -> str:
-        return text[: self._protocol.max_caption_chars]
+        """What the judge sees of a text: its first part, without lone surrogates, which are no text to anyone."""
+        return _SURROGATES.sub("\ufffd", text[: self._protocol.max_caption_chars])
 
     async def _score_caption(self, group: _Group, caption: _Caption) -> None:
         if is_wordless(caption.text):
             return
         missing = [task for task in self.tasks if task not in caption.replies and task not in caption.impossible]
-        await asyncio.gather(*(self._ask_task(group, caption, task) for task in missing))
+        await _all_ended([asyncio.ensure_future(self._ask_task(group, caption, task)) for task in missing])
 
     async def _ask_task(self, group: _Group, caption: _Caption, task: str) -> None:
         try:
@@ -303,6 +306,13 @@ class EndpointJudge:
     def _breakdowns(self, group: _Group) -> list[RewardBreakdown]:
         by_text = {text: self._breakdown(group, caption) for text, caption in group.distinct.items()}
         return [by_text[text] for text in group.captions]
+
+
+async def _all_ended(tasks: Sequence[asyncio.Future[None]]) -> None:
+    """Wait for all of them, then raise the first error: what is under way when a budget ends is paid, and kept."""
+    for error in await asyncio.gather(*tasks, return_exceptions=True):
+        if error is not None:
+            raise error
 
 
 class EndpointBatch:
@@ -362,7 +372,8 @@ class EndpointBatch:
                 reasons = sorted({e for g in self._groups for c in g.distinct.values() for e in c.errors.values()})
                 raise JudgeStoppedError(
                     f"only {self._share():.0%} of a step's scores arrived (endpoint.required_share is "
-                    f"{endpoint.required_share:.0%}), and no more for {endpoint.patience_s:g} s: {'; '.join(reasons[:3])}"
+                    f"{endpoint.required_share:.0%}), and no more for {endpoint.patience_s:g} s (endpoint.patience_s): "
+                    + "; ".join(reasons[:3])
                 )
             await asyncio.sleep(wait_s)
             wait_s = min(endpoint.max_retry_wait_s, 2 * wait_s + 0.01)
@@ -373,14 +384,16 @@ class EndpointBatch:
         """Until all groups ended, or the required share is there and the grace is over."""
         endpoint = self._judge._endpoint
         pending = {group.task for group in self._groups if group.task is not None}
+        ended: set[asyncio.Task[None]] = set()
         while pending:
             enough = self._share() >= endpoint.required_share and endpoint.required_share < 1
             timeout = endpoint.grace_s if enough else 0.2
-            done, pending = await asyncio.wait(pending, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                task.result()
+            done, pending = await asyncio.wait(pending, timeout=timeout)
+            ended |= done
             if enough:
-                return
+                break
+        for task in ended:
+            task.result()
 
     async def _cancel(self) -> None:
         tasks = [group.task for group in self._groups if group.task is not None]

@@ -73,8 +73,8 @@ class Usage:
 class Ledger:
     """Adds up a run's usage, keeps it in the run folder over restarts, and says when the budget is spent.
 
-    A request may be started only while what is spent, and what the requests under way will cost at the mean so far, stays
-    below the budget; the last few may overshoot it by as much as they are dearer than the mean.
+    A request may be started only while what is spent, and what it and those under way will cost if each is as dear as the
+    dearest so far, stays within the budget.
     """
 
     def __init__(self, config: EndpointConfig, path: Path | None = None) -> None:
@@ -82,6 +82,7 @@ class Ledger:
         self._path = path
         self.totals: dict[str, float] = dict.fromkeys(_TOTALS, 0)
         self.in_flight = 0
+        self._dearest = self._longest = 0.0
         if path is not None and path.is_file():
             self._load(path)
 
@@ -99,15 +100,19 @@ class Ledger:
             BudgetSpentError: the budget of money or tokens is spent.
         """
         config, totals = self._config, self.totals
-        share = (self.in_flight + 1) / totals["num_replies"] if totals["num_replies"] else 0.0
         tokens = totals["prompt_tokens"] + totals["completion_tokens"]
-        if config.budget is not None and totals["cost"] * (1 + share) > config.budget:
+        number = max(1.0, totals["num_replies"])
+        reserved = self.in_flight + 1
+        dearest = max(self._dearest, totals["cost"] / number)
+        longest = max(self._longest, tokens / number)
+        if config.budget is not None and totals["cost"] + reserved * dearest > config.budget:
             raise BudgetSpentError(
                 f"the judge's budget is spent: {totals['cost']:.4g} of endpoint.budget {config.budget:g}; raise it to go on"
             )
-        if config.token_budget is not None and tokens * (1 + share) > config.token_budget:
+        if config.token_budget is not None and tokens + reserved * longest > config.token_budget:
             raise BudgetSpentError(
-                f"the judge's tokens are spent: {tokens:,} of endpoint.token_budget {config.token_budget:,}; raise it to go on"
+                f"the judge's tokens are spent: {tokens:,} of endpoint.token_budget {config.token_budget:,}; "
+                "raise it to go on"
             )
 
     def add(self, usage: Usage, server: ServerConfig, told: Any) -> None:
@@ -116,6 +121,7 @@ class Ledger:
             return
         prompt, completion = _count(told.get("prompt_tokens")), _count(told.get("completion_tokens"))
         cost = (prompt * server.input_price + completion * server.output_price) / 1e6
+        self._dearest, self._longest = max(self._dearest, cost), max(self._longest, float(prompt + completion))
         usage.num_replies += 1
         usage.prompt_tokens += prompt
         usage.completion_tokens += completion

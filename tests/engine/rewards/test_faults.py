@@ -1,0 +1,181 @@
+"""Faults of a judge server, each at 20% and all together: runs finish, counters add up, scores stay with their captions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scripted_judge import FAULTS, ScriptedServer
+
+from balcaprl.config import EndpointConfig, RewardConfig
+from balcaprl.kernels import grouped_advantages
+from balcaprl.rewards import GroupScorer, advantage_inputs
+from balcaprl.rewards.endpoint_judge import EndpointJudge
+from balcaprl.types import Completion, Prompt, Rollout, RolloutGroup, Sample
+
+REFERENCE = "A red cup stands on a table. A small dog sleeps. The wall is white."
+KIND = {
+    "server_error": {"server_error"},
+    "overloaded": {"overloaded"},
+    "overloaded_retry_after": {"overloaded"},
+    "timeout": {"timeout"},
+    "slow_drip": {"timeout"},
+    "reset": {"connection"},
+    "truncated_json": {"not_json"},
+    "empty": {"empty"},
+    "huge": {"too_large"},
+    "content_type": {"content_type"},
+    "not_a_completion": {"schema"},
+    "wrong_schema": {"schema"},
+    "nan": {"not_json", "schema"},
+    "out_of_range": {"schema"},
+    "wrong_count": {"count", "schema"},
+    "cut_off": {"truncated"},
+    "text_not_json": {"not_json"},
+}
+"""Fault -> how it may be counted."""
+REWARD = RewardConfig.model_validate({"judge": "endpoint", "protocol": {"model": "judge"}})
+
+
+def judge_for(server, **changes):
+    settings = {
+        "timeout_s": 0.3, "retry_wait_s": 0.01, "max_retry_wait_s": 0.05, "breaker_wait_s": 0.05, "max_attempts": 8,
+        "required_share": 0.95, "grace_s": 0.2, "patience_s": 30, "cache": None, **changes,
+    }  # fmt: skip
+    return EndpointJudge(REWARD, EndpointConfig.model_validate({"servers": [{"url": server.url}], **settings}))
+
+
+def make_groups(step, num_groups=2, group_size=3):
+    groups = []
+    for i in range(num_groups):
+        image = Image.fromarray(np.full((16, 16, 3), (step * 7 + i) % 250, np.uint8))
+        prompt = Prompt(
+            Sample(f"s{step}-{i}", lambda image=image: image, REFERENCE, "?"),
+            torch.zeros(1, dtype=torch.long),
+            {},
+            None,
+            "",
+        )
+        texts = [f"A green bottle {step} {i} stands {'x' * (j + step % 5)} there." for j in range(group_size)]
+        groups.append(RolloutGroup(prompt, [Rollout(Completion([1], text, [0.0], True)) for text in texts]))
+    return groups
+
+
+def check_step(groups):
+    """What is there belongs to its caption and is right; returns how many scores are missing."""
+    missing = 0
+    for group in groups:
+        for rollout in group.rollouts:
+            text, told = rollout.completion.text, rollout.breakdown
+            words = [w for w in dict.fromkeys(text.split()) if len(w) > 2]
+            if not math.isnan(told.precision):
+                assert [a.text for a in told.assertions] == words
+                assert told.precision == sum(len(w) > 4 for w in words) / len(words)
+            if not math.isnan(told.linguistic):
+                assert told.clarity == 1 + len(text) % 5
+            missing += sum(map(math.isnan, told.rewards))
+    advantages = grouped_advantages(**advantage_inputs(groups, REWARD), group_size=len(groups[0].rollouts))
+    assert torch.isfinite(advantages).all()
+    return missing
+
+
+def run_steps(server, num_steps, **changes):
+    """Scores so many steps; returns the summed metrics and the number of missing scores."""
+    judge, totals, missing = judge_for(server, **changes), {}, 0
+    try:
+        for step in range(num_steps):
+            scorer = GroupScorer(judge, REWARD)
+            groups = make_groups(step)
+            for group in groups:
+                scorer.submit(group)
+            for name, value in scorer.finish().judge_metrics.items():
+                totals[name] = totals.get(name, 0.0) + value
+            missing += check_step(groups)
+    finally:
+        judge.close()
+    return totals, missing
+
+
+def failed(metrics):
+    return {
+        name.removeprefix("judge/failed_"): int(v) for name, v in metrics.items() if name.startswith("judge/failed_")
+    }
+
+
+def check_counters(metrics, server):
+    counted = failed(metrics)
+    assert metrics["judge/attempts"] == metrics["judge/valid"] + sum(counted.values())
+    ends = ("cached", "shared", "valid", "given_up", "cancelled")
+    assert metrics["judge/calls"] == sum(metrics[f"judge/{name}"] for name in ends)
+    # Requests that were cancelled may or may not have reached the server.
+    cancelled = counted.pop("cancelled", 0)
+    sent = metrics["judge/attempts"]
+    assert sent - cancelled <= server.counts["requests"] <= sent
+    assert server.counts["valid"] - cancelled <= metrics["judge/valid"] <= server.counts["valid"]
+    return counted, cancelled
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_at_a_fifth(fault):
+    """8 steps: all scores arrive but those that were not waited for; each fault is counted as what it is."""
+    with ScriptedServer(faults={fault: 0.2}, hang_s=1.0, seed=FAULTS.index(fault)) as server:
+        metrics, missing = run_steps(server, 8)
+        counted, cancelled = check_counters(metrics, server)
+        assert server.counts[fault] > 0
+        assert set(counted) <= KIND[fault]
+        assert server.counts[fault] - cancelled <= sum(counted.values()) <= server.counts[fault]
+        assert missing <= 0.06 * 8 * 18
+        assert not server.problems
+
+
+def test_all_faults_together_for_fifty_steps():
+    """Every kind at once, 3% each: half of all replies are faulty."""
+    faults = dict.fromkeys(FAULTS, 0.03)
+    with ScriptedServer(faults=faults, hang_s=1.0, seed=5) as server:
+        metrics, missing = run_steps(server, 50)
+        counted, cancelled = check_counters(metrics, server)
+        assert all(server.counts[fault] > 0 for fault in FAULTS)
+        injected = sum(server.counts[fault] for fault in FAULTS)
+        assert injected - cancelled <= sum(counted.values()) <= injected
+        assert set(counted) == set().union(*KIND.values())
+        assert missing <= 0.1 * 50 * 18
+
+
+def test_a_fifth_of_each_fault_all_at_once_still_ends():
+    """Each kind drawn at 20% one after the other: 98% of the replies are faulty. Steps go on with what there is."""
+    share, faults = 1.0, {}
+    for fault in FAULTS:
+        faults[fault] = 0.2 * share
+        share *= 0.8
+    with ScriptedServer(faults=faults, hang_s=0.3, seed=6) as server:
+        metrics, missing = run_steps(server, 2, required_share=0.3, timeout_s=0.15, breaker_wait_s=0.02, grace_s=0.0)
+        check_counters(metrics, server)
+        assert missing < 0.7 * 2 * 18
+
+
+def test_no_reply_is_read_beyond_its_bound():
+    """A server that never stops talking: memory stays where it was."""
+    import psutil
+    from aiohttp import web
+
+    class Endless(ScriptedServer):
+        async def _respond(self, request):
+            response = web.StreamResponse(headers={"Content-Type": "application/json"})
+            await response.prepare(request)
+            try:
+                for _ in range(3000):
+                    await response.write(b"[" * 65536)
+            except ConnectionError:
+                self.counts["hung_up"] += 1
+            return response
+
+    with Endless() as server:
+        judge = judge_for(server, required_share=0.9, patience_s=1, max_attempts=2, timeout_s=20)
+        before = psutil.Process().memory_info().rss
+        with pytest.raises(RuntimeError, match="patience"):
+            judge.score(make_groups(0)[0].prompt.sample, ["A cup."])
+        metrics = judge.take_metrics()
+        judge.close()
+        assert metrics["judge/failed_too_large"] > 0
+        assert psutil.Process().memory_info().rss - before < 100 << 20
