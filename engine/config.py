@@ -31,9 +31,15 @@ class ModelConfig(_Section):
     device: str = "auto"
     """``auto`` takes the first CUDA device, else the CPU."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """transformers' attention implementation."""
+    """transformers' attention implementation, for what does not run on groups that share their prompt."""
     freeze_vision: bool = False
-    """Keep the image tower fixed."""
+    """Keep the image tower fixed. It then runs once per batch of rollouts, for policy, reference and later epochs."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of layers in the forward of an update, and compute the rest again in its backward."""
+    autocast: bool = False
+    """Compute the update's matrix products in bfloat16, whatever ``dtype`` weights and optimiser have."""
+    compile: bool = False
+    """Compile the decoder layers with ``torch.compile``."""
 
 
 class DataConfig(_Section):
@@ -328,8 +334,13 @@ class OptimConfig(_Section):
     epochs_per_batch: int = Field(1, ge=1)
     """Updates made from one batch of rollouts."""
     accumulation_steps: int = Field(1, ge=1)
-    """Parts, of completions of similar length, into which a batch is split: saves memory and padding, and does not change
-    the result."""
+    """Parts into which a batch is split, where it has so many groups: saves memory, and does not change the result."""
+    token_budget: int | None = Field(None, ge=1)
+    """Most tokens that go through the model at once, padding included; a batch is split further until its parts fit. A group
+    stays whole unless it alone is larger: then its prompt goes through once for each piece (``num_split_groups``)."""
+    prompt_sharing: Literal["auto", "shared", "repeated"] = "auto"
+    """``shared``: a group's prompt and images go through the model once. ``repeated``: the prompt once per completion, padded.
+    ``auto``: shared wherever the model can and it saves tokens. The result is the same."""
 
 
 class EvaluationConfig(_Section):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,11 +21,11 @@ from balcaprl.config import TrainConfig
 from balcaprl.data import Dataset, load_dataset
 from balcaprl.evaluation import Evaluation, evaluate_captions
 from balcaprl.evaluation.b_capscore import summarise
-from balcaprl.kernels import grouped_advantages, policy_loss
+from balcaprl.kernels import grouped_advantages
 from balcaprl.metrics import PhaseTimer, ProgressLine, RunLog, memory_metrics, nanmean, save_eval_image
 from balcaprl.optim import PolicyOptimizer
 from balcaprl.pipeline import RolloutPipeline, SampledStep
-from balcaprl.policy import Group, Policy
+from balcaprl.policy import Policy
 from balcaprl.prompts import PromptStream, room_for_prompt
 from balcaprl.report import write_report
 from balcaprl.rewards import (
@@ -44,27 +42,14 @@ from balcaprl.rewards.columns import reward_of
 from balcaprl.rollout import Sampler, make_sampler
 from balcaprl.summary import write_summary
 from balcaprl.telemetry import SamplingAlarm, SamplingGap, device_metrics, speed_metrics, sync_metrics
-from balcaprl.types import Prompt, RewardBreakdown, Rollout, RolloutGroup
+from balcaprl.types import Prompt, RewardBreakdown, RolloutGroup
+from balcaprl.update import PolicyUpdate, Reference, WithoutAdapter
 
 logger = logging.getLogger(__name__)
 
 NUM_REPORT_IMAGES = 12
-_MEANS = ("clip_fraction", "ratio_mean", "kl", "sampling_kl")
-LOSS_METRICS = ("loss", *_MEANS, "ratio_max")
 # A resumed run may differ from its start in these alone.
 _FREE_FIELDS = ("output_dir", "steps", "threads", "checkpoint", "logging", "evaluation", "endpoint")
-
-
-@dataclass
-class UpdatePart:
-    """One part of a batch, packed, with its slice of everything the loss needs."""
-
-    packed: Any
-    advantages: torch.Tensor
-    sampling_logprobs: torch.Tensor
-    num_tokens: int
-    old_logprobs: torch.Tensor | None = None
-    reference_logprobs: torch.Tensor | None = None
 
 
 class Trainer:
@@ -97,7 +82,6 @@ class Trainer:
             run_dir=config.output_dir,
         )
         self.policy = policy or load_policy(config, checkpoint)
-        self.reference = load_policy(config, None) if config.loss.kl_coef > 0 else None
         self.stream = PromptStream(
             self.dataset.train_stream(seed=config.seed),
             self.policy.prepare,
@@ -113,6 +97,8 @@ class Trainer:
         self._eval_prompts: list[Prompt] | None = None
         self.sampler.policy_version = self.policy_version
         self.gap, self.alarm = SamplingGap(), SamplingAlarm(config.rollout.sampling_kl_limit)
+        reference = make_reference(config, self.policy)
+        self.update = PolicyUpdate(self.policy, self.optimizer, config, reference, self.gap.add)
         self.pipeline = RolloutPipeline(
             config.rollout,
             self.sampler,
@@ -176,16 +162,7 @@ class Trainer:
     def update_policy(self, groups: list[RolloutGroup]) -> dict[str, float]:
         """``epochs_per_batch`` updates from one batch of rollouts; returns the loss metrics of the last."""
         with self.timer("update"):
-            parts = self.pack_parts(groups)
-            epochs = self.config.optim.epochs_per_batch
-            if not parts:  # nothing to learn from: an update would only follow old momentum
-                unknown = dict.fromkeys((*LOSS_METRICS, "grad_norm", "lr"), math.nan)
-                return {**unknown, "num_skipped_updates": float(epochs), "num_nonfinite_updates": 0.0}
-            normalizer = self._normalizer(groups)
-            updates = [self._accumulate(parts, normalizer) | self.optimizer.step() for _ in range(epochs)]
-            num_nonfinite = sum(update["num_nonfinite_updates"] for update in updates)
-            counts = {"num_skipped_updates": 0.0, "num_nonfinite_updates": num_nonfinite}
-            return {**updates[-1], **counts, **self.gap.take_metrics()}
+            return {**self.update.run(groups), **self.gap.take_metrics()}
 
     def sync_weights(self) -> None:
         """Give the sampler the new weights."""
@@ -228,84 +205,6 @@ class Trainer:
         self.log.log_step(self.step, metrics)
         self.log.log_completions(self.step, groups)
         self.progress.update(self.step, metrics)
-
-    # ------------------------------------------------------------------------------------------------ the update
-
-    def pack_parts(self, groups: list[RolloutGroup]) -> list[UpdatePart]:
-        """The batch in ``accumulation_steps`` parts of rollouts of similar length, so that little of a part is padding.
-
-        Rollouts that carry no gradient are left out: empty ones, and, unless the divergence term is on, those whose advantage
-        is exactly 0. Their tokens still count in the global denominator.
-        """
-        chosen = [
-            (len(rollout.completion.token_ids), index, place)
-            for index, group in enumerate(groups)
-            for place, rollout in enumerate(group.rollouts)
-            if rollout.completion.token_ids and (self.reference is not None or rollout.advantage != 0.0)
-        ]
-        count = min(self.config.optim.accumulation_steps, len(chosen))
-        parts = np.array_split(np.array(sorted(chosen)), count) if count else []
-        return [self._pack(groups, sorted((int(i), int(j)) for _, i, j in part)) for part in parts]
-
-    def _pack(self, groups: list[RolloutGroup], places: Sequence[tuple[int, int]]) -> UpdatePart:
-        """One part: the rollouts at the given (group, place), in order."""
-        device = self.policy.device
-        by_group = [
-            (i, [groups[i].rollouts[j] for _, j in each]) for i, each in itertools.groupby(places, lambda p: p[0])
-        ]
-        rollouts = [rollout for _, each in by_group for rollout in each]
-        sampling = [value for rollout in rollouts for value in rollout.completion.sampling_logprobs]
-        return UpdatePart(
-            packed=self.policy.pack([to_policy_group(groups[i].prompt, each) for i, each in by_group]),
-            advantages=torch.tensor([rollout.advantage for rollout in rollouts], dtype=torch.float32, device=device),
-            sampling_logprobs=torch.tensor(sampling, dtype=torch.float32, device=device),
-            num_tokens=len(sampling),
-        )
-
-    def _accumulate(self, parts: list[UpdatePart], normalizer: float) -> dict[str, float]:
-        """Gradients of all parts; returns the loss and the token-weighted means of its metrics."""
-        loss_config, several = self.config.loss, self.config.optim.epochs_per_batch > 1
-        temperature = self.config.rollout.sampling.temperature
-        totals: dict[str, float] = {}
-        num_tokens = sum(part.num_tokens for part in parts)
-        for part in parts:
-            logprobs = self.policy.logprobs(part.packed, temperature=temperature)
-            if part.old_logprobs is None:
-                self.gap.add(logprobs, part.sampling_logprobs)
-                part.old_logprobs = logprobs.detach() if several else None
-            if self.reference is not None and part.reference_logprobs is None:
-                with torch.no_grad():
-                    part.reference_logprobs = self.reference.logprobs(part.packed, temperature=temperature)
-            result = policy_loss(
-                logprobs,
-                part.old_logprobs,
-                part.advantages,
-                part.packed.cu_seqlens,
-                clip_low=loss_config.clip_low,
-                clip_high=loss_config.clip_high,
-                sampling_logprobs=part.sampling_logprobs,
-                sampling_ratio_cap=loss_config.sampling_ratio_cap,
-                reference_logprobs=part.reference_logprobs,
-                kl_coef=loss_config.kl_coef,
-                reduction=loss_config.reduction,
-                normalizer=normalizer,
-            )
-            result.loss.backward()
-            share = part.num_tokens / num_tokens
-            totals["loss"] = totals.get("loss", 0.0) + result.loss.item()
-            for name in _MEANS:
-                totals[name] = totals.get(name, 0.0) + share * getattr(result, name).item()
-            totals["ratio_max"] = max(totals.get("ratio_max", 0.0), result.ratio_max.item())
-        return totals
-
-    def _normalizer(self, groups: list[RolloutGroup]) -> float:
-        """The global denominator of the loss, the same however the batch is split."""
-        lengths = [len(r.completion.token_ids) for g in groups for r in g.rollouts]
-        if self.config.loss.reduction == "token-mean":
-            return float(max(1, sum(lengths)))
-        if self.config.loss.reduction == "sequence-mean":
-            return float(len(lengths))
-        return float(len(lengths) * self.config.rollout.sampling.max_completion_tokens)
 
     # ------------------------------------------------------------------------------------------------ evaluation
 
@@ -458,13 +357,20 @@ def load_policy(config: TrainConfig, checkpoint: Path | None) -> Policy:
     from balcaprl.assets import demo_model_path
 
     path = checkpoint or (demo_model_path() if config.model.path == "demo" else config.model.path)
-    return Policy.from_pretrained(
+    policy = Policy.from_pretrained(
         path,
         dtype=config.model.dtype,
         device=config.model.device,
         attention=config.model.attention,
         freeze_vision=config.model.freeze_vision,
     )
+    if config.model.autocast:
+        policy.autocast_dtype = torch.bfloat16
+    if config.model.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    if config.model.compile:
+        policy.compile_layers()
+    return policy
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -472,10 +378,16 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) & 0x7FFFFFFF
 
 
-def to_policy_group(prompt: Prompt, rollouts: Sequence[Rollout]) -> Group:
-    """What the policy needs of some rollouts of one prompt."""
-    completions = [torch.tensor(r.completion.token_ids, dtype=torch.long) for r in rollouts]
-    return Group(prompt.prompt_ids, completions, prompt.image_inputs)
+def make_reference(config: TrainConfig, policy: Policy) -> Reference | None:
+    """What the divergence is measured from, if it is: the policy without its adapters, or a frozen copy of its start."""
+    if not config.loss.kl_coef:
+        return None
+    if hasattr(policy.model, "disable_adapter"):
+        return WithoutAdapter(policy)
+    reference = load_policy(config, None)
+    if config.model.freeze_vision:
+        reference.share_frozen_tower(policy)
+    return reference
 
 
 def refuse_changed_config(saved: dict[str, Any], current: dict[str, Any]) -> None:

@@ -1,0 +1,242 @@
+"""From scored rollouts to gradients: choose, cut into parts, pack, run, add up.
+
+A prompt goes through the model once per group and part, its images once; hidden states are taken where a completion token
+is predicted, and go to the loss without logits. The loss divides by a global denominator: neither the cut nor what is left
+out changes the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import torch
+from torch import Tensor
+
+from balcaprl.config import TrainConfig
+from balcaprl.kernels import PolicyLoss, linear_policy_loss
+from balcaprl.optim import PolicyOptimizer
+from balcaprl.policy import Group, PackedBatch, Policy
+from balcaprl.policy.parts import GroupLengths, Plan, plan_repeated, plan_shared
+from balcaprl.policy.policy import Sharing
+from balcaprl.types import Prompt, Rollout, RolloutGroup
+
+_MEANS = ("clip_fraction", "ratio_mean", "kl", "sampling_kl")
+LOSS_METRICS = ("loss", *_MEANS, "ratio_max")
+
+
+class Reference(Protocol):
+    """The frozen policy that the divergence is measured from."""
+
+    def logprobs(self, packed: PackedBatch, temperature: float = 1.0) -> Tensor:
+        """As ``Policy.logprobs``."""
+        ...
+
+
+class WithoutAdapter:
+    """The ``Reference`` of a policy that trains adapters alone: itself without them."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def logprobs(self, packed: PackedBatch, temperature: float = 1.0) -> Tensor:
+        """See ``Reference``."""
+        with self._policy.adapter_disabled():
+            return self._policy.logprobs(packed, temperature)
+
+
+@dataclass
+class UpdatePart:
+    """One part of a batch, packed, with its slice of everything the loss needs."""
+
+    packed: PackedBatch
+    advantages: Tensor
+    sampling_logprobs: Tensor
+    num_tokens: int
+    old_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+
+
+class PolicyUpdate:
+    """Updates a policy from batches of scored rollouts.
+
+    Args:
+        policy: What is trained.
+        optimizer: Of its parameters.
+        config: The run's; ``loss``, ``optim`` and the sampling temperature count.
+        reference: What the divergence is measured from, if it is.
+        on_first_logprobs: Called with the log-probabilities (T,) of each part's first forward, and the sampler's (T,).
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        optimizer: PolicyOptimizer,
+        config: TrainConfig,
+        reference: Reference | None = None,
+        on_first_logprobs: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> None:
+        self.policy, self.optimizer, self.config = policy, optimizer, config
+        self.reference, self._on_first_logprobs = reference, on_first_logprobs
+
+    def run(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """``epochs_per_batch`` updates from one batch; the metrics of the last, and of the batch."""
+        peak = PeakMemory(self.policy.device)
+        parts, batch_metrics = self.pack_parts(groups)
+        epochs = self.config.optim.epochs_per_batch
+        if not parts:  # nothing to learn from: an update would only follow old momentum
+            unknown = dict.fromkeys((*LOSS_METRICS, "grad_norm", "lr"), math.nan)
+            return {**unknown, "num_skipped_updates": float(epochs), "num_nonfinite_updates": 0.0}
+        normalizer = self._normalizer(groups)
+        updates = [self._accumulate(parts, normalizer) | self.optimizer.step() for _ in range(epochs)]
+        num_nonfinite = sum(update["num_nonfinite_updates"] for update in updates)
+        counts = {"num_skipped_updates": 0.0, "num_nonfinite_updates": num_nonfinite}
+        return {**updates[-1], **counts, **batch_metrics, "memory/update_peak_gib": peak.gib()}
+
+    def pack_parts(self, groups: Sequence[RolloutGroup]) -> tuple[list[UpdatePart], dict[str, float]]:
+        """The batch in parts, and what they say of it: how many, and the tokens that go through the model.
+
+        Rollouts that carry no gradient are left out: empty ones, and, unless the divergence term is on, those whose advantage
+        is exactly 0. Their tokens still count in the global denominator.
+        """
+        plan, sharing = self._plan(groups)
+        parts = [self._pack(groups, members, sharing) for members in plan.parts]
+        metrics = {
+            "num_parts": float(len(parts)),
+            "num_split_groups": float(plan.num_split_groups),
+            "shared_prompts": float(sharing == "shared"),
+            "forward_tokens": float(sum(part.packed.num_forward_tokens for part in parts)),
+        }
+        return parts, metrics
+
+    def _plan(self, groups: Sequence[RolloutGroup]) -> tuple[Plan, Sharing]:
+        """How the batch is cut, and in which layout its parts are packed."""
+        settings = self.config.optim
+        lengths = [
+            GroupLengths(
+                prompt=len(group.prompt.prompt_ids),
+                completions={
+                    place: len(rollout.completion.token_ids)
+                    for place, rollout in enumerate(group.rollouts)
+                    if rollout.completion.token_ids and (self.reference is not None or rollout.advantage != 0.0)
+                },
+                name=group.prompt.sample.sample_id,
+            )
+            for group in groups
+        ]
+        shares = self.policy.shares_prompts(
+            [each.prompt for each in lengths],
+            [list(each.completions.values()) for each in lengths],
+            settings.prompt_sharing,
+        )
+        cut = plan_shared if shares else plan_repeated
+        return cut(lengths, settings.accumulation_steps, settings.token_budget), "shared" if shares else "repeated"
+
+    def _pack(
+        self, groups: Sequence[RolloutGroup], members: Sequence[tuple[int, list[int]]], sharing: Sharing
+    ) -> UpdatePart:
+        """One part: the rollouts at the given (group, places), in order."""
+        device = self.policy.device
+        by_group = [(groups[i].prompt, [groups[i].rollouts[j] for j in places]) for i, places in members]
+        rollouts = [rollout for _, each in by_group for rollout in each]
+        sampling = [value for rollout in rollouts for value in rollout.completion.sampling_logprobs]
+        return UpdatePart(
+            packed=self.policy.pack([to_policy_group(prompt, each) for prompt, each in by_group], sharing),
+            advantages=torch.tensor([rollout.advantage for rollout in rollouts], dtype=torch.float32, device=device),
+            sampling_logprobs=torch.tensor(sampling, dtype=torch.float32, device=device),
+            num_tokens=len(sampling),
+        )
+
+    def _accumulate(self, parts: list[UpdatePart], normalizer: float) -> dict[str, float]:
+        """Gradients of all parts; returns the loss and the token-weighted means of its metrics."""
+        totals: dict[str, float] = {}
+        num_tokens = sum(part.num_tokens for part in parts)
+        for part in parts:
+            result = self._loss(part, normalizer)
+            result.loss.backward()
+            share = part.num_tokens / num_tokens
+            totals["loss"] = totals.get("loss", 0.0) + result.loss.item()
+            for name in _MEANS:
+                totals[name] = totals.get(name, 0.0) + share * getattr(result, name).item()
+            totals["ratio_max"] = max(totals.get("ratio_max", 0.0), result.ratio_max.item())
+        return totals
+
+    def _loss(self, part: UpdatePart, normalizer: float) -> PolicyLoss:
+        """The loss of one part; its first forward leaves behind what later epochs need."""
+        settings, temperature = self.config.loss, self.config.rollout.sampling.temperature
+        if self.reference is not None and part.reference_logprobs is None:
+            with torch.no_grad():
+                part.reference_logprobs = self.reference.logprobs(part.packed, temperature)
+        is_first = part.old_logprobs is None
+        logprobs = torch.empty_like(part.sampling_logprobs)
+        hidden = self.policy.hidden_states(part.packed)
+        with self.policy.autocast():
+            result = linear_policy_loss(
+                hidden,
+                self.policy.lm_head_weight,
+                part.packed.targets,
+                part.old_logprobs,
+                part.advantages,
+                part.packed.cu_seqlens,
+                clip_low=settings.clip_low,
+                clip_high=settings.clip_high,
+                sampling_logprobs=part.sampling_logprobs,
+                sampling_ratio_cap=settings.sampling_ratio_cap,
+                reference_logprobs=part.reference_logprobs,
+                kl_coef=settings.kl_coef,
+                reduction=settings.reduction,
+                normalizer=normalizer,
+                temperature=temperature,
+                logprobs_out=logprobs,
+            )
+        if is_first and self._on_first_logprobs is not None:
+            self._on_first_logprobs(logprobs, part.sampling_logprobs)
+        if is_first and self.config.optim.epochs_per_batch > 1:
+            part.old_logprobs = logprobs
+        return result
+
+    def _normalizer(self, groups: Sequence[RolloutGroup]) -> float:
+        """The global denominator of the loss, the same however the batch is split."""
+        lengths = [len(r.completion.token_ids) for g in groups for r in g.rollouts]
+        if self.config.loss.reduction == "token-mean":
+            return float(max(1, sum(lengths)))
+        if self.config.loss.reduction == "sequence-mean":
+            return float(len(lengths))
+        return float(len(lengths) * self.config.rollout.sampling.max_completion_tokens)
+
+
+def to_policy_group(prompt: Prompt, rollouts: Sequence[Rollout]) -> Group:
+    """What the policy needs of some rollouts of one prompt."""
+    completions = [torch.tensor(r.completion.token_ids, dtype=torch.long) for r in rollouts]
+    return Group(prompt.prompt_ids, completions, prompt.image_inputs, prompt.sample.sample_id)
+
+
+class PeakMemory:
+    """The most memory in use since it was made: of PyTorch's allocator on CUDA, else of this process.
+
+    Linux keeps the peak of a process, and forgets it when asked; elsewhere the present memory stands for it.
+    """
+
+    _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            with suppress(OSError):
+                self._CLEAR.write_text("5")
+
+    def gib(self) -> float:
+        """In GiB."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 2**30
+        with suppress(OSError, StopIteration):
+            line = next(x for x in self._STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
+            return int(line.split()[1]) / 2**20
+        return psutil.Process().memory_info().rss / 2**30
