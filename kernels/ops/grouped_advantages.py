@@ -36,11 +36,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from balcaprl.kernels import native
+from balcaprl.kernels import launch, native
 from balcaprl.kernels.checks import check_choice, check_impl, check_number, check_tensor
 
 METHODS = ("c-gdpo", "gdpo", "grpo")
-IMPLS = ("reference", "native")
+IMPLS = ("reference", "native", "triton")
 
 # Beyond these a weighted sum may leave the range of float64, or an advantage that of float32.
 _MAX_REWARD = 1e150
@@ -52,6 +52,7 @@ _VALUE_ERRORS = {
     native.BAD_REFERENCE_LENGTHS: "reference_lengths: expected finite numbers > 0",
 }
 _ROUNDING = 64
+_MAX_TRITON_GROUP = 512  # a group lies in one tile
 _LENGTH_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 
@@ -81,7 +82,8 @@ def grouped_advantages(
         length_bounds: lowest and highest length ratio at which that reward counts; the highest may be infinite.
         method: ``c-gdpo``, ``gdpo`` or ``grpo``.
         eps: added to each standard deviation, >= 0.
-        impl: ``native`` (CPU), ``reference`` or ``auto``.
+        impl: ``native`` (CPU), ``triton`` (CUDA; CPU under Triton's interpreter; groups of at most 512), ``reference`` or
+            ``auto``.
 
     Returns:
         (R,) float32 on the device of ``rewards``, without gradient. The same input gives the same bits; for ``c-gdpo``
@@ -104,6 +106,10 @@ def grouped_advantages(
         raise ValueError(f"group_size: {group_size} does not divide the {num_rollouts} rollouts")
     if impl == "native" and rewards.device.type != "cpu":
         raise ValueError(f"impl: 'native' runs on the CPU, rewards are on {rewards.device}")
+    if impl == "triton":
+        launch.check_triton(rewards.device)
+        if group_size > _MAX_TRITON_GROUP:
+            raise ValueError(f"group_size: impl='triton' takes at most {_MAX_TRITON_GROUP}, got {group_size}")
     column = _check_mask(rewards, lengths, reference_lengths, masked_reward)
     low, high = _check_bounds(length_bounds)
     return _grouped_advantages_op(
@@ -251,10 +257,12 @@ def _grouped_advantages_impl(
 ):
     """Chooses the implementation and checks values, out of sight of the tracer."""
     if impl == "auto":
-        impl = _choose(rewards)
+        impl = _choose(rewards, group_size)
     mask = (lengths, reference_lengths, masked_reward, (length_low, length_high))
     if impl == "native":
         return _grouped_advantages_native(rewards, group_size, weights, *mask, method, eps)
+    if impl == "triton":
+        return _grouped_advantages_triton(rewards, group_size, weights, mask, method, eps)
     _check_values(rewards, weights, lengths, reference_lengths)
     return grouped_advantages_reference(
         rewards.double(),
@@ -277,8 +285,10 @@ def _grouped_advantages_fake(rewards, *_):
 _grouped_advantages_op = torch.ops.balcaprl.grouped_advantages.default
 
 
-def _choose(rewards: Tensor) -> str:
+def _choose(rewards: Tensor, group_size: int) -> str:
     """The fastest implementation that can run."""
+    if rewards.device.type == "cuda" and launch.has_triton() and group_size <= _MAX_TRITON_GROUP:
+        return "triton"
     if rewards.device.type != "cpu":
         return "reference"
     if native.is_available():
@@ -338,4 +348,25 @@ def _grouped_advantages_native(
         raise MemoryError(f"grouped_advantages: no memory for {rewards.shape[0]} rollouts")
     if status != native.OK:
         raise ValueError(_VALUE_ERRORS[status])
+    return advantages
+
+
+def _grouped_advantages_triton(
+    rewards: Tensor,
+    group_size: int,
+    weights: Tensor | None,
+    mask: tuple[Tensor | None, Tensor | None, int | None, tuple[float, float]],
+    method: str,
+    eps: float,
+) -> Tensor:
+    """``triton_grouped_advantages.py``: one launch, and one number read back that says whether the values are allowed."""
+    from balcaprl.kernels import triton_grouped_advantages
+
+    rounding = _ROUNDING * torch.finfo(torch.float64).eps
+    advantages, bad = triton_grouped_advantages.grouped_advantages(
+        rewards, group_size, weights, mask, method, eps, rounding
+    )
+    for bit, status in enumerate(_VALUE_ERRORS):
+        if bad >> bit & 1:
+            raise ValueError(_VALUE_ERRORS[status])
     return advantages

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balcaprl.kernels import native
+from balcaprl.kernels import launch, native
 from balcaprl.kernels.checks import check_impl, check_tensor
 from balcaprl.kernels.token_loss import (
     LOSS_SCHEMA,
@@ -50,7 +50,7 @@ from balcaprl.kernels.token_loss import (
     token_terms,
 )
 
-IMPLS = ("reference", "native")
+IMPLS = ("reference", "native", "triton")
 
 
 def policy_loss(
@@ -86,7 +86,8 @@ def policy_loss(
         kl_coef: >= 0; above 0 it needs ``reference_logprobs``. At 0 the divergence is measured only.
         reduction: ``token-mean``, ``sequence-mean`` or ``constant``.
         normalizer: > 0, the global denominator; see the table.
-        impl: ``native`` (CPU, float32 and below), ``reference`` or ``auto``.
+        impl: ``native`` (CPU), ``triton`` (CUDA; CPU under Triton's interpreter), both for float32 and below,
+            ``reference`` or ``auto``.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device, range, or a value that is not finite; the message
@@ -110,13 +111,21 @@ def policy_loss(
     check_impl("policy_loss", impl, IMPLS)
     if impl == "native" and (logprobs.device.type != "cpu" or logprobs.dtype == torch.float64):
         raise ValueError(f"impl: 'native' is for CPU tensors below float64, got {logprobs.dtype} on {logprobs.device}")
+    if impl == "triton":
+        launch.check_triton(logprobs.device)
+        if logprobs.dtype == torch.float64:
+            raise ValueError("impl: 'triton' is for tensors below float64, got torch.float64; use 'reference'")
     loss, metrics, _ = _policy_loss_op(logprobs, *arguments.plain(), impl)
     return arguments.result(loss, metrics)
 
 
 def _choose(logprobs: Tensor) -> str:
     """The fastest implementation that can run."""
-    if logprobs.device.type != "cpu" or logprobs.dtype == torch.float64:
+    if logprobs.dtype == torch.float64:
+        return "reference"
+    if logprobs.device.type == "cuda" and launch.has_triton():
+        return "triton"
+    if logprobs.device.type != "cpu":
         return "reference"
     if native.is_available():
         return "native"

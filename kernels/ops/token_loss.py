@@ -277,10 +277,14 @@ def token_loss(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings, im
         logprobs_T: (T,) in the dtype of ``batch``, contiguous, finite.
         batch: as ``token_batch`` gives it.
         settings: see ``policy_loss``.
-        impl: resolved: not ``auto``. ``native`` knows float32.
+        impl: resolved: not ``auto``. ``native`` knows float32; ``triton`` takes the reference for float64.
     """
     if impl == "native":
         return _token_loss_native(logprobs_T, batch, settings)
+    if impl == "triton" and logprobs_T.dtype == torch.float32:
+        from balcaprl.kernels import triton_token_loss
+
+        return triton_token_loss.token_loss(logprobs_T, batch, settings)
     with torch.no_grad():
         tokens = token_terms(logprobs_T, batch, settings)
         losses_T = token_losses(tokens, batch, settings)

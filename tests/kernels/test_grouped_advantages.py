@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from balcaprl.kernels import grouped_advantages, native
-from balcaprl.kernels.grouped_advantages import METHODS, grouped_advantages_reference
+from balcaprl.kernels import grouped_advantages, launch, native
+from balcaprl.kernels.grouped_advantages import _MAX_TRITON_GROUP, METHODS, grouped_advantages_reference
 from balcaprl.kernels.testing import assert_as_accurate
 
 NAN = math.nan
-IMPLS = ("reference", "native")
+IMPLS = ("reference", "native", pytest.param("triton", marks=pytest.mark.interpreter))
 
 
 @pytest.fixture(params=IMPLS)
@@ -266,6 +266,19 @@ def test_an_outlier_does_not_take_the_digits_of_the_others(impl: str, outlier: i
     torch.testing.assert_close(actual.double(), exact, rtol=1e-7, atol=0)
 
 
+@pytest.mark.interpreter
+def test_triton_agrees_with_the_float64_reference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for index in range(200):
+        dtype = (torch.float32, torch.float64)[index % 2]
+        rewards, group_size, arguments = random_case(generator, dtype)
+        exact = grouped_advantages_reference(rewards.double(), group_size, **arguments)
+        actual = grouped_advantages(rewards, group_size, impl="triton", **arguments)
+        weights = arguments["weights"]
+        terms = 3.0 * (1.0 if weights is None else float(weights.abs().sum()) + 1.0)
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-6, atol=1e-12 * terms)
+
+
 def test_comparison_rule_holds_for_native(impl: str) -> None:
     rewards = torch.rand(64, 3, generator=torch.Generator().manual_seed(3))
     exact = grouped_advantages_reference(rewards.double(), 8)
@@ -373,9 +386,26 @@ def test_bad_value_is_named(impl: str, argument: str, changed: dict) -> None:
         grouped_advantages(arguments.pop("rewards"), 2, **arguments, impl=impl)
 
 
-def test_triton_is_refused_with_the_list_of_impls() -> None:
-    with pytest.raises(ValueError, match=r"impl: grouped_advantages has 'auto', 'reference', 'native'; got 'triton'"):
+def test_unknown_impl_is_refused_with_the_list_of_impls() -> None:
+    with pytest.raises(ValueError, match=r"impl: grouped_advantages has 'auto', 'reference', 'native', 'triton'; got"):
+        grouped_advantages(R4, 2, impl="cuda")
+
+
+def test_triton_refuses_cpu_tensors_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"^impl: "):
         grouped_advantages(R4, 2, impl="triton")
+
+
+@pytest.mark.interpreter
+def test_triton_refuses_a_group_that_does_not_fit_a_tile() -> None:
+    table = launch.TABLES["_grouped_advantages_kernel"]
+    assert {row.blocks["BLOCK_VALUES"] for row in table.values()} == {_MAX_TRITON_GROUP}
+    with pytest.raises(ValueError, match=r"^group_size: .* at most 512"):
+        grouped_advantages(torch.rand(1024, 1), 1024, impl="triton")
+    rewards = torch.rand(500, 2, generator=torch.Generator().manual_seed(2))
+    expected = grouped_advantages(rewards, 500, impl="reference")
+    torch.testing.assert_close(grouped_advantages(rewards, 500, impl="triton"), expected)
 
 
 # Registration.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from balcaprl.kernels import PolicyLoss, native, policy_loss
+from balcaprl.kernels import PolicyLoss, launch, native, policy_loss
 from balcaprl.kernels.policy_loss import policy_loss_reference
 from balcaprl.kernels.testing import assert_as_accurate
 from balcaprl.kernels.token_loss import REDUCTIONS
@@ -171,6 +171,33 @@ def test_native_is_as_accurate_as_the_reference(dtype: torch.dtype, level: int) 
         library.balcaprl_set_simd_level(-1)
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_is_as_accurate_as_the_reference(dtype: torch.dtype) -> None:
+    """48 ragged shapes, of one tile and of several, partial sums in one tile and in several."""
+    with launch.overridden("_token_loss_kernel", BLOCK_T=32), launch.overridden("_token_sums_kernel", BLOCK_P=4):
+        for seed in range(48):
+            generator = torch.Generator().manual_seed(seed)
+            num_rollouts = int(torch.randint(1, 8, (), generator=generator))
+            longest = (2, 9, 40, 90)[seed % 4]
+            lengths = tuple(torch.randint(0, longest, (num_rollouts,), generator=generator).tolist())
+            compare_with_the_reference("triton", dtype, lengths, seed)
+
+
+@pytest.mark.interpreter
+def test_triton_on_policy_same_bits_and_bad_input() -> None:
+    data = batch(torch.float32, (300, 0, 1200))
+    del data["old_logprobs"]
+    first, second = (policy_loss(**data, old_logprobs=None, **FULL, impl="triton") for _ in range(2))
+    assert torch.equal(torch.stack(first), torch.stack(second))
+    expected = policy_loss(**data, old_logprobs=None, **FULL, impl="reference")
+    torch.testing.assert_close(torch.stack(first), torch.stack(expected))
+    with pytest.raises(ValueError, match=r"^logprobs: "):
+        policy_loss(**{**data, "logprobs": data["logprobs"] * math.nan}, old_logprobs=None, impl="triton")
+    with pytest.raises(ValueError, match=r"^impl: .*float64"):
+        policy_loss(**batch(), impl="triton")
+
+
 @needs_native
 @pytest.mark.parametrize("num_tokens", [1, 15, 17, 8191, 8193, 40_000])
 def test_native_gives_the_same_bits_at_any_thread_count(num_tokens: int) -> None:
@@ -203,13 +230,16 @@ def test_native_takes_strided_and_mixed_inputs() -> None:
 
 @pytest.mark.parametrize("difference", [-800.0, -100.0, 88.5, 100.0, 800.0])
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
-def test_overflow_gives_infinities_in_the_same_places_and_no_nan(difference: float, advantage: float) -> None:
+@pytest.mark.parametrize("impl", ["auto", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_overflow_gives_infinities_in_the_same_places_and_no_nan(
+    impl: str, difference: float, advantage: float
+) -> None:
     logprobs = torch.tensor([-1.0, -1.0]).requires_grad_()
     other = torch.tensor([-1.0 - difference, -1.0])
     arguments = {"advantages": torch.full((2,), advantage), "cu_seqlens": offsets((1, 1)), "kl_coef": 0.5}
     results = []
-    for impl in ("auto", "reference"):
-        result = policy_loss(logprobs, other, reference_logprobs=other, **arguments, impl=impl)
+    for each in (impl, "reference"):
+        result = policy_loss(logprobs, other, reference_logprobs=other, **arguments, impl=each)
         results.append([*result[:-1], *torch.autograd.grad(result.loss, logprobs)])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
