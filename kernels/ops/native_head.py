@@ -69,11 +69,8 @@ class HeadGradients(NamedTuple):
 
 
 def chunk_size(num_tokens: int, vocabulary: int, itemsize: int) -> int:
-    """Tokens whose logits are held at once: at least one, else within ``_LOGITS_BYTES``.
-
-    Chunks are about equal, and whole filter blocks where they are longer than one.
-    """
-    most = max(1, min(_CHUNK_TOKENS, _LOGITS_BYTES // max(1, vocabulary * itemsize)))
+    """Tokens whose logits are computed at once. Chunks are about equal, and whole filter blocks if longer than one."""
+    most = _capacity(vocabulary, itemsize)
     if most > FILTER_BLOCK:
         most -= most % FILTER_BLOCK
     num_chunks = max(1, -(-num_tokens // most))
@@ -83,11 +80,16 @@ def chunk_size(num_tokens: int, vocabulary: int, itemsize: int) -> int:
     return max(1, min(size, num_tokens))
 
 
+def _capacity(vocabulary: int, itemsize: int) -> int:
+    """Tokens whose logits the buffer holds: at least one, else within ``_LOGITS_BYTES``."""
+    return max(1, min(_CHUNK_TOKENS, _LOGITS_BYTES // max(1, vocabulary * itemsize)))
+
+
 def logprobs_and_entropy(head: Head) -> tuple[SoftmaxRows, Tensor]:
     """The forward alone: the rows, and the (T,) float32 entropies."""
     num_tokens = head.hidden.shape[0]
     rows, entropy = SoftmaxRows.empty(num_tokens), torch.empty(num_tokens)
-    for chunk, logits in _logits_of_chunks(head):
+    for chunk, logits in _logits_of_chunks(head, _Buffer(head)):
         write_stats(logits, head.targets[chunk], head.scale, rows.take(chunk), entropy[chunk])
     return rows, entropy
 
@@ -109,14 +111,14 @@ def logprobs_and_gradients(
     """
     num_tokens = head.hidden.shape[0]
     rows, grad_logprobs = SoftmaxRows.empty(num_tokens), torch.empty(num_tokens)
-    sums = _Sums(head, needs, filter_eps, num_tokens)
-    for chunk, logits in _logits_of_chunks(head):
+    sums = _Sums(head, needs, filter_eps)
+    for chunk, logits in _logits_of_chunks(head, sums.buffer):
         tokens = Tokens(head.hidden[chunk], head.targets[chunk], rows.take(chunk), grad_logprobs[chunk])
         write_stats(logits, tokens.targets, head.scale, tokens.rows, None)
         tokens.grad_logprobs.copy_(gradient_of(tokens.rows.logprobs, chunk.start, chunk.stop))
         if any(needs):
-            sums.add(logits, tokens, None if sums.hidden is None else sums.hidden[chunk])
-        del logits  # the buffer is free before the weight's second pass
+            sums.add(chunk, logits, tokens)
+        del logits  # so that the buffer is free before the weight's second pass
     return rows, sums.finish(Tokens(head.hidden, head.targets, rows, grad_logprobs))
 
 
@@ -130,10 +132,9 @@ def head_gradients(
     every = Tokens(head.hidden, head.targets, rows, grad_logprobs)
     active = grad_logprobs.nonzero()[:, 0]
     tokens = every if active.shape[0] == grad_logprobs.shape[0] else every.take(active)
-    num_active = active.shape[0]
-    sums = _Sums(Head(tokens.hidden, head.weight, tokens.targets, head.temperature), needs, filter_eps, num_active)
-    for chunk, logits in _logits_of_chunks(sums.head):
-        sums.add(logits, tokens.take(chunk), None if sums.hidden is None else sums.hidden[chunk])
+    sums = _Sums(Head(tokens.hidden, head.weight, tokens.targets, head.temperature), needs, filter_eps)
+    for chunk, logits in _logits_of_chunks(sums.head, sums.buffer):
+        sums.add(chunk, logits, tokens.take(chunk))
         del logits
     result = sums.finish(tokens)
     if tokens is every or result.hidden is None:
@@ -142,36 +143,93 @@ def head_gradients(
     return HeadGradients(grad_hidden.index_copy_(0, active, result.hidden), result.weight)
 
 
-def _logits_of_chunks(head: Head) -> Iterator[tuple[slice, Tensor]]:
-    """Tokens of each chunk with their logits, all in the same buffer."""
+class _Buffer:
+    """Room for the logits of a chunk, behind gradients of earlier logits that wait to be multiplied."""
+
+    def __init__(self, head: Head) -> None:
+        vocabulary = head.weight.shape[0]
+        self.size = min(_capacity(vocabulary, head.weight.element_size()), head.hidden.shape[0])
+        self.rows = head.weight.new_empty(self.size, vocabulary)
+        self.waiting = 0
+        """Rows at the front that are taken."""
+
+
+def _logits_of_chunks(head: Head, buffer: _Buffer) -> Iterator[tuple[slice, Tensor]]:
+    """Tokens of each chunk, with their logits in ``buffer``. Of that the consumer must leave a row free."""
     num_tokens, vocabulary = head.hidden.shape[0], head.weight.shape[0]
     size = chunk_size(num_tokens, vocabulary, head.weight.element_size())
-    buffer = head.weight.new_empty(min(size, num_tokens), vocabulary)
-    for begin in range(0, num_tokens, size):
-        chunk = slice(begin, min(begin + size, num_tokens))
-        hidden = head.hidden[chunk]
-        yield chunk, torch.mm(hidden, head.weight.T, out=buffer[: hidden.shape[0]])
+    begin = 0
+    while begin < num_tokens:
+        end = min(begin + min(size, buffer.size - buffer.waiting), num_tokens)
+        out = buffer.rows[buffer.waiting : buffer.waiting + end - begin]
+        yield slice(begin, end), torch.mm(head.hidden[begin:end], head.weight.T, out=out)
+        begin = end
 
 
 class _Sums:
     """Gradients of hidden and weight, from the logits of one chunk after the other."""
 
-    def __init__(self, head: Head, needs: tuple[bool, bool], filter_eps: float | None, num_tokens: int) -> None:
+    def __init__(self, head: Head, needs: tuple[bool, bool], filter_eps: float | None) -> None:
         self.head = head
         self.filter_eps = filter_eps
         self.hidden = head.hidden.new_empty(head.hidden.shape) if needs[0] else None
-        size = chunk_size(num_tokens, head.weight.shape[0], head.weight.element_size())
+        num_tokens, vocabulary = head.hidden.shape[0], head.weight.shape[0]
+        size = chunk_size(num_tokens, vocabulary, head.weight.element_size())
         block = size if filter_eps is None else min(size, FILTER_BLOCK)
         self.weight = _WeightSum(head, -(-num_tokens // block)) if needs[1] else None
+        self.buffer = _Buffer(head)
+        self.waiting: list[Tensor] = []
+        """Numbers of the tokens whose gradients wait in the buffer."""
 
-    def add(self, logits: Tensor, tokens: Tokens, grad_hidden: Tensor | None) -> None:
-        """Adds the gradients of some tokens; their logits are used up, ``grad_hidden`` (n, D) is written."""
-        block = FILTER_BLOCK if self.filter_eps is not None else max(1, logits.shape[0])
-        for begin in range(0, logits.shape[0], block):
-            part = slice(begin, begin + block)
-            self._add_block(logits[part], tokens.take(part), None if grad_hidden is None else grad_hidden[part])
+    def add(self, chunk: slice, logits: Tensor, tokens: Tokens) -> None:
+        """Adds the gradients of the tokens of a chunk; their logits, in the buffer, are used up."""
+        if self.filter_eps is None:
+            self._add_waiting(chunk, logits, tokens)
+            return
+        for begin in range(0, logits.shape[0], FILTER_BLOCK):
+            part = slice(begin, begin + FILTER_BLOCK)
+            grad_hidden = None if self.hidden is None else self.hidden[chunk][part]
+            self._add_block(logits[part], tokens.take(part), grad_hidden)
+
+    def _add_waiting(self, chunk: slice, logits: Tensor, tokens: Tokens) -> None:
+        """Gradients of the tokens that have one wait in the buffer, until it is too full for another chunk.
+
+        With many tokens without gradient, this makes products as large, and passes over the weight as few, as without.
+        """
+        active = tokens.grad_logprobs.nonzero()[:, 0]
+        write_gradient(logits, 0, active, tokens, self.head.scale)
+        if self.hidden is not None and active.shape[0] < logits.shape[0]:
+            self.hidden[chunk].zero_()
+        self.waiting.append(active + chunk.start)
+        self.buffer.waiting += active.shape[0]
+        room, left = self.buffer.size - self.buffer.waiting, self.head.hidden.shape[0] - chunk.stop
+        if left == 0 or room < min(left, self.buffer.size // 4 + 1):
+            self._multiply_waiting()
+
+    def _multiply_waiting(self) -> None:
+        index, grad_logits = torch.cat(self.waiting), self.buffer.rows[: self.buffer.waiting]
+        self.waiting.clear()
+        self.buffer.waiting = 0
+        if index.shape[0] == 0:
+            return
+        first, last = int(index[0]), int(index[-1]) + 1
+        if last - first == index.shape[0]:
+            rows = slice(first, last)
+            self._multiply(grad_logits, self.head.hidden[rows], None if self.hidden is None else self.hidden[rows])
+            return
+        out = None if self.hidden is None else self.hidden.new_empty(index.shape[0], self.hidden.shape[1])
+        self._multiply(grad_logits, self.head.hidden[index], out)
+        if self.hidden is not None and out is not None:
+            self.hidden.index_copy_(0, index, out)
+
+    def _multiply(self, grad_logits: Tensor, hidden: Tensor, grad_hidden: Tensor | None) -> None:
+        if grad_hidden is not None:
+            torch.mm(grad_logits, self.head.weight, out=grad_hidden)
+        if self.weight is not None:
+            self.weight.add(grad_logits, hidden)
 
     def _add_block(self, logits: Tensor, tokens: Tokens, grad_hidden: Tensor | None) -> None:
+        """A filter block; ``grad_hidden`` (n, D) is written."""
         active = tokens.grad_logprobs.nonzero()[:, 0]
         if active.shape[0] == logits.shape[0]:
             self._add_active(logits, active, tokens, tokens.hidden, grad_hidden)
@@ -199,14 +257,11 @@ class _Sums:
                     self.weight.add_columns(grad_logits, columns, hidden)
                 return
         write_gradient(logits, 0, active, tokens, self.head.scale)
-        grad_logits = logits[: active.shape[0]]
-        if grad_hidden is not None:
-            torch.mm(grad_logits, self.head.weight, out=grad_hidden)
-        if self.weight is not None:
-            self.weight.add(grad_logits, hidden)
+        self._multiply(logits[: active.shape[0]], hidden, grad_hidden)
 
     def finish(self, tokens: Tokens) -> HeadGradients:
         """The gradients, once all chunks are in; ``tokens`` are all of them."""
+        del self.buffer
         return HeadGradients(self.hidden, None if self.weight is None else self.weight.finish(tokens))
 
 
