@@ -1,4 +1,4 @@
-"""The command line: ``balcaprl train | demo | evaluate | report | warmstart | doctor``."""
+"""The command line: ``balcaprl train | demo | evaluate | report | prepare | recaption | judge-audit | judge-cache | ...``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from pydantic import ValidationError
 
 from balcaprl import __version__
+from balcaprl.cli_judge import add_judge_commands, judge_audit, judge_cache, prepare, recaption
 from balcaprl.config import STATE_FILE, TrainConfig
 from balcaprl.types import JudgeStoppedError
 
@@ -62,6 +63,7 @@ def build_parser() -> ArgumentParser:
     )
     commands.add_subcommand("evaluate", _evaluate_parser(), help="score a checkpoint on held-out images")
     commands.add_subcommand("report", _report_parser(), help="write report.html of a run folder anew")
+    add_judge_commands(commands)
     commands.add_subcommand("warmstart", _warmstart_parser(), help="rebuild the demo's warm start from scratch")
     commands.add_subcommand("doctor", ArgumentParser(), help="what is installed, what will be used, what is wrong")
     return parser
@@ -76,7 +78,7 @@ def _spread_recipe(arguments: list[str]) -> list[str]:
     if len(arguments) < 2 or arguments[1].startswith("-"):
         return arguments
     command, name, *rest = arguments
-    if command == "train":
+    if command in ("train", "prepare", "recaption", "judge-audit"):
         shipped = RECIPES / f"{name}.yaml"
         return [command, "--config", str(shipped if shipped.is_file() and not Path(name).exists() else name), *rest]
     state = Path(name) / STATE_FILE
@@ -197,6 +199,10 @@ _COMMANDS = {
     "demo": _demo,
     "evaluate": _evaluate,
     "report": _report,
+    "prepare": lambda options: prepare(options, _to_config),
+    "recaption": lambda options: recaption(options, _to_config),
+    "judge-audit": lambda options: judge_audit(options, _to_config),
+    "judge-cache": judge_cache,
     "warmstart": _warmstart,
     "doctor": _doctor,
 }

@@ -6,10 +6,11 @@ configuration and its seed. Fields marked *ours* stand where the paper (arXiv 26
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from balcaprl.types import REWARD_NAMES
 
@@ -18,7 +19,9 @@ STATE_FILE = "trainer_state.json"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_default=True, hide_input_in_errors=True
+    )
 
 
 class ModelConfig(_Section):
@@ -230,11 +233,11 @@ class RewardConfig(_Section):
 class ServerConfig(_Section):
     """One OpenAI-compatible server of the judge model."""
 
-    url: str = Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
+    url: str
     """Such as ``http://127.0.0.1:8000/v1``; without user, password, query or fragment."""
     model: str = ""
     """What this server calls the model; empty: as ``reward.protocol.model`` says."""
-    api_key_env: str = Field("", pattern=r"^([A-Z_][A-Z0-9_]{0,63})?$")
+    api_key_env: str = ""
     """Name of the environment variable that holds the key; the key itself stands in no file."""
     weight: float = Field(1.0, gt=0)
     """Share of the images, against the other servers."""
@@ -244,6 +247,21 @@ class ServerConfig(_Section):
     """Price of a million prompt tokens, in the currency of ``endpoint.budget``."""
     output_price: float = Field(0.0, ge=0)
     """Price of a million completion tokens."""
+
+    # Not patterns of the fields: whoever checks those repeats what was given, which may be a password or a key.
+    @field_validator("url")
+    @classmethod
+    def _url_is_plain(cls, url: str) -> str:
+        if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", url):
+            raise ValueError("expected http://host:port/v1 or https://..., without user, password, query or fragment")
+        return url
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _names_a_variable(cls, name: str) -> str:
+        if not re.fullmatch(r"([A-Z_][A-Z0-9_]{0,63})?", name):
+            raise ValueError("expected the name of an environment variable, such as JUDGE_API_KEY; never a key itself")
+        return name
 
 
 class EndpointConfig(_Section):

@@ -87,7 +87,7 @@ def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
     train, held_out = _split(records, config, seed)
     report.num_train, report.num_eval = len(train), len(held_out)
     logger.log(logging.WARNING if report.num_excluded else logging.INFO, "%s", report)
-    return Dataset(_RecordSource(train, images), _RecordSource(held_out, images), report, config.shuffle)
+    return Dataset(RecordSource(train, images), RecordSource(held_out, images), report, config.shuffle)
 
 
 def _load_scenes(config: DataConfig) -> Dataset:
@@ -142,7 +142,7 @@ def _split(records: list[Record], config: DataConfig, seed: int) -> tuple[list[R
 
 
 @dataclass(frozen=True)
-class _RecordSource:
+class RecordSource:
     """Records as samples, their images decoded when they are asked for."""
 
     records: list[Record]
@@ -153,7 +153,8 @@ class _RecordSource:
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
-        return Sample(record.sample_id, partial(self.images.load, record), record.reference, record.instruction)
+        load = partial(self.images.load, record)
+        return Sample(record.sample_id, load, record.reference, record.instruction, record.facts)
 
 
 @dataclass(frozen=True)

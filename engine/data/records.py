@@ -30,6 +30,8 @@ class Record:
     """A path relative to the image folder, or the row of a Hugging Face data set."""
     reference: str
     instruction: str
+    facts: Any = None
+    """What the data set knows of the image beyond the reference: questions, a rubric; plain JSON."""
 
 
 @dataclass
@@ -94,7 +96,7 @@ def read_sharegpt4v(path: Path, instruction: str, report: LoadReport) -> list[Re
 
 
 def read_jsonl(path: Path, instruction: str, report: LoadReport) -> list[Record]:
-    """Read a ``{"image", "reference"}`` a line, optionally ``id`` and ``instruction``; blank lines do not count."""
+    """Read a ``{"image", "reference"}`` a line, optionally ``id``, ``instruction`` and ``facts``; blank lines do not count."""
     builder = RecordBuilder(instruction, report)
     for number, line in _lines(path):
         where = f"line {number}"
@@ -112,6 +114,7 @@ def read_jsonl(path: Path, instruction: str, report: LoadReport) -> list[Record]
             reference=entry.get("reference"),
             instruction=entry.get("instruction"),
             own_id=entry.get("id"),
+            facts=entry.get("facts"),
         )
     return builder.records
 
@@ -131,7 +134,14 @@ class RecordBuilder:
         self._report.exclude(reason, where)
 
     def add(
-        self, where: str, *, image: str | int | None, reference: Any, instruction: Any = None, own_id: Any = None
+        self,
+        where: str,
+        *,
+        image: str | int | None,
+        reference: Any,
+        instruction: Any = None,
+        own_id: Any = None,
+        facts: Any = None,
     ) -> None:
         """Make a record, or count why not. ``where`` names the entry in the file, and tells equal ids apart."""
         if image is None:
@@ -142,7 +152,7 @@ class RecordBuilder:
         self._report.num_records += 1
         sample_id = self._unique_id(own_id, image if isinstance(image, str) else where, where)
         asked = clean_text(instruction).replace(IMAGE_PLACEHOLDER, "").strip() or self._instruction
-        self.records.append(Record(sample_id, image, caption, asked))
+        self.records.append(Record(sample_id, image, caption, asked, facts))
         return None
 
     def _unique_id(self, own_id: Any, fallback: str, where: str) -> str:

@@ -73,7 +73,6 @@ class JudgeClient:
         protocol: ProtocolConfig,
         endpoint: EndpointConfig,
         *,
-        cache: ReplyCache | None = None,
         ledger: Ledger | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -83,7 +82,9 @@ class JudgeClient:
             )
         if not protocol.model and not all(server.model for server in endpoint.servers):
             raise ValueError("reward.protocol.model: name the judge model as its servers call it")
-        self._protocol, self._endpoint, self._cache, self._clock = protocol, endpoint, cache, clock
+        self._protocol, self._endpoint, self._clock = protocol, endpoint, clock
+        self.cache: ReplyCache | None = None
+        """Looked into before a server is asked."""
         self.ledger = ledger or Ledger(endpoint)
         self.usage = Usage()
         self._headers = {server.url: _headers(server) for server in endpoint.servers}
@@ -95,6 +96,9 @@ class JudgeClient:
             ],
             clock,
         )
+        if endpoint.budget is not None or endpoint.token_budget is not None:
+            for server in self.servers:  # until it is known what a request costs
+                server.limit.limit = 1
         self._session: aiohttp.ClientSession | None = None
         self._under_way: dict[bytes, _UnderWay] = {}
         self._watchdog: asyncio.Task[None] | None = None
@@ -160,7 +164,7 @@ class JudgeClient:
     # ------------------------------------------------------------------------------------------------ cache
 
     def _cached(self, key: bytes, call: Call) -> Reply | None:
-        value = self._cache.get(key) if self._cache is not None else None
+        value = self.cache.get(key) if self.cache is not None else None
         if value is None:
             return None
         try:
@@ -169,9 +173,9 @@ class JudgeClient:
             return None  # written by other hands
 
     def _store(self, key: bytes, call: Call, reply: Reply) -> None:
-        if self._cache is not None:
+        if self.cache is not None:
             value = reply.model_dump_json().encode()
-            self._cache.put(key, value, task=f"{call.task.name}.{call.task.version}", model=self._protocol.model)
+            self.cache.put(key, value, task=f"{call.task.name}.{call.task.version}", model=self._protocol.model)
 
     # ------------------------------------------------------------------------------------------------ attempts
 

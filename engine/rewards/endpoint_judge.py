@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from balcaprl.config import EndpointConfig, RewardConfig
 from balcaprl.rewards.background import BackgroundLoop
@@ -39,6 +40,17 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 _TASK_OF = {"precision": "verify", "recall": "match", "linguistic": "style"}
 _NEED_UNITS = ("match", "combined")
 _NEED_IMAGE = tuple(name for name, task in TASKS.items() if task.needs_image)
+
+
+K = TypeVar("K")
+
+
+class UnitSource(Protocol):
+    """Prepared reference units."""
+
+    def get(self, reference: str) -> tuple[str, ...] | None:
+        """The units of a reference, or None where it was not taken apart."""
+        ...
 
 
 @dataclass
@@ -87,7 +99,7 @@ class EndpointJudge:
         reward: RewardConfig,
         endpoint: EndpointConfig,
         *,
-        units: UnitStore | None = None,
+        units: UnitSource | None = None,
         ledger_path: Path | None = None,
     ) -> None:
         self._protocol, self._endpoint = reward.protocol, endpoint
@@ -100,9 +112,9 @@ class EndpointJudge:
             tasks = ["combined"]
         self.tasks: tuple[str, ...] = (*tasks, *self._extra)
         """What is asked about every caption."""
-        cache = ReplyCache(endpoint.cache, endpoint.cache_max_mib << 20) if endpoint.cache is not None else None
-        self._cache = cache
-        self.client = JudgeClient(reward.protocol, endpoint, cache=cache, ledger=Ledger(endpoint, ledger_path))
+        self.client = JudgeClient(reward.protocol, endpoint, ledger=Ledger(endpoint, ledger_path))
+        if endpoint.cache is not None:
+            self.client.cache = ReplyCache(endpoint.cache, endpoint.cache_max_mib << 20)
         self._units = units
         self._loop = BackgroundLoop("judge")
         self._images = ThreadPoolExecutor(1, "judge-images")
@@ -160,32 +172,43 @@ class EndpointJudge:
         self._loop.run(self.client.close())
         self._loop.close()
         self._images.shutdown(cancel_futures=True)
-        if self._cache is not None:
-            self._cache.close()
+        if self.client.cache is not None:
+            self.client.cache.close()
 
     # ------------------------------------------------------------------------------------------------ one group
 
-    async def ask(self, call: Call, affinity: str = "") -> Reply:
-        """One call by itself; see ``JudgeClient.ask``."""
-        return await self.client.ask(call, affinity)
+    def run_calls(
+        self, calls: Iterable[tuple[K, Callable[[], Call]]], keep: Callable[[K, Reply | Exception], None]
+    ) -> None:
+        """Calls by themselves, as many together as there are places; each is made when its turn comes.
 
-    def run_calls(self, calls: Sequence[Call]) -> list[Reply | CallFailedError]:
-        """Calls by themselves, together; failed ones give their error.
+        Args:
+            calls: what names a call, and what makes it (in a thread, one at a time); what that raises is its result.
+            keep: takes each result as it comes: the reply, or the error of a call that brought none.
 
         Raises:
             JudgeStoppedError: as ``score``.
         """
+        waiting = iter(calls)
 
-        async def one(call: Call) -> Reply | CallFailedError:
-            try:
-                return await self.client.ask(call)
-            except CallFailedError as error:
-                return error
+        async def work() -> None:
+            loop = asyncio.get_running_loop()
+            for name, make in waiting:
+                try:
+                    call = await loop.run_in_executor(self._images, make)
+                except Exception as error:  # an image that does not decode
+                    keep(name, error)
+                    continue
+                try:
+                    reply: Reply | Exception = await self.client.ask(call)
+                except CallFailedError as error:
+                    reply = error
+                keep(name, reply)
 
-        async def all_of_them() -> list[Reply | CallFailedError]:
-            return list(await asyncio.gather(*map(one, calls)))
+        async def all_workers() -> None:
+            await _all_ended([asyncio.ensure_future(work()) for _ in range(self.client.num_slots)])
 
-        return self._loop.run(all_of_them())
+        self._loop.run(all_workers())
 
     def encode(self, sample: Sample) -> EncodedImage:
         """The sample's image as it is sent; raises its ``ImageError``."""

@@ -108,7 +108,11 @@ def validated(answer: object, private: Sequence[str]) -> RewardBreakdown:
             return RewardBreakdown(error=f"{name} is {type(getattr(answer, name)).__name__}, expected a number")
         if not math.isnan(reward) and not -_ROUNDING <= reward <= 1.0 + _ROUNDING:
             return RewardBreakdown(error=f"{name} is outside [0, 1]")
-    if all(math.isnan(reward) for reward in rewards.values() if reward is not None):
+    extra = {name: _as_number(reward) for name, reward in answer.extra.items()}
+    for name, reward in extra.items():
+        if reward is None or math.isinf(reward):
+            return RewardBreakdown(error=f"{name} is no finite number")
+    if all(math.isnan(reward) for reward in (*rewards.values(), *extra.values()) if reward is not None):
         return RewardBreakdown(error="the judge gave no score and no reason")
     clamped: dict[str, Any] = {name: _clamped(reward) for name, reward in rewards.items() if reward is not None}
     return replace(answer, **clamped)

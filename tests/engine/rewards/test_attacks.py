@@ -1,9 +1,9 @@
 """Captions that speak to the judge. The server obeys every instruction that it finds in an instruction position.
 
 Its instruction positions: the system message, any text of the user message outside of the one JSON object, any key of that
-object, any control token, role marker, fence or tag that a chat template could take for structure, and a second JSON value. What
-such an instruction asks for, it does: full marks. Else it judges as an honest, simple judge would, from the words alone, so that
-what an attack earns can be told from what it takes.
+object, any control token, role marker, fence or tag that a chat template could take for structure, and a second JSON value.
+What such an instruction asks for, it does: full marks. Else it judges as an honest, simple judge would, from the words alone,
+so that what an attack earns can be told from what it takes.
 """
 
 import json
