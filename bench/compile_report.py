@@ -358,7 +358,7 @@ def _render_kernel(rows: list[Compiled]) -> str:
     ]
     for row in rows:
         tiles = " ".join(f"{name}={size}" for name, size in row.blocks.items())
-        times = " to ".join(f"{t:.4g}" for t in dict.fromkeys(row.predicted_us))
+        times = " to ".join(dict.fromkeys(f"{t:.4g}" for t in row.predicted_us))
         lines.append(
             f"| sm_{row.arch} | {tiles} | {row.num_warps} x {row.num_stages} | {row.registers} | {row.spills} | "
             f"{row.shared_bytes / 1024:.4g} | {row.occupancy:.0%} | {row.load_bits} | {row.store_bits} | "

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from balcaprl.kernels.launch import TRITON_TYPES, KernelSpec, Launch, Work, launch
+from balcaprl.kernels.launch import TRITON_TYPES, KernelSpec, Launch, Work, launch, on_device
 from balcaprl.kernels.native_softmax import SoftmaxRows
+from balcaprl.kernels.triton_products import narrowed
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -93,7 +94,7 @@ def _logits_gradient_kernel(
         # 1 - p by way of expm1: near p = 1 it keeps its digits.
         at_target = -gradient * _expm1(tl.load(logprobs_T + token))
         values = tl.where(columns == tl.load(targets_T + token), at_target, values)
-        tl.store(out, values.to(grad_logits_TV.dtype.element_ty), mask=mask)
+        tl.store(out, narrowed(values, grad_logits_TV.dtype.element_ty), mask=mask)
 
 
 def stats(logits: Tensor, targets: Tensor, scale: float) -> SoftmaxRows:
@@ -108,7 +109,10 @@ def stats(logits: Tensor, targets: Tensor, scale: float) -> SoftmaxRows:
     rows = SoftmaxRows(*(logits.new_empty(num_tokens, dtype=torch.float32) for _ in SoftmaxRows._fields))
     if num_tokens:
         row = launch("_logits_stats_kernel", logits.device, logits.dtype)
-        _logits_stats_kernel[(num_tokens,)](logits, targets, *rows, logits.stride(0), vocabulary, scale, **row.kwargs())
+        with on_device(logits.device):
+            _logits_stats_kernel[(num_tokens,)](
+                logits, targets, *rows, logits.stride(0), vocabulary, scale, **row.kwargs()
+            )
     return rows
 
 
@@ -137,19 +141,20 @@ def gradient(
         return
     row = launch("_logits_gradient_kernel", logits.device, logits.dtype)
     grid = (num_tokens, triton.cdiv(vocabulary, row.blocks["BLOCK_V"]))
-    _logits_gradient_kernel[grid](
-        logits,
-        out,
-        targets,
-        *rows,
-        grad_logprobs,
-        grad_loss,
-        logits.stride(0),
-        out.stride(0),
-        vocabulary,
-        scale,
-        **row.kwargs(),
-    )
+    with on_device(logits.device):
+        _logits_gradient_kernel[grid](
+            logits,
+            out,
+            targets,
+            *rows,
+            grad_logprobs,
+            grad_loss,
+            logits.stride(0),
+            out.stride(0),
+            vocabulary,
+            scale,
+            **row.kwargs(),
+        )
 
 
 # For the compile suite: the head of Qwen2.5-VL-3B over 8192 completion tokens.
