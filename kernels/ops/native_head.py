@@ -160,7 +160,9 @@ def _logits_of_chunks(head: Head, buffer: _Buffer) -> Iterator[tuple[slice, Tens
     size = chunk_size(num_tokens, vocabulary, head.weight.element_size())
     begin = 0
     while begin < num_tokens:
-        end = min(begin + min(size, buffer.size - buffer.waiting), num_tokens)
+        room, left = min(size, buffer.size - buffer.waiting), num_tokens - begin
+        # Behind waiting rows room is short: what is left is then cut into equal parts.
+        end = min(begin + (-(-left // -(-left // room)) if buffer.waiting else room), num_tokens)
         out = buffer.rows[buffer.waiting : buffer.waiting + end - begin]
         yield slice(begin, end), torch.mm(head.hidden[begin:end], head.weight.T, out=out)
         begin = end
