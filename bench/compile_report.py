@@ -72,13 +72,18 @@ class Ceiling:
     bytes_per_second: float
     tensor: float
     fp32: float
+    fp64: float
     source: str
 
 
 CEILINGS = {
-    80: Ceiling("A100", 2.039e12, 312e12, 19.5e12, "NVIDIA A100 80GB SXM data sheet"),
-    90: Ceiling("H100", 3.35e12, 989.4e12, 66.9e12, "NVIDIA H100 SXM5 data sheet, half of the figures with sparsity"),
-    100: Ceiling("B200", 8.0e12, 2250e12, 80e12, "NVIDIA Blackwell architecture brief, HGX B200 at 1000 W, dense"),
+    80: Ceiling("A100", 2.039e12, 312e12, 19.5e12, 9.7e12, "NVIDIA A100 80GB SXM data sheet"),
+    90: Ceiling(
+        "H100", 3.35e12, 989.4e12, 66.9e12, 33.5e12, "NVIDIA H100 SXM5 data sheet, half of the figures with sparsity"
+    ),
+    100: Ceiling(
+        "B200", 8.0e12, 2250e12, 80e12, 40e12, "NVIDIA Blackwell architecture brief, HGX B200 at 1000 W, dense"
+    ),
 }
 
 
@@ -252,7 +257,7 @@ def resident_blocks(arch: int, registers: int, shared: int, warps: int) -> int:
 def predict_us(work: Work, arch: int) -> tuple[float, float]:
     """Microseconds by the roofline: the larger of bytes over bandwidth and operations over throughput."""
     ceiling = CEILINGS[arch]
-    seconds = work.operations / (ceiling.tensor if work.unit == "tensor" else ceiling.fp32)
+    seconds = work.operations / getattr(ceiling, work.unit)
     low, high = sorted((work.floor_bytes, work.moved_bytes))
     return tuple(round(1e6 * max(seconds, b / ceiling.bytes_per_second), 2) for b in (low, high))  # type: ignore[return-value]
 
@@ -322,8 +327,8 @@ holds it to this table. No GPU was there: registers, spills, shared memory and i
 times are **predictions**: the larger of bytes over memory bandwidth and operations over peak throughput, first as if caches
 served every repeated read, then as if they served none. No kernel reaches them; nothing here was measured.
 
-| architecture | GPU | bytes/s | half-precision tensor operations/s | float32 operations/s | source |
-|---|---|---|---|---|---|
+| architecture | GPU | bytes/s | half-precision tensor operations/s | float32 operations/s | float64 operations/s | source |
+|---|---|---|---|---|---|---|
 {ceilings}
 
 `occupancy` is the bound from registers, shared memory and warps. `load` and `store` are the widest global accesses in bits.
@@ -334,7 +339,7 @@ def render(rows: list[Compiled], compiler: str) -> str:
     """The report as Markdown."""
     lines = []
     for arch, c in CEILINGS.items():
-        peaks = " | ".join(f"{peak / 1e12:g}e12" for peak in (c.bytes_per_second, c.tensor, c.fp32))
+        peaks = " | ".join(f"{peak / 1e12:g}e12" for peak in (c.bytes_per_second, c.tensor, c.fp32, c.fp64))
         lines.append(f"| sm_{arch} | {c.gpu} | {peaks} | {c.source} |")
     ceilings = "\n".join(lines)
     text = HEADER.format(compiler=compiler, ceilings=ceilings)

@@ -214,8 +214,8 @@ class Work:
     """What this kernel asks of global memory, reads that tiles repeat included (a cache may serve those)."""
     operations: int
     """Floating-point operations, a fused multiply-add counted as two."""
-    unit: Literal["tensor", "fp32"] = "fp32"
-    """What executes them: tensor cores in half precision, or ordinary float32 lanes."""
+    unit: Literal["tensor", "fp32", "fp64"] = "fp32"
+    """What executes them: tensor cores in half precision, or ordinary float32 or float64 lanes."""
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,7 @@ def _spec(method: str) -> KernelSpec:
         floor = _GROUPS * _SIZE * (4 * _REWARDS + 8 + 4)
         read = floor - 4 * _GROUPS * _SIZE
         moved = floor + (read if method == "gdpo" else 0)
-        return Work(f"N={_GROUPS} G={_SIZE} K={_REWARDS}", floor, moved, 15 * _GROUPS * _SIZE * _REWARDS)
+        return Work(f"N={_GROUPS} G={_SIZE} K={_REWARDS}", floor, moved, 15 * _GROUPS * _SIZE * _REWARDS, "fp64")
 
     return KernelSpec(
         kernel=_grouped_advantages_kernel,

@@ -131,7 +131,7 @@ def _token_loss_spec(*, full: bool) -> KernelSpec:
     def work(launch_row: Launch) -> Work:
         moved = 4 * _TOKENS * (len(given) + 1) + 64 * _TOKENS // launch_row.blocks["BLOCK_T"]
         # Per exponential about 30 operations in float64, per token about 30 others.
-        return Work(f"T={_TOKENS}", moved, moved, _TOKENS * (30 * (3 if full else 1) + 30))
+        return Work(f"T={_TOKENS}", moved, moved, _TOKENS * (30 * (3 if full else 1) + 30), "fp64")
 
     return KernelSpec(
         kernel=_token_loss_kernel,
@@ -160,7 +160,7 @@ def _token_sums_spec() -> KernelSpec:
     rows = _TOKENS // 1024
 
     def work(_: Launch) -> Work:
-        return Work(f"P={rows}", 64 * (rows + 1), 64 * (rows + 1), 8 * rows)
+        return Work(f"P={rows}", 64 * (rows + 1), 64 * (rows + 1), 8 * rows, "fp64")
 
     return KernelSpec(
         kernel=_token_sums_kernel,
