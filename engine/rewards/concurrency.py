@@ -18,8 +18,6 @@ from balcaprl.config import ServerConfig
 
 Clock = Callable[[], float]
 
-_START_SHARE = 4
-"""A server's limit starts at its maximum over this."""
 _PLATEAU = 1.05
 """More places that do not bring this much more throughput are given back."""
 _CUT = 0.7
@@ -37,25 +35,29 @@ _REFUSALS = 3
 class AdaptiveLimit:
     """The number of requests in flight that a server is worth.
 
-    A *window* is as many served requests as the limit. While all places are taken the limit grows from window to window, first
-    twofold, then by an eighth, as long as throughput grows along. Where the server is overloaded (429, or replies that take
-    half of the time-out) it is cut, at most every other window; a cut that costs throughput is taken back, for then the
-    overload does not come from us.
+    A *window* is as many served requests as the limit, and at least two replies long, for replies come in bursts. While all
+    places are taken the limit grows from window to window, first twofold, then by a quarter, as long as throughput grows along.
+    Where the server is overloaded (429, or replies that take half of the time-out) it is cut; a cut that costs throughput is
+    taken back, for then the overload does not come from us.
     """
 
     def __init__(self, maximum: int, timeout_s: float, clock: Clock = time.monotonic) -> None:
         self.maximum = maximum
-        self.limit = max(1, maximum // _START_SHARE)
+        self.limit = maximum
         self._slow_s = 0.5 * timeout_s
         self._clock = clock
+        self._latency_s = 0.0
+        """Of served requests, a running mean."""
         self._doubling = True
-        self._hold = 0
+        self._no_growth = self._no_cuts = 0
+        """Windows for which it is not tried again what was not worth it."""
+        self._num_useless_cuts = 0
         self._raised: tuple[int, float] | None = None
         """Limit and throughput before it was raised, while it is seen whether that was worth it."""
         self._cut: tuple[int, float] | None = None
         """Limit and throughput before it was cut, likewise."""
-        self._settling = False
-        """The window only waits until requests of the old limit are gone."""
+        self._settling = True
+        """The window only waits until requests of the old limit are gone, or the first ones are there."""
         self._start_window()
 
     def _start_window(self) -> None:
@@ -70,6 +72,10 @@ class AdaptiveLimit:
         self._slow += latency_s > self._slow_s
         self._saturated |= in_flight >= self.limit
         size = max(4, self.limit)
+        if not overloaded and latency_s > 0:
+            self._latency_s = latency_s if self._latency_s == 0 else 0.9 * self._latency_s + 0.1 * latency_s
+        if self._clock() - self._started < 2 * self._latency_s:
+            return
         if self._done - self._refused >= size or self._done >= _MAX_WINDOW * size:
             if self._settling:
                 self._settling = False
@@ -84,24 +90,25 @@ class AdaptiveLimit:
             limit, before = self._cut
             self._cut = None
             if throughput < _CUT_COST * before:
-                self.limit, self._hold = max(limit, self.limit), _HOLD_WINDOWS
+                self.limit = max(limit, self.limit)
+                self._num_useless_cuts += 1
+                self._no_cuts = _HOLD_WINDOWS * 2 ** min(6, self._num_useless_cuts)
                 return
-        if self._hold:
-            self._hold -= 1
-            return
-        if overload > 0.1 and self.limit > 1:
+            self._doubling, self._num_useless_cuts = False, 0
+        self._no_cuts, self._no_growth = max(0, self._no_cuts - 1), max(0, self._no_growth - 1)
+        if overload > 0.1 and self.limit > 1 and not self._no_cuts:
             self._cut, self._raised = (self.limit, throughput), None
-            self.limit, self._doubling, self._settling = max(1, int(self.limit * _CUT)), False, True
+            self.limit, self._settling = max(1, int(self.limit * _CUT)), True
             return
         if self._raised is not None:
             limit, before = self._raised
             self._raised = None
             if throughput < _PLATEAU * before:
-                self.limit, self._doubling, self._hold = limit, False, _HOLD_WINDOWS
+                self.limit, self._doubling, self._no_growth = limit, False, _HOLD_WINDOWS
                 return
-        if self._saturated and self.limit < self.maximum:
+        if self._saturated and self.limit < self.maximum and not self._no_growth:
             self._raised = (self.limit, throughput)
-            grown = 2 * self.limit if self._doubling else self.limit + max(1, self.limit // 8)
+            grown = 2 * self.limit if self._doubling else self.limit + max(1, self.limit // 4)
             self.limit = min(self.maximum, grown)
 
 

@@ -74,7 +74,7 @@ def test_refusals_that_do_not_come_from_us_do_not_starve_the_run():
 def test_slow_replies_lower_the_limit():
     clock = Clock()
     limit = AdaptiveLimit(64, 1.0, clock)
-    for _ in range(200):
+    for _ in range(5000):
         clock.now += 0.01
         limit.note(in_flight=limit.limit, latency_s=0.9)
     assert limit.limit < 16
@@ -83,7 +83,7 @@ def test_slow_replies_lower_the_limit():
 def test_an_idle_client_learns_nothing():
     clock = Clock()
     limit = AdaptiveLimit(64, 60.0, clock)
-    before = limit.limit
+    limit.limit = before = 16
     for _ in range(500):
         clock.now += 1
         limit.note(in_flight=1, latency_s=0.1)
@@ -139,7 +139,7 @@ def test_places_are_given_in_order_and_up_to_the_limit():
         most = []
         await asyncio.gather(*(work(i) for i in range(20)))
         assert order == list(range(20))
-        assert max(most) == server.limit.limit == 2
+        assert max(most) == server.limit.limit == 8
         assert server.in_flight == 0
 
     asyncio.run(run())
@@ -162,7 +162,7 @@ def test_an_image_keeps_its_server_and_weights_share_the_images():
 
 def test_where_the_preferred_server_is_full_or_down_another_takes_over():
     async def run():
-        pool = servers(1, 1, maximum=4)
+        pool = servers(1, 1, maximum=1)
         dispatcher = Dispatcher(pool, pool[0].clock)
         first, second = await dispatcher.acquire("x"), await dispatcher.acquire("x")
         assert first is not second  # one place each at the start

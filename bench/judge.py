@@ -1,0 +1,212 @@
+"""The endpoint judge's throughput against a scripted server on loopback, and the reply cache's.
+
+    python bench/judge.py [--captions 2000] [--latency 0.2] [--slots 64] [--memory_captions 10000] [--faults] [--output FILE]
+
+The server runs in a process of its own, works on at most ``slots`` requests at once and takes ``latency`` seconds for each.
+The ideal is what it needs if its slots never idle. One JSON object a line: ``throughput`` (seconds over ideal), ``memory``
+(growth of this process over a larger batch), ``cache`` (lookups a second), ``overlap`` (share of the judge's time hidden behind
+sampling that takes longer), and with ``--faults`` each recoverable fault at 20% against none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+
+from scripted_judge import ScriptedServer  # noqa: E402
+
+from balcaprl.config import EndpointConfig, RewardConfig  # noqa: E402
+from balcaprl.rewards.cache import ReplyCache  # noqa: E402
+from balcaprl.rewards.endpoint_judge import EndpointJudge  # noqa: E402
+from balcaprl.rewards.reference_units import UnitStore  # noqa: E402
+from balcaprl.types import Sample  # noqa: E402
+
+REFERENCE = "A red cup stands on a table. A small dog sleeps. The wall is white."
+GROUP = 8
+RECOVERABLE = (
+    "server_error",
+    "overloaded",
+    "overloaded_retry_after",
+    "reset",
+    "truncated_json",
+    "empty",
+    "wrong_schema",
+)
+
+
+def main() -> None:
+    """Parses arguments, prints one row per measurement, and appends them to ``--output``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--captions", type=int, default=2000)
+    parser.add_argument("--latency", type=float, default=0.2, help="seconds that the server takes for a request")
+    parser.add_argument("--slots", type=int, default=64, help="requests that the server works on at once")
+    parser.add_argument("--memory_captions", type=int, default=10_000)
+    parser.add_argument("--lookups", type=int, default=20_000)
+    parser.add_argument("--faults", action="store_true", help="also each recoverable fault at 20%%")
+    parser.add_argument("--output", type=Path, help="JSON lines are appended here too")
+    options = parser.parse_args()
+    for row in rows(options):
+        line = json.dumps(row)
+        print(line, flush=True)
+        if options.output:
+            with options.output.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All measurements, one after the other."""
+    latency, slots = options.latency, options.slots
+    with serving(latency_s=latency, slots=slots) as url:
+        seconds, metrics = score(url, options.captions, slots)
+    ideal = -(-options.captions // slots) * latency
+    yield {
+        "what": "throughput", "captions": options.captions, "latency_s": latency, "slots": slots, "seconds": seconds,
+        "ideal_s": ideal, "over_ideal": seconds / ideal, "limit": metrics["time/judge_limit"],
+    }  # fmt: skip
+    with serving(latency_s=0.0, slots=slots) as url:
+        yield memory(url, options.memory_captions, slots)
+    yield cache(options.lookups)
+    with serving(latency_s=latency, slots=slots) as url:
+        yield overlap(url, slots, latency)
+    if options.faults:
+        count = min(800, options.captions)
+        with serving(latency_s=latency, slots=slots) as url:
+            clean, _ = score(url, count, slots)
+        for fault in RECOVERABLE:
+            with serving(latency_s=latency, slots=slots, faults={fault: 0.2}, retry_after=str(latency)) as url:
+                seconds, _ = score(url, count, slots)
+            yield {"what": "fault at 20%", "fault": fault, "seconds": seconds, "of_clean_throughput": clean / seconds}
+
+
+@contextmanager
+def serving(**settings: Any) -> Iterator[str]:
+    """A scripted server in a process of its own; yields its address."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(there, settings), daemon=True)
+    process.start()
+    try:
+        yield here.recv()
+    finally:
+        here.send("stop")
+        process.join(10)
+        if process.is_alive():
+            process.kill()
+
+
+def serve(connection: Any, settings: dict[str, Any]) -> None:
+    """Runs in the server's process until told to stop."""
+    with ScriptedServer(**settings) as server:
+        connection.send(server.url)
+        connection.recv()
+
+
+def make_judge(url: str, slots: int, **endpoint: Any) -> EndpointJudge:
+    """One combined call a caption, units prepared: as many requests as captions."""
+    reward = RewardConfig.model_validate({"judge": "endpoint", "protocol": {"model": "m", "calls": "combined"}})
+    servers = [{"url": url, "max_concurrency": slots}]
+    settings = {
+        "servers": servers,
+        "cache": None,
+        "retry_wait_s": 0.05,
+        "required_share": 1.0,
+        "max_attempts": 20,
+        **endpoint,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        units = UnitStore(Path(folder) / "units.jsonl")
+        units.add(REFERENCE, ["red cup", "small dog", "white wall"], "m")
+        units.close()
+    return EndpointJudge(reward, EndpointConfig.model_validate(settings), units=units)
+
+
+def sample(index: int) -> Sample:
+    """A picture of its own for each group."""
+    pixels = np.random.default_rng(index).integers(0, 255, (112, 112, 3), dtype=np.uint8)
+    return Sample(f"s{index}", lambda: Image.fromarray(pixels), REFERENCE, "?")
+
+
+def captions(index: int) -> list[str]:
+    """Captions of one group, like no others."""
+    return [f"A red cup {index} stands beside dog number {j}, in front of a white wall." for j in range(GROUP)]
+
+
+def score(url: str, count: int, slots: int) -> tuple[float, dict[str, float]]:
+    """Seconds from the first caption handed over to the last score."""
+    judge = make_judge(url, slots)
+    batch = judge.open_batch()
+    started = time.perf_counter()
+    for i in range(-(-count // GROUP)):
+        batch.submit(sample(i), captions(i))
+    batch.results()
+    seconds = time.perf_counter() - started
+    metrics = judge.take_metrics()
+    judge.close()
+    return seconds, metrics
+
+
+def memory(url: str, count: int, slots: int) -> dict[str, Any]:
+    """Growth of this process while so many captions are scored, after a warm-up."""
+    score(url, 200, slots)
+    process = psutil.Process()
+    before = peak = process.memory_info().rss
+    judge = make_judge(url, slots)
+    batch = judge.open_batch()
+    futures = [batch.submit(sample(i), captions(i)) for i in range(count // GROUP)]
+    for future in futures:
+        future.result(600)
+        peak = max(peak, process.memory_info().rss)
+    judge.close()
+    return {"what": "memory", "captions": count, "growth_mib": (peak - before) / 2**20}
+
+
+def cache(count: int) -> dict[str, Any]:
+    """Lookups a second in a warm cache of replies of ordinary size."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = ReplyCache(Path(folder) / "cache.db", 1 << 30)
+        keys = [i.to_bytes(32, "big") for i in range(count)]
+        started = time.perf_counter()
+        for key in keys:
+            store.put(key, b"x" * 1500, task="verify.v1", model="m")
+        put = time.perf_counter() - started
+        started = time.perf_counter()
+        found = sum(store.get(key) is not None for key in keys)
+        got = time.perf_counter() - started
+        store.close()
+    assert found == count
+    return {"what": "cache", "lookups_per_second": count / got, "writes_per_second": count / put}
+
+
+def overlap(url: str, slots: int, latency: float) -> dict[str, Any]:
+    """A sampler that hands over a group every ``latency`` seconds: how much of the judge's time does a step still wait for?"""
+    alone, _ = score(url, 8 * GROUP, slots)
+    judge = make_judge(url, slots)
+    batch = judge.open_batch()
+    for i in range(8):
+        time.sleep(latency)
+        batch.submit(sample(100 + i), captions(100 + i))
+    time.sleep(latency)  # the rest of the step's sampling: its longest completion
+    started = time.perf_counter()
+    batch.results()
+    waited = time.perf_counter() - started
+    judge.close()
+    return {"what": "overlap", "judge_alone_s": alone, "waited_s": waited, "hidden": 1 - waited / alone}
+
+
+if __name__ == "__main__":
+    main()
