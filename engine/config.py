@@ -86,8 +86,15 @@ class SamplingConfig(_Section):
 class RolloutConfig(_Section):
     """The sampler and the size of a step."""
 
-    sampler: Literal["auto", "vllm", "hf"] = "auto"
-    """``vllm``: in-process vLLM. ``hf``: transformers' generate. ``auto``: vLLM where it is installed."""
+    sampler: Literal["auto", "vllm", "hf", "server"] = "auto"
+    """``vllm``: in-process vLLM. ``hf``: transformers' generate. ``server``: a vLLM server at ``server_url``. ``auto``: vLLM
+    where it is installed."""
+    server_url: str = ""
+    """Of the sampling server, such as ``http://10.0.0.2:8000``; how to start it stands in ``balcaprl/rollout/server.py``."""
+    server_weights_dir: Path | None = None
+    """Folder that this machine writes and the server reads under the same path; none: in ``output_dir``."""
+    server_api_key_env: str = ""
+    """Name of the environment variable that holds the server's key."""
     prompts_per_step: int = Field(8, ge=1)
     """Images, and thus groups, of one step."""
     group_size: int = Field(8, ge=1)

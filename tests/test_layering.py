@@ -24,7 +24,8 @@ HEAVY = {"torch", "transformers", "vllm", "triton", "numpy", "PIL", "datasets", 
 BELOW_THE_TRAINER = ("config", "types", "policy", "rollout", "rewards", "data", "evaluation")
 ONE_IMPORTER = {
     "vllm": {"vllm"},
-    "HTTP client": {"requests", "httpx", "aiohttp", "urllib3", "openai", "urllib.request", "http.client"},
+    "HTTP client": {"requests", "httpx", "aiohttp", "urllib3", "openai"},
+    "the standard library's HTTP client": {"urllib.request", "http.client"},
     "W&B": {"wandb"},
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "joblib", "marshal"}

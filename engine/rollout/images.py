@@ -16,6 +16,12 @@ def image_spans(prompt_ids: Tensor, image_token_id: int) -> list[tuple[int, int]
     return [(start, end - start) for start, end in zip(starts, ends, strict=True)]
 
 
+def collapsed(prompt_ids: Tensor, image_token_id: int) -> list[int]:
+    """The ids of a prompt (P,) with one placeholder for each image, as samplers want it that expand it themselves."""
+    inner = {p for start, length in image_spans(prompt_ids, image_token_id) for p in range(start + 1, start + length)}
+    return [token for place, token in enumerate(prompt_ids.tolist()) if place not in inner]
+
+
 def inputs_hash(image_inputs: dict[str, Tensor]) -> str:
     """A digest of the tensors, names, shapes and data types included: equal images share cached features."""
     digest = hashlib.sha256()

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from balcaprl.config import SamplingConfig, TrainConfig
 from balcaprl.policy import Policy
 from balcaprl.types import Completion, Prompt, Rollout, RolloutGroup, SyncReport
@@ -93,6 +95,15 @@ def make_sampler(config: TrainConfig, policy: Policy) -> Sampler:
             independent=config.rollout.max_staleness > 0,
             sleep=config.rollout.vllm_sleep,
         )
+    if name == "server":
+        from balcaprl.rollout.server import ServerRollout
+
+        return ServerRollout(
+            policy,
+            url=config.rollout.server_url,
+            weights_dir=(config.rollout.server_weights_dir or config.output_dir / "server-weights").absolute(),
+            api_key_env=config.rollout.server_api_key_env,
+        )
     from balcaprl.rollout.hf import HFRollout
 
     return HFRollout(policy)
@@ -129,3 +140,18 @@ def first_stop(text: str, stop: Sequence[str]) -> int | None:
     """Where the first of the stop texts begins; None where there is none."""
     places = [place for place in map(text.find, stop) if place >= 0]
     return min(places) if places else None
+
+
+def prompt_seed(seed: int, index: int) -> int:
+    """A seed for each prompt. vLLM adds 0, 1, ... to it for the group's completions, hence no plain sum."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(2))
+
+
+def check_prompt(prompt: Prompt, used: Sequence[int]) -> None:
+    """Raise RuntimeError where a sampler expanded a prompt otherwise than the policy's processor did."""
+    if list(used) != prompt.prompt_ids.tolist():
+        raise RuntimeError(
+            f"sample {prompt.sample.sample_id}: vLLM sampled after a prompt of {len(used)} tokens, the policy prepared "
+            f"one of {len(prompt.prompt_ids)}, or of other ids: this version of vLLM changes prompts; set "
+            "rollout.sampler to hf"
+        )

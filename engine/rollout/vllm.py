@@ -8,18 +8,16 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
 from balcaprl.config import SamplingConfig
-from balcaprl.policy import Group, Policy
+from balcaprl.policy import Policy
+from balcaprl.rollout.adapters import AdapterMerge, adapted_modules
 from balcaprl.rollout.memory import kv_cache_budget
-from balcaprl.rollout.sampler import check_request, make_group
+from balcaprl.rollout.probe import NUM_PROBE_TOKENS, Probe
+from balcaprl.rollout.sampler import check_prompt, check_request, make_group, prompt_seed
 from balcaprl.rollout.weights import (
     InplaceCopy,
     Reload,
     SharedWeights,
-    StaleWeightsError,
     SyncStrategy,
     why_not_inplace,
     why_not_shared,
@@ -30,10 +28,6 @@ logger = logging.getLogger(__name__)
 
 _LENGTH_MULTIPLE = 128
 """``max_model_len`` is rounded up to this, so that a slightly longer prompt needs no new engine."""
-_PROBE_TOKENS = 4
-_PROBE_TOLERANCE = {torch.float32: 2e-3}
-"""Largest difference of a probe's log-probabilities from the policy's, in nats."""
-_PROBE_TOLERANCE_HALF = 0.3
 
 
 class VLLMRollout:
@@ -96,13 +90,11 @@ class VLLMRollout:
         self._max_num_seqs = max_num_seqs
         self._wanted, self._probe_when, self._independent = sync, probe, independent
         self._can_sleep = sleep and policy.device.type == "cuda"
-        self._image_size = (1, 1)
+        self._image_size: tuple[int, int] | None = None
         self._num_completions = 1
         self._engine: Any = None
         self._strategy: SyncStrategy | None = None
-        self._probe_prompt: Prompt | None = None
-        self._probed = False
-        self._tolerance = 0.0
+        self._probe = Probe(policy, self._ask, same_precision=True)
         self._asleep = False
         self._closed = False
         self.policy_version = 0
@@ -178,8 +170,8 @@ class VLLMRollout:
         num_tensors, num_bytes = self._strategy.push(policy_version)
         self.policy_version = policy_version
         self._engine.drop_caches()
-        if self._probe_when == "always" or self._strategy.name == "reload" or not self._probed:
-            self._verify(policy_version)
+        if self._probe_when == "always" or self._strategy.name == "reload" or not self._probe.passed:
+            self._probe.verify(policy_version)
         return SyncReport(self._strategy.name, num_tensors, num_bytes, time.perf_counter() - started, policy_version)
 
     def sleep(self) -> bool:
@@ -214,12 +206,12 @@ class VLLMRollout:
         # vLLM samples one greedy completion at most; the group is that one, repeated.
         copies = group_size if greedy else 1
         for index in sorted(owed):
-            prompt_seed = None if greedy else _prompt_seed(seed, index)
-            params = self._engine.params(group_size // copies, sampling, prompt_seed)
+            each = None if greedy else prompt_seed(seed, index)
+            params = self._engine.params(group_size // copies, sampling, each)
             self._engine.submit(str(index), prompts[index], params)
         for done in self._engine.finished():
             prompt = prompts[int(done.request_id)]
-            _check_prompt(prompt, done.prompt_ids)
+            check_prompt(prompt, done.prompt_ids)
             ids, logprobs = done.token_ids * copies, done.logprobs * copies
             group = make_group(self._policy, prompt, ids, logprobs, sampling.stop, self.policy_version)
             yield int(done.request_id), group
@@ -229,46 +221,18 @@ class VLLMRollout:
         for prompt in prompts:
             expected = family.num_image_tokens(config, prompt.image_inputs)
             found = int((prompt.prompt_ids == family.image_token_id(config)).sum())
-            if found != expected:
+            if expected is not None and found != expected:
                 raise ValueError(
                     f"prompts: sample {prompt.sample.sample_id} has {found} image placeholders, its image makes "
                     f"{expected} features; take prompt_ids and image_inputs from one policy.prepare"
                 )
 
-    def _probe(self) -> float:
-        """Ask the engine for a few tokens; the largest difference of their log-probabilities from the policy's."""
-        prompt = self._probe_prompt
-        if prompt is None:
-            return 0.0
-        params = self._engine.params(1, SamplingConfig(max_completion_tokens=_PROBE_TOKENS), None)
+    def _ask(self, prompt: Prompt) -> tuple[list[int], list[float]]:
+        """What the probe needs: a few greedy tokens."""
+        params = self._engine.params(1, SamplingConfig(max_completion_tokens=NUM_PROBE_TOKENS), None)
         self._engine.submit("probe", prompt, params)
         (done,) = list(self._engine.finished())
-        completion = torch.tensor(done.token_ids[0], dtype=torch.long)
-        expected = _sampler_logprobs(self._policy, Group(prompt.prompt_ids, [completion], prompt.image_inputs))
-        return (torch.tensor(done.logprobs[0]) - expected).abs().max().item()
-
-    def _calibrate(self) -> None:
-        """Learn how far sampler and trainer are apart on the very same weights, before any sync."""
-        rounding = _PROBE_TOLERANCE.get(self._policy.dtype)
-        difference = self._probe()
-        if rounding is not None and not difference <= rounding:
-            raise RuntimeError(
-                f"vLLM's log-probabilities differ from the policy's by {difference:.3g} on the same weights: this version "
-                "of vLLM computes another model, or sees other images. Set rollout.sampler to hf"
-            )
-        self._tolerance = rounding or max(_PROBE_TOLERANCE_HALF, 3 * difference)
-        if rounding is None and not difference <= _PROBE_TOLERANCE_HALF:
-            logger.warning("vLLM's log-probabilities differ from the policy's by %.3g on the same weights", difference)
-
-    def _verify(self, policy_version: int) -> None:
-        difference = self._probe()
-        if not difference <= self._tolerance:
-            raise StaleWeightsError(
-                f"after the sync to policy version {policy_version} the engine's log-probabilities differ from the "
-                f"policy's by {difference:.3g} (at most {self._tolerance:.3g} is rounding): it still serves other weights "
-                "or cached results. Set rollout.sync to reload, or rollout.sampler to hf"
-            )
-        self._probed = True
+        return done.token_ids[0], done.logprobs[0]
 
     # --------------------------------------------------------------------------------------------------- the engine
 
@@ -279,7 +243,7 @@ class VLLMRollout:
     def _ensure_engine(self, prompts: Sequence[Prompt], group_size: int, max_completion_tokens: int) -> None:
         """Make the engine, or a larger one, so that every prompt with its completion fits."""
         self._refuse_if_closed()
-        self._probe_prompt = min(prompts, key=lambda prompt: len(prompt.prompt_ids))
+        self._probe.choose(prompts)
         self._max_completion_tokens = max(self._max_completion_tokens, max_completion_tokens)
         self._max_prompt_tokens = max(self._max_prompt_tokens, *(len(prompt.prompt_ids) for prompt in prompts))
         self._num_completions = max(self._num_completions, min(self._max_num_seqs, len(prompts) * group_size))
@@ -293,8 +257,10 @@ class VLLMRollout:
                 f"a prompt of {self._max_prompt_tokens} tokens and a completion of {self._max_completion_tokens} "
                 f"exceed the model's {limit} positions: lower data.max_pixels or rollout.sampling.max_completion_tokens"
             )
-        sizes = [self._image_size, *(prompt.image.size for prompt in prompts)]
-        self._image_size = (max(width for width, _ in sizes), max(height for _, height in sizes))
+        sizes = [prompt.image.size for prompt in prompts if prompt.image_inputs]
+        if sizes or self._image_size:
+            sizes.append(self._image_size or (1, 1))
+            self._image_size = (max(width for width, _ in sizes), max(height for _, height in sizes))
         self._discard_engine()
         self._start(min(limit, -(-needed // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE))
 
@@ -318,11 +284,10 @@ class VLLMRollout:
         self._engine = VLLMEngine(self._policy, limits, plain_weights=self._wanted != "reload")
         try:
             self._strategy, reason = self._choose_strategy()
-            self._calibrate()
+            self._probe.calibrate()
         except BaseException:
             self._discard_engine()
             raise
-        self._probed = False
         logger.info("weights reach vLLM by %s: %s", self._strategy.name, reason)
 
     def _choose_strategy(self) -> tuple[SyncStrategy, str]:
@@ -339,6 +304,11 @@ class VLLMRollout:
                 raise ValueError(f"sync: {wanted} cannot be done here, {obstacle}; use auto or reload")
             return Reload(engine.reload), obstacle
         plan.check_values()
+        if any(adapted_modules(self._policy.stock_model)):
+            if wanted != "auto":
+                raise ValueError(f"sync: {wanted} cannot be done with adapters; use auto or reload")
+            strategy = AdapterMerge(plan, self._policy.stock_model, share_trained=not self._independent)
+            return strategy, "the policy trains adapters: its frozen weights are shared, adapted ones merged"
         obstacle = "the policy changes while vLLM samples" if self._independent else why_not_shared(plan)
         unused = f"; vLLM does without {len(plan.unserved)} of the policy's tensors" if plan.unserved else ""
         if wanted == "inplace" or (wanted == "auto" and obstacle is not None):
@@ -355,26 +325,3 @@ class VLLMRollout:
             strategy.detach(copy=engine.owns_weight_memory)
         if engine is not None:
             engine.shutdown()
-
-
-@torch.no_grad()
-def _sampler_logprobs(policy: Policy, group: Group) -> torch.Tensor:
-    """Log-probabilities (T,) of a few tokens with the banned ids removed, exact even where the policy prefers those."""
-    packed = policy.pack([group])
-    logits = (policy.hidden_states(packed) @ policy.lm_head_weight.T).float()
-    logits[:, list(policy.image_token_ids)] = -torch.inf
-    return logits.log_softmax(-1).gather(1, packed.targets[:, None])[:, 0].cpu()
-
-
-def _prompt_seed(seed: int, index: int) -> int:
-    """A seed for each prompt. vLLM adds 0, 1, ... to it for the group's completions, hence no plain sum."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(2))
-
-
-def _check_prompt(prompt: Prompt, used: Sequence[int]) -> None:
-    if list(used) != prompt.prompt_ids.tolist():
-        raise RuntimeError(
-            f"sample {prompt.sample.sample_id}: vLLM sampled after a prompt of {len(used)} tokens, the policy prepared "
-            f"one of {len(prompt.prompt_ids)}, or of other ids: this version of vLLM changes prompts; set "
-            "rollout.sampler to hf"
-        )

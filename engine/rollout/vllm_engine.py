@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from balcaprl.config import SamplingConfig
 from balcaprl.policy import Policy
-from balcaprl.rollout.images import image_spans, inputs_hash
+from balcaprl.rollout.adapters import merged_tensors, served_name
+from balcaprl.rollout.images import collapsed, image_spans, inputs_hash
 from balcaprl.rollout.weights import CopyRecorder, StaleWeightsError, WeightPlan, make_plan
 from balcaprl.torchvision_compat import ensure_importable
 from balcaprl.types import Prompt
@@ -44,8 +45,8 @@ class EngineLimits:
     """Longest prompt with its completion, in tokens."""
     max_num_seqs: int
     """Completions that are decoded at once."""
-    image_size: tuple[int, int]
-    """Largest width and height in pixels."""
+    image_size: tuple[int, int] | None
+    """Largest width and height in pixels; None: no images."""
     kv_cache_bytes: int
     """Key-value cache."""
     gpu_memory_utilization: float = 0.4
@@ -79,7 +80,7 @@ class VLLMEngine:
         """
         self.limits = limits
         self._policy, self._plain_weights = policy, plain_weights
-        self._parameters = dict(policy.model.named_parameters())
+        self._parameters = dict(policy.stock_model.named_parameters())
         self._recorder = CopyRecorder(self._parameters)
         with tempfile.TemporaryDirectory(prefix="balcaprl-vllm-") as folder:
             self._save_without_weights(folder)
@@ -141,7 +142,7 @@ class VLLMEngine:
         """Queue one prompt with its expanded ids and its preprocessed image, as the trainer sees them."""
         request: dict[str, Any] = {"type": "token", "prompt_token_ids": prompt.prompt_ids.tolist()}
         if prompt.image_inputs:
-            request = self._multimodal(prompt)
+            request = self._preprocessed(prompt) or self._raw(prompt)
         self._llm.llm_engine.add_request(request_id, request, params)
 
     def params(self, num_completions: int, sampling: SamplingConfig, seed: int | None) -> Any:
@@ -175,20 +176,28 @@ class VLLMEngine:
         while engine.has_unfinished_requests():
             engine.step()
 
-    def _multimodal(self, prompt: Prompt) -> dict[str, Any]:
+    def _preprocessed(self, prompt: Prompt) -> dict[str, Any] | None:
+        """The trainer's own tensors; None where vLLM cuts this family's images in another way than one run of placeholders."""
         spans = image_spans(prompt.prompt_ids, self._policy.family.image_token_id(self._policy.model.config))
         processor = self._llm.llm_engine.renderer.get_mm_processor()
         features = self._mm.BatchFeature(dict(prompt.image_inputs))
-        items = self._mm.MultiModalKwargsItems.from_hf_inputs(features, processor._get_mm_fields_config(features, {}))
-        if len(items["image"]) != len(spans):
-            raise ValueError(
-                f"sample {prompt.sample.sample_id}: the prompt has {len(spans)} runs of image placeholders, the "
-                f"processor made {len(items['image'])} images; take both from one policy.prepare"
+        try:
+            items = self._mm.MultiModalKwargsItems.from_hf_inputs(
+                features, processor._get_mm_fields_config(features, {})
             )
+        except (KeyError, ValueError):
+            return None
+        if len(items.get("image", ())) != len(spans):
+            return None
         digest = inputs_hash(prompt.image_inputs)
         places = [self._mm.PlaceholderRange(offset=start, length=length) for start, length in spans]
         hashes = [f"{digest}-{index}" for index in range(len(spans))]
         return self._mm.mm_input(prompt.prompt_ids.tolist(), items, {"image": hashes}, {"image": places})
+
+    def _raw(self, prompt: Prompt) -> dict[str, Any]:
+        """The image itself and one placeholder, which vLLM preprocesses and expands; the sampler compares the outcome."""
+        ids = collapsed(prompt.prompt_ids, self._policy.family.image_token_id(self._policy.model.config))
+        return {"prompt_token_ids": ids, "multi_modal_data": {"image": prompt.image}}
 
     # --------------------------------------------------------------------------------------------------- life
 
@@ -228,7 +237,7 @@ class VLLMEngine:
 
     @property
     def _architecture(self) -> str:
-        return type(self._policy.model).__name__
+        return type(self._policy.stock_model).__name__
 
     def _load(self, folder: str) -> Any:
         os.environ.update(_ENVIRONMENT)
@@ -240,21 +249,23 @@ class VLLMEngine:
             from vllm import LLM, EngineArgs
 
             _inspect_in_process(self._architecture)
-            width, height = self.limits.image_size
             # Images come normalised by the policy's processor; newer versions would do that (again) in the model.
+            tensors = (_base_tensors if self._plain_weights else _named_tensors)(self._policy)
             known = {field.name for field in fields(EngineArgs)}
-            optional = {name: value for name, value in {"mm_device_do_normalize": False}.items() if name in known}
+            optional: dict[str, Any] = {"mm_device_do_normalize": False} if "mm_device_do_normalize" in known else {}
+            if self.limits.image_size is not None:
+                width, height = self.limits.image_size
+                optional["limit_mm_per_prompt"] = {"image": {"count": 1, "width": width, "height": height}}
             dtype: Any = str(self._policy.dtype).removeprefix("torch.")
             with _plain_cpu_linear() if self._plain_weights else contextlib.nullcontext():
                 return LLM(
                     folder,
-                    load_format=_register_memory_loader(_named_tensors(self._policy), self._recorder),
+                    load_format=_register_memory_loader(tensors, self._recorder),
                     dtype=dtype,
                     enforce_eager=self._policy.device.type == "cpu",
                     max_model_len=self.limits.max_model_len,
                     max_num_seqs=self.limits.max_num_seqs,
                     max_num_batched_tokens=max(4096, self.limits.max_model_len),
-                    limit_mm_per_prompt={"image": {"count": 1, "width": width, "height": height}},
                     logits_processors=[_ban(self._policy.image_token_ids)],
                     logprobs_mode="processed_logprobs",
                     # Sampling defaults of a published checkpoint, such as a repetition penalty, are not the policy's.
@@ -269,9 +280,16 @@ class VLLMEngine:
 
 
 def _named_tensors(policy: Policy) -> dict[str, Tensor]:
-    """Every tensor of the policy by the name under which vLLM loads it."""
+    """Every tensor of the policy by the name under which vLLM loads it, adapters merged in."""
     rename = policy.family.published_name
-    return {rename(name): tensor.detach() for name, tensor in policy.model.state_dict().items()}
+    return {rename(name): tensor for name, tensor in merged_tensors(policy.stock_model).items()}
+
+
+def _base_tensors(policy: Policy) -> dict[str, Tensor]:
+    """The same without adapters: views of the trainer's own parameters, so that the recorder knows them."""
+    rename = policy.family.published_name
+    named = {served_name(name): tensor.detach() for name, tensor in policy.stock_model.state_dict().items()}
+    return {rename(name): tensor for name, tensor in named.items() if name is not None}
 
 
 def _to_finished(output: Any) -> Finished:

@@ -1,0 +1,123 @@
+"""Policies that train adapters (LoRA, by peft): the engine serves the base model with the adapters merged in.
+
+Frozen weights are shared with the engine, as in ``weights.py``. Of an adapted matrix the trainer keeps the base and the
+engine base + adapter; a sync computes that sum anew, straight into the engine's tensor, and touches nothing else. This needs
+no support for adapters in the engine, costs nothing while it samples, and works for every layer that peft can adapt,
+the image tower's included. peft itself is never imported: its layers are known by what they offer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from balcaprl.rollout.weights import Part, StaleWeightsError, WeightPlan, copy_all
+
+_ADAPTER_PARTS = re.compile(r"\.lora_\w+\.|\.lora_embedding_[AB]\.|\.original_module\.")
+_WRAPPERS = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
+
+
+def served_name(name: str) -> str | None:
+    """The stock model's name of a parameter; None for what only exists because of an adapter."""
+    return None if _ADAPTER_PARTS.search(name) else _WRAPPERS.sub("", name)
+
+
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every layer with an adapter, by its name.
+
+    Raises:
+        ValueError: for an adapter whose effect is more than a matrix that is added (DoRA, biases).
+    """
+    for name, module in model.named_modules():
+        if not (hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")):
+            continue
+        if len(getattr(module, "lora_magnitude_vector", ())) or any(getattr(module, "lora_bias", {}).values()):
+            raise ValueError(f"model: the adapter of {name} is more than an added matrix (DoRA, bias); use plain LoRA")
+        yield name, module
+
+
+def delta_of(module: Any) -> Tensor | None:
+    """What the active adapters add to a layer's weight; None for nothing."""
+    if module.disable_adapters or module.merged:
+        return None
+    deltas = [module.get_delta_weight(adapter) for adapter in module.active_adapters if adapter in module.lora_A]
+    return sum(deltas[1:], deltas[0]).detach() if deltas else None
+
+
+def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The stock model's tensors by its own names, adapters merged in; tensors without one are not copied."""
+    tensors = {served_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
+    deltas = {f"{served_name(f'{name}.weight')}": delta_of(module) for name, module in adapted_modules(model)}
+    return {
+        name: tensor if deltas.get(name) is None else tensor + deltas[name].to(tensor.dtype)  # type: ignore[union-attr]
+        for name, tensor in tensors.items()
+        if name is not None
+    }
+
+
+class AdapterMerge:
+    """Strategy ``adapter``; see the module's docstring."""
+
+    name = "adapter"
+
+    def __init__(self, plan: WeightPlan, model: nn.Module, *, share_trained: bool) -> None:
+        """Share what can be shared and merge the adapters for the first time.
+
+        Args:
+            plan: of all parameters of ``model``.
+            model: the stock model with its adapters.
+            share_trained: also share weights that are trained beside the adapters; otherwise those are copied.
+        """
+        self._plan = plan
+        self._adapted = {f"{name}.base_layer.weight": module for name, module in adapted_modules(model)}
+        self._shared: dict[str, int] = {}
+        self._copied: list[str] = []
+        for name in plan.parts:
+            if name in self._adapted:
+                continue
+            parameter, alias = plan.parameters[name], plan.alias(name)
+            same_kind = alias is not None and alias.dtype == parameter.dtype and alias.device == parameter.device
+            if alias is not None and same_kind and (share_trained or not parameter.requires_grad):
+                parameter.data = alias
+                self._shared[name] = alias.data_ptr()
+            else:
+                self._copied.append(name)
+        self.push(0)
+
+    @torch.no_grad()
+    def push(self, policy_version: int) -> tuple[int, int]:
+        """See ``SyncStrategy``."""
+        for name, address in self._shared.items():
+            if self._plan.parameters[name].data_ptr() != address:
+                raise StaleWeightsError(f"{name} no longer lies in the engine's memory; change weights in place only")
+        self._plan.check_storage()
+        num_bytes = 0
+        for name in (*self._adapted, *self._copied):
+            if name in self._plan.parts:
+                num_bytes += self._write(name)
+        return len(self._adapted) + len(self._copied), num_bytes
+
+    def detach(self, *, copy: bool) -> None:
+        """See ``SyncStrategy``."""
+        if copy:
+            for name in self._shared:
+                self._plan.parameters[name].data = self._plan.parameters[name].detach().clone()
+
+    def _write(self, name: str) -> int:
+        """Bring one tensor of the engine to the trainer's value; bytes written."""
+        value = self._plan.parameters[name].detach()
+        delta = delta_of(self._adapted[name]) if name in self._adapted else None
+        if delta is not None:
+            value = (value + delta.to(value.dtype)).contiguous()
+        parts: list[Part] = self._plan.parts[name]
+        sources = [part.source(value) for part in parts]
+        copy_all([part.target for part in parts], sources)
+        for part, source in zip(parts, sources, strict=True):
+            place = tuple(size // 2 for size in part.shape)
+            if part.target[place].item() != source[place].to(part.target.dtype).item():
+                raise StaleWeightsError(f"the engine still holds old values for {name}: the sync did not reach it")
+        return sum(part.target.numel() * part.target.element_size() for part in parts)

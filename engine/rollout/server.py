@@ -1,0 +1,280 @@
+"""Sampling with a vLLM server elsewhere: token ids go in, token ids and log-probabilities come out.
+
+The server is stock vLLM. It must be started so that it samples from the policy's plain distribution, and may be told to
+load new weights::
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve CHECKPOINT --enable-scale-out --logprobs-mode processed_logprobs --generation-config vllm
+
+Weights travel as a safetensors file in a folder that both machines see; the server then reloads them, drops its caches, and
+answers every request with the version that it was sampled from, which is compared. Images travel as PNG; the server expands the
+prompt, and the outcome is compared with the trainer's.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import os
+import shutil
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from balcaprl.config import SamplingConfig
+from balcaprl.policy import Policy
+from balcaprl.rollout.adapters import merged_tensors
+from balcaprl.rollout.images import collapsed
+from balcaprl.rollout.probe import NUM_PROBE_TOKENS, Probe
+from balcaprl.rollout.sampler import check_prompt, check_request, make_group, prompt_seed
+from balcaprl.rollout.weights import StaleWeightsError
+from balcaprl.types import Prompt, RolloutGroup, SyncReport
+
+_ATTEMPTS = 4
+_FIRST_PAUSE_S = 0.5
+_BAN = -100.0
+"""The strongest bias that vLLM allows; what is sampled all the same is an error."""
+
+
+class ServerError(RuntimeError):
+    """The sampling server refused a request, or could not be reached."""
+
+
+class ServerRollout:
+    """The ``Sampler`` that asks a vLLM server.
+
+    The policy's weights are pushed before the first request, so that a server that was left with others (by a trainer that
+    died during a sync, say) is brought to the present ones.
+    """
+
+    name = "server"
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        url: str,
+        weights_dir: Path,
+        api_key_env: str = "",
+        timeout_s: float = 600.0,
+        max_concurrency: int = 64,
+    ) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            policy: What to sample from.
+            url: Of the server, such as ``http://10.0.0.2:8000``; only it is contacted, without proxies.
+            weights_dir: A folder that this machine writes and the server reads, under the same path.
+            api_key_env: Name of the environment variable that holds the server's key, if it wants one.
+            timeout_s: Longest wait for one answer.
+            max_concurrency: Prompts that are under way at once.
+        """
+        parsed = urllib.parse.urlsplit(url)
+        if parsed.scheme not in ("http", "https") or not parsed.hostname or parsed.username or parsed.query:
+            raise ValueError("url: expected http://host:port, without user, password or query")
+        self._policy, self._url, self._timeout_s = policy, parsed, timeout_s
+        self._weights_dir = Path(weights_dir)
+        self._headers = {"Content-Type": "application/json"}
+        if api_key_env:
+            if not os.environ.get(api_key_env):
+                raise ValueError(f"api_key_env: the environment variable {api_key_env} is empty")
+            self._headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
+        self._pool = ThreadPoolExecutor(max_concurrency, "sampling-server")
+        self._probe = Probe(policy, self._ask, same_precision=False)
+        self._pushed = False
+        self._closed = False
+        self.policy_version = 0
+
+    def generate(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False
+    ) -> list[RolloutGroup]:
+        """See ``Sampler.generate``; errors as ``stream``."""
+        groups = dict(self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy))
+        return [groups[index] for index in range(len(prompts))]
+
+    def stream(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False
+    ) -> Iterator[tuple[int, RolloutGroup]]:
+        """See ``Sampler.stream``.
+
+        Raises:
+            ServerError: the server cannot be reached, or refuses.
+            StaleWeightsError: it sampled from other weights than those that it was given.
+        """
+        check_request(prompts, group_size)
+        self._refuse_if_closed()
+        self._probe.choose(prompts)
+        if not self._pushed:
+            self._push(self.policy_version)
+            self._probe.calibrate()
+        copies = group_size if greedy else 1
+        futures = {
+            self._pool.submit(
+                self._sample, prompt, group_size // copies, sampling, None if greedy else prompt_seed(seed, index)
+            ): index
+            for index, prompt in enumerate(prompts)
+        }
+        try:
+            for future in as_completed(futures):
+                ids, logprobs = future.result()
+                index = futures[future]
+                yield (
+                    index,
+                    make_group(
+                        self._policy,
+                        prompts[index],
+                        ids * copies,
+                        logprobs * copies,
+                        sampling.stop,
+                        self.policy_version,
+                    ),
+                )
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def sync(self, policy_version: int) -> SyncReport:
+        """See ``Sampler.sync``: always verified by a probe.
+
+        Raises:
+            ServerError: the server cannot be reached, or cannot load the weights.
+            StaleWeightsError: it does not serve them afterwards.
+        """
+        self._refuse_if_closed()
+        started = time.perf_counter()
+        num_tensors, num_bytes = self._push(policy_version)
+        self._probe.verify(policy_version)
+        return SyncReport("server", num_tensors, num_bytes, time.perf_counter() - started, policy_version)
+
+    def close(self) -> None:
+        """See ``Sampler.close``: the server goes on."""
+        self._closed = True
+        self._pool.shutdown(cancel_futures=True)
+
+    # --------------------------------------------------------------------------------------------------- weights
+
+    def _push(self, policy_version: int) -> tuple[int, int]:
+        """Write the weights, have the server load them and forget the old ones' results; (tensors, bytes)."""
+        self._weights_dir.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"version-{policy_version}-", dir=self._weights_dir))
+        try:
+            folder.chmod(0o755)  # the server may run as another user
+            num_tensors, num_bytes = self._write_weights(folder)
+            reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+            self._post("/collective_rpc", reload)
+            for cache in ("prefix", "mm", "encoder"):
+                answer = self._post(f"/reset_{cache}_cache", {})
+                if answer.get("success") is False:
+                    raise StaleWeightsError(f"the server could not drop its {cache} cache: is someone else sampling?")
+            self._post("/update_weight_version", {"new_version": str(policy_version)})
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.policy_version, self._pushed = policy_version, True
+        return num_tensors, num_bytes
+
+    def _write_weights(self, folder: Path) -> tuple[int, int]:
+        rename = self._policy.family.published_name
+        tensors, seen = {}, set()
+        for name, tensor in merged_tensors(self._policy.stock_model).items():
+            place = (tensor.data_ptr(), tensor.shape)
+            if place not in seen:  # a tied head is loaded once
+                seen.add(place)
+                tensors[rename(name)] = tensor.cpu().contiguous()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return len(tensors), sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def _ask(self, prompt: Prompt) -> tuple[list[int], list[float]]:
+        ids, logprobs = self._sample(prompt, 1, SamplingConfig(max_completion_tokens=NUM_PROBE_TOKENS), None)
+        return ids[0], logprobs[0]
+
+    # --------------------------------------------------------------------------------------------------- requests
+
+    def _sample(
+        self, prompt: Prompt, num_completions: int, sampling: SamplingConfig, seed: int | None
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        answer = self._post("/inference/v1/generate", self._request(prompt, num_completions, sampling, seed))
+        check_prompt(prompt, answer.get("prompt_token_ids") or [])
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        banned = set(self._policy.image_token_ids)
+        ids = [choice["token_ids"] for choice in choices]
+        logprobs = [[step["logprob"] for step in choice["logprobs"]["content"]] for choice in choices]
+        for choice, sampled in zip(choices, ids, strict=True):
+            if banned & set(sampled):
+                raise ServerError(f"sample {prompt.sample.sample_id}: the server sampled a banned id despite its bias")
+            versions = {span["version"] for span in choice.get("weight_versions") or ()}
+            if versions - {str(self.policy_version)}:
+                raise StaleWeightsError(f"the server sampled from versions {versions}, not {self.policy_version}")
+        return ids, logprobs
+
+    def _request(
+        self, prompt: Prompt, num_completions: int, sampling: SamplingConfig, seed: int | None
+    ) -> dict[str, Any]:
+        params = {
+            "n": num_completions,
+            "temperature": 0.0 if seed is None else sampling.temperature,
+            "max_tokens": sampling.max_completion_tokens,
+            "stop": list(sampling.stop),
+            "stop_token_ids": list(self._policy.eos_token_ids),
+            "seed": seed,
+            "logprobs": 0,
+            "logit_bias": {str(token): _BAN for token in self._policy.image_token_ids},
+            "detokenize": bool(sampling.stop),
+        }
+        request: dict[str, Any] = {
+            "token_ids": prompt.prompt_ids.tolist(),
+            "sampling_params": params,
+            "return_token_ids": True,
+            "cache_salt": f"policy-{self.policy_version}",
+        }
+        if prompt.image_inputs:
+            request["token_ids"] = collapsed(
+                prompt.prompt_ids, self._policy.family.image_token_id(self._policy.model.config)
+            )
+            request["content_parts"] = [{"type": "image_url", "url": _data_url(prompt.image)}]
+        return request
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The server's answer; a connection that fails is tried again, as every request may be repeated."""
+        pause = _FIRST_PAUSE_S
+        for attempt in range(_ATTEMPTS):
+            try:
+                status, content = self._send(path, json.dumps(body).encode())
+                break
+            except (OSError, http.client.HTTPException) as error:
+                if attempt == _ATTEMPTS - 1 or self._closed:
+                    where = f"{self._url.scheme}://{self._url.netloc}{path}"
+                    raise ServerError(f"{where} cannot be reached: {type(error).__name__}: {error}") from error
+                time.sleep(pause)
+                pause *= 2
+        if status != 200:
+            hint = ": start it with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out" if status == 404 else ""
+            raise ServerError(f"{path}: the server answered {status}{hint}: {content[:500].decode(errors='replace')}")
+        answer = json.loads(content) if content else {}
+        return answer if isinstance(answer, dict) else {}
+
+    def _send(self, path: str, body: bytes) -> tuple[int, bytes]:
+        kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._url.hostname or "", self._url.port, timeout=self._timeout_s)
+        try:
+            connection.request("POST", self._url.path.rstrip("/") + path, body, self._headers)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise RuntimeError("this ServerRollout is closed; make a new one")
+
+
+def _data_url(image: Any) -> str:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
