@@ -1,0 +1,324 @@
+"""``impl="flash"`` of ``shared_prefix_attention``: two calls of flash-attn's variable-length kernels, joined. CUDA, half
+precision. Tested against a stand-in of the same signatures in plain PyTorch; not yet run on a GPU.
+
+*Formulation.* Call 1: every segment causally on itself, prompts and completions alike. Call 2: all completion tokens of
+a group, as one sequence of queries, on the group's prompt without a mask. With lse = log(exp lse_1 + exp lse_2)::
+
+    out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2        at completion tokens; call 1 alone at prompts
+
+*Backward.* flash-attn's own functions do not differentiate a returned logsumexp (FlashAttention 2 and 3) or do so for a
+part each, so the joining cannot be left to autograd. It need not be: the kernels' backward takes ``out`` and ``lse``
+as arguments, and computes p = exp(s - lse), delta = g . out from them. Given the *joint* ones, each call returns exactly
+its share of the gradient, and the shares add up. No derivative of the joining is ever formed.
+
+*Bytes*, in rows of one head of one token (2 head_dim bytes), of one group: prompt P, N tokens in G completions, H query
+and K key heads. The other formulation that flash-attn can run is key concatenation: every completion gets a copy of the
+prompt's keys and values before its own. Reads that tiles repeat are not counted; joining and adding are counted as
+PyTorch runs them, an operation at a time; "per head" is the library's own dk, dv of every query head, where K < H::
+
+               two calls                                            key concatenation
+    forward    gather q 2NH, call 1: 2(P+N)(H+K),                   copy k, v: 4(GP+N)K,
+               call 2: 2NH + 2PK, join 19NH                         call: 2(P+N)H + 2(P+GP+N)K
+    backward   gather q, out, g: 6NH, call 1: 4(P+N)(H+K),          call: 4(P+N)H + 4(P+GP+N)K,
+               call 2: 4NH + 4PK, per head 4(2P+N)H,                per head 4(P+GP+N)H,
+               add 7NH + 14PK                                       add 2(GP+N)K + 2(P+N)K
+    kept       nothing                                              2(GP+N)K in each layer
+
+Thousands of rows forward + backward, and kept, with the Triton kernels' (no second call, no copy, no joining) beside:
+
+    ==================================================  =============  =======================  ===========
+    group                                               two calls      concatenation            Triton
+    ==================================================  =============  =======================  ===========
+    Qwen2.5-VL-3B: H 16, K 2, G 8, P 1024, N 1024       455 +  659     180 +  913, kept  37     74 + 254
+    Qwen2.5-VL-3B: G 16, P 2048, N 2048                 909 + 1319     557 + 3072, kept 139     147 + 508
+    LLaVA-1.5-7B: H 32, K 32, G 8, P 600, N 1024        1000 + 1318    1261 + 1507, kept 373    208 + 676
+    ==================================================  =============  =======================  ===========
+
+Two calls keep nothing, leave the prompt's keys in cache for all of a group's queries, and lose only for few short
+prompts; that is why they are the formulation. A batch of a single group needs no gather either: its tokens are slices.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from balcaprl.kernels.shared_prefix_layout import SharedPrefixLayout
+
+MODULES = {
+    2: "flash_attn.flash_attn_interface",
+    3: "flash_attn_interface",
+    4: "flash_attn.cute.interface",
+}
+"""Where each version of FlashAttention keeps the functions that are called here."""
+_ORDER = {9: (3, 4, 2), 10: (4, 2), 11: (4, 2), 12: (4, 2)}
+"""Versions to look for, by major compute capability; elsewhere 2 alone."""
+
+
+class _Sequences(NamedTuple):
+    """Which queries and keys form sequences: flash-attn's variable-length arguments."""
+
+    cu_queries: Tensor
+    cu_keys: Tensor
+    max_queries: int
+    max_keys: int
+    causal: bool
+
+
+class _Library(NamedTuple):
+    """One version's kernels behind one signature."""
+
+    forward: Callable[[Tensor, Tensor, Tensor, _Sequences, float], tuple[Tensor, Tensor]]
+    """(query, key, value, sequences, scale) to (out (T, H, head_dim), lse (H, T) float32)."""
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, _Sequences, float], tuple[Tensor, ...]]
+    """(grad_out, query, key, value, out, lse, sequences, scale) to the three gradients."""
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See ``shared_prefix_attention._implementation``.
+
+    Raises:
+        ValueError: dtype, device or head size are not flash-attn's, or it is not installed.
+    """
+    library = _library_for(query)
+    query, key, value = (_rows(x) for x in (query, key, value))
+    own, prompts = _calls(layout)
+    out, lse = library.forward(query, key, value, own, scale)
+    if prompts is None:
+        return out.contiguous(), lse.contiguous()
+    at, of = prompts.completion_tokens, prompts.prompt_tokens
+    part, part_lse = library.forward(query[at], key[of], value[of], prompts.sequences, scale)
+    # The joining is in float32 and rounded once; the parts were rounded by the kernels.
+    own_lse = lse[:, at]
+    joint = torch.logaddexp(own_lse, part_lse)
+    own_share, part_share = ((x - joint).exp().T[..., None] for x in (own_lse, part_lse))
+    out[at] = (out[at] * own_share + part * part_share).to(out.dtype)
+    lse[:, at] = joint
+    return out.contiguous(), lse.contiguous()
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: SharedPrefixLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``shared_prefix_attention._implementation``."""
+    library = _library_for(query)
+    grad_out, query, key, value = (_rows(x) for x in (grad_out, query, key, value))
+    own, prompts = _calls(layout)
+    grad_query, grad_key, grad_value = library.backward(grad_out, query, key, value, out, lse, own, scale)
+    if prompts is None:
+        return grad_query, grad_key, grad_value
+    at, of = prompts.completion_tokens, prompts.prompt_tokens
+    arguments = (grad_out[at], query[at], key[of], value[of], out[at], lse[:, at].contiguous())
+    shares = library.backward(*arguments, prompts.sequences, scale)
+    # No index comes twice, so that the additions have no order.
+    grad_query[at] += shares[0]
+    grad_key[of] += shares[1]
+    grad_value[of] += shares[2]
+    return grad_query, grad_key, grad_value
+
+
+class _PromptCall(NamedTuple):
+    """All completion tokens on the prompts of their groups."""
+
+    completion_tokens: Tensor | slice
+    """Packed tokens of all completions: indices, or of a single group a slice."""
+    prompt_tokens: Tensor | slice
+    """Packed tokens of the prompts that have completion tokens."""
+    sequences: _Sequences
+
+
+def _calls(layout: SharedPrefixLayout) -> tuple[_Sequences, _PromptCall | None]:
+    """What both calls run on; no second one without completion tokens. Reads host tensors only: the device is not
+    waited for. A sequence that has no query has no key either: the kernels need not say what they make of keys alone."""
+    groups = layout.groups()
+    longest = max(max([prompt, *completions]) for _, prompt, completions in groups)
+    own = _Sequences(layout.cu_seqlens, layout.cu_seqlens, longest, longest, True)
+    totals = [sum(completions) for _, _, completions in groups]
+    if not any(totals):
+        return own, None
+    prompts = [prompt if total else 0 for (_, prompt, _), total in zip(groups, totals, strict=True)]
+    completion_lengths = layout.cu_completions.diff()
+    prompt_lengths = layout.cu_prompts.diff() * (completion_lengths > 0)
+    cu_prompts = torch.nn.functional.pad(prompt_lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    sequences = _Sequences(layout.cu_completions, cu_prompts, max(totals), max(prompts), False)
+    if len(groups) == 1:
+        middle = prompts[0]
+        return own, _PromptCall(slice(middle, middle + totals[0]), slice(0, middle), sequences)
+    # The i-th completion token of all comes after the prompts of its own group and of those before.
+    completion_tokens = _counted(layout.cu_prompts[1:], completion_lengths, sum(totals))
+    prompt_tokens = _counted(layout.cu_groups[:-1] - cu_prompts[:-1], prompt_lengths, sum(prompts))
+    return own, _PromptCall(completion_tokens, prompt_tokens, sequences)
+
+
+def _counted(offsets: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """0, 1, ... total - 1, each plus the offset of the group that it falls into."""
+    shifts = offsets.long().repeat_interleave(lengths, output_size=total)
+    return shifts + torch.arange(total, device=offsets.device)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """With contiguous columns, as the kernels want them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# The three versions.
+
+
+def _library_for(query: Tensor) -> _Library:
+    """The installed kernels for ``query``.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if query.device.type != "cuda":
+        raise ValueError(f"impl: 'flash' runs on CUDA tensors, query is on {query.device}; use 'auto'")
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"impl: 'flash' has bfloat16 and float16, not {query.dtype}; use 'auto'")
+    if query.shape[2] % 8 or query.shape[2] > 256:
+        raise ValueError(f"query: impl 'flash' has head sizes that are multiples of 8 up to 256, not {query.shape[2]}")
+    return installed(torch.cuda.get_device_capability(query.device)[0])
+
+
+@functools.cache
+def installed(major: int) -> _Library:
+    """The best version that is installed for GPUs of compute capability ``major``.
+
+    Raises:
+        ValueError: none is, or it is too old.
+    """
+    for version in _ORDER.get(major, (2,)):
+        try:
+            module = importlib.import_module(MODULES[version])
+        except ImportError:
+            continue
+        return _ADAPTERS[version](module)
+    wanted = ", ".join(MODULES[version] for version in _ORDER.get(major, (2,)))
+    raise ValueError(f"impl: 'flash' needs FlashAttention; for sm_{major}x none of {wanted} can be imported")
+
+
+def _version_2(module: Any) -> _Library:
+    """flash-attn 2.7 and later."""
+    # A registered op keeps the plain function.
+    function = getattr(module._flash_attn_varlen_forward, "_init_fn", module._flash_attn_varlen_forward)
+    if "window_size_left" not in inspect.signature(function).parameters:
+        raise ValueError("impl: 'flash' needs flash-attn 2.7 or later; an older one is installed")
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, s: _Sequences, scale: float) -> tuple[Tensor, Tensor]:
+        result = module._flash_attn_varlen_forward(
+            q, k, v, s.cu_queries, s.cu_keys, s.max_queries, s.max_keys, 0.0, scale, s.causal
+        )
+        return result[0], result[1]
+
+    def backward(
+        g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: _Sequences, scale: float
+    ) -> tuple[Tensor, ...]:
+        gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
+        lengths = (s.cu_queries, s.cu_keys, s.max_queries, s.max_keys)
+        # No dropout; no window; no soft cap; no ALiBi; deterministic.
+        rest = (0.0, scale, s.causal, -1, -1, 0.0, None, True)
+        module._flash_attn_varlen_backward(g, q, k, v, out, lse, *gradients, *lengths, *rest)
+        return gradients
+
+    return _Library(forward, backward)
+
+
+def _version_3(module: Any) -> _Library:
+    """FlashAttention 3, of the folder ``hopper``."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, s: _Sequences, scale: float) -> tuple[Tensor, Tensor]:
+        result = module._flash_attn_forward(
+            q,
+            k,
+            v,
+            cu_seqlens_q=s.cu_queries,
+            cu_seqlens_k=s.cu_keys,
+            max_seqlen_q=s.max_queries,
+            max_seqlen_k=s.max_keys,
+            softmax_scale=scale,
+            causal=s.causal,
+        )
+        return result[0], result[1]
+
+    def backward(
+        g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: _Sequences, scale: float
+    ) -> tuple[Tensor, ...]:
+        gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
+        module._flash_attn_backward(
+            g,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cu_seqlens_q=s.cu_queries,
+            cu_seqlens_k=s.cu_keys,
+            max_seqlen_q=s.max_queries,
+            max_seqlen_k=s.max_keys,
+            dq=gradients[0],
+            dk=gradients[1],
+            dv=gradients[2],
+            softmax_scale=scale,
+            is_causal=s.causal,
+            deterministic=True,
+        )
+        return gradients
+
+    return _Library(forward, backward)
+
+
+def _version_4(module: Any) -> _Library:
+    """FlashAttention 4, of the folder ``flash_attn/cute``."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, s: _Sequences, scale: float) -> tuple[Tensor, Tensor]:
+        result = module._flash_attn_fwd(
+            q,
+            k,
+            v,
+            cu_seqlens_q=s.cu_queries,
+            cu_seqlens_k=s.cu_keys,
+            max_seqlen_q=s.max_queries,
+            max_seqlen_k=s.max_keys,
+            softmax_scale=scale,
+            causal=s.causal,
+            return_lse=True,
+        )
+        return result[0], result[1]
+
+    def backward(
+        g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: _Sequences, scale: float
+    ) -> tuple[Tensor, ...]:
+        return module._flash_attn_bwd(
+            q,
+            k,
+            v,
+            out,
+            g,
+            lse,
+            softmax_scale=scale,
+            causal=s.causal,
+            cu_seqlens_q=s.cu_queries,
+            cu_seqlens_k=s.cu_keys,
+            max_seqlen_q=s.max_queries,
+            max_seqlen_k=s.max_keys,
+            deterministic=True,
+        )
+
+    return _Library(forward, backward)
+
+
+_ADAPTERS = {2: _version_2, 3: _version_3, 4: _version_4}
