@@ -365,7 +365,7 @@ class OptimConfig(_Section):
     stays whole unless it alone is larger: then its prompt goes through once for each piece (``num_split_groups``)."""
     prompt_sharing: Literal["auto", "shared", "repeated"] = "auto"
     """``shared``: a group's prompt and images go through the model once. ``repeated``: the prompt once per completion, padded.
-    ``auto``: shared wherever the model can and it saves tokens. The result is the same."""
+    ``auto``: shared where the model can and it saves enough tokens to be faster. The result is the same."""
 
 
 class EvaluationConfig(_Section):

@@ -38,6 +38,13 @@ def shared_tokens(prompt: int, lengths: Sequence[int]) -> int:
     return prompt + sum(lengths) - len(lengths)
 
 
+def saved_tokens(prompts: Sequence[int], completions: Sequence[Sequence[int]]) -> float:
+    """How many times the tokens of the shared layout the repeated one has, padding included; 1 where there are none."""
+    rows = [prompt + n for prompt, lengths in zip(prompts, completions, strict=True) for n in lengths]
+    shared = sum(shared_tokens(p, lengths) for p, lengths in zip(prompts, completions, strict=True) if lengths)
+    return len(rows) * max(rows) / shared if rows else 1.0
+
+
 def plan_shared(groups: Sequence[GroupLengths], num_parts: int, token_budget: int | None) -> Plan:
     """Cut for the shared layout: at least ``num_parts`` parts where there are so many groups, of similar size.
 

@@ -23,6 +23,7 @@ from balcaprl.policy.attention import (
 )
 from balcaprl.policy.families import Family, ImageFeatures, family_of
 from balcaprl.policy.packing import Group, PackedBatch, check_group, check_same_dtypes, label, pack_rows, pack_shared
+from balcaprl.policy.parts import saved_tokens
 from balcaprl.policy.tower import frozen_tower_features, is_frozen
 from balcaprl.torchvision_compat import ensure_importable
 from balcaprl.types import Prompt, Sample
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 _NOT_IMAGE_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 Sharing = Literal["auto", "shared", "repeated"]
 """Whether a group's prompt goes through the model once (``shared``) or once per completion (``repeated``)."""
+MIN_SAVING = 1.3
+"""``auto`` shares prompts from this ratio of tokens on. Below it the many small attention calls of a packed batch cost about
+what it saves: so on one CPU core with the demo's model, where attention weighs most."""
 
 
 class Policy:
@@ -182,7 +186,7 @@ class Policy:
 
         Args:
             groups: At least one.
-            sharing: ``auto`` shares prompts wherever that saves tokens and the model can.
+            sharing: ``auto`` shares prompts where the model can and ``saved_tokens`` is at least ``MIN_SAVING``.
 
         Raises:
             ValueError: For no groups, wrong shapes or dtypes, images that do not match their prompt, a sequence beyond the
@@ -225,12 +229,7 @@ class Policy:
         if obstacle is not None and obstacle != self._obstacle:
             self._obstacle = obstacle  # said once, and again only if it is another one
             logger.warning("%s repeats prompts: %s", self.model.config.model_type, obstacle)
-        # A lone completion has nothing to share, but its padding to lose: equal lengths make a dense batch as good.
-        rows = [p + n for p, c in zip(prompts, completions, strict=True) for n in c]
-        saves = sum(p + sum(c) for p, c in zip(prompts, completions, strict=True) if c) < len(rows) * max(
-            rows, default=0
-        )
-        return obstacle is None and (saves or sharing == "shared")
+        return obstacle is None and (sharing == "shared" or saved_tokens(prompts, completions) >= MIN_SAVING)
 
     def sharing_obstacle(self, longest: int) -> str | None:
         """Why prompts cannot be shared where the longest sequence is ``longest`` tokens; None if they can."""

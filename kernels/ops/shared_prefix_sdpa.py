@@ -12,6 +12,7 @@ another batch axis, along which keys have stride 0: none is copied. The causal p
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -34,12 +35,13 @@ def forward(
     num_tokens, num_heads, _ = query.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse_TH = torch.empty((num_tokens, num_heads), dtype=compute_dtype(query.dtype), device=query.device)
-    for bucket in _segment_buckets(layout):
+    calls = _calls(layout)
+    for bucket in calls.buckets:
         q, k, v = bucket.gather(query), *(bucket.gather(x, num_heads) for x in (key, value))
         part, part_lse = _fused(q, k, v, 0.0, True, scale=scale)
         bucket.scatter(out, part)
         bucket.scatter(lse_TH, part_lse)
-    for prompt, completions in _group_slices(layout):
+    for prompt, completions in calls.groups:
         q, k, v = _prompt_call(query, key, value, prompt, completions)
         part, part_lse = _fused(q, k, v, 0.0, False, scale=scale)
         _join(out[completions], lse_TH[completions], _tokens_first(part), _tokens_first(part_lse))
@@ -62,16 +64,18 @@ def backward(
     grad_query, grad_key, grad_value = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
     )
-    for bucket in _segment_buckets(layout):
+    calls = _calls(layout)
+    for bucket in calls.buckets:
         q, o = (bucket.gather(x) for x in (query, out))
         k, v = (bucket.gather(x, num_heads) for x in (key, value))
-        # Padding repeats a token: its gradient is 0, so that it adds nothing to keys before it.
-        g = bucket.gather(grad_out).masked_fill_(~bucket.is_token[:, None, :, None], 0.0)
+        g = bucket.gather(grad_out)
+        if bucket.padding is not None:  # it repeats a token: without a gradient it adds nothing to the keys before it
+            g.masked_fill_(bucket.padding, 0.0)
         grads = _fused_backward(g, q, k, v, o, bucket.gather(lse_TH), 0.0, True, scale=scale)
         bucket.scatter(grad_query, grads[0])
         for gradient, part in zip((grad_key, grad_value), grads[1:], strict=True):
             bucket.scatter(gradient, part.unflatten(1, (num_kv_heads, -1)).sum(2))
-    for prompt, completions in _group_slices(layout):
+    for prompt, completions in calls.groups:
         q, k, v = _prompt_call(query, key, value, prompt, completions)
         g, o = (_heads_apart(x[completions], num_kv_heads) for x in (grad_out, out))
         joint = _heads_apart(lse_TH[completions], num_kv_heads)
@@ -83,55 +87,80 @@ def backward(
 
 
 class _Bucket(NamedTuple):
-    """Segments of similar length, padded to the longest: N rows of L tokens. Padding repeats a row's last token."""
+    """N segments of similar length, padded to the longest, L tokens. Padding repeats a segment's last token."""
 
+    shape: tuple[int, int]
+    """(N, L)."""
     tokens: Tensor
-    """LongTensor (N, L): packed tokens."""
-    is_token: Tensor
-    """BoolTensor (N, L): False at padding."""
+    """LongTensor (N * L,): the packed token of each place."""
+    places: Tensor
+    """LongTensor: the places that are no padding; all others repeat."""
+    padding: Tensor | None
+    """BoolTensor (N, 1, L, 1): True at padding; None where there is none."""
 
     def gather(self, x: Tensor, num_heads: int | None = None) -> Tensor:
         """(T, H, ...) to (N, H, L, ...), heads repeated to ``num_heads``."""
-        rows = x[self.tokens].transpose(1, 2)
+        rows = x.index_select(0, self.tokens).unflatten(0, self.shape).transpose(1, 2)
         return rows if num_heads in (None, x.shape[1]) else rows.repeat_interleave(num_heads // x.shape[1], 1)
 
     def scatter(self, x: Tensor, rows: Tensor) -> None:
         """(N, H, L, ...) into x (T, H, ...)."""
-        x[self.tokens[self.is_token]] = rows.transpose(1, 2)[self.is_token].to(x.dtype)
+        flat, tokens = rows.transpose(1, 2).flatten(0, 1), self.tokens
+        if self.padding is not None:
+            flat, tokens = flat.index_select(0, self.places), tokens.index_select(0, self.places)
+        x.index_copy_(0, tokens, flat.to(x.dtype))
 
 
-def _segment_buckets(layout: SharedPrefixLayout) -> list[_Bucket]:
-    """All segments that are not empty, by length."""
-    bounds = layout.cu_seqlens.long()
-    lengths = bounds.diff()
-    order = lengths.argsort(descending=True, stable=True)
-    sizes, sorted_lengths = [0], lengths[order].tolist()
-    longest = 0
-    for position, length in enumerate(sorted_lengths):
-        if not length:
-            break
-        if longest > max(_SHORT_SEGMENT, _MAX_STRETCH * length) or not longest:
-            longest = length
-            sizes.append(0)
-        sizes[-1] = position + 1
-    starts = [0, *sizes[1:-1]] if len(sizes) > 1 else []
-    return [_bucket(bounds, order[a:b], sorted_lengths[a]) for a, b in zip(starts, sizes[1:], strict=True)]
+class _Calls(NamedTuple):
+    """What the kernel is called for."""
+
+    buckets: list[_Bucket]
+    """The causal part: all segments that are not empty, by length."""
+    groups: list[tuple[slice, slice]]
+    """The prompt's part: packed tokens of the prompt and of all completions, for each group that has completion tokens."""
 
 
-def _bucket(bounds: Tensor, segments: Tensor, width: int) -> _Bucket:
-    place = torch.arange(width)
-    begin, end = bounds[segments, None], bounds[segments + 1, None]
-    return _Bucket((begin + place).minimum(end - 1), begin + place < end)
+def _calls(layout: SharedPrefixLayout) -> _Calls:
+    lengths = (layout.host_prompt_lengths, layout.host_group_sizes, layout.host_completion_lengths)
+    prompts, sizes, completions = (tuple(each.tolist()) for each in lengths)
+    return _calls_of(prompts, sizes, completions)
 
 
-def _group_slices(layout: SharedPrefixLayout) -> list[tuple[slice, slice]]:
-    """Packed tokens of the prompt and of all completions, for each group that has completion tokens."""
-    slices = []
-    for start, prompt, completions in layout.groups():
-        middle, end = start + prompt, start + prompt + sum(completions)
+@functools.lru_cache(maxsize=64)
+def _calls_of(prompts: tuple[int, ...], sizes: tuple[int, ...], completions: tuple[int, ...]) -> _Calls:
+    """Kept, since every layer of a model asks for the same."""
+    segments, groups = [], []
+    start, first = 0, 0
+    for prompt, size in zip(prompts, sizes, strict=True):
+        middle = end = start + prompt
+        segments.append((prompt, start))
+        for length in completions[first : first + size]:
+            segments.append((length, end))
+            end += length
         if end > middle:
-            slices.append((slice(start, middle), slice(middle, end)))
-    return slices
+            groups.append((slice(start, middle), slice(middle, end)))
+        start, first = end, first + size
+    return _Calls([_bucket(each) for each in _by_length(segments)], groups)
+
+
+def _by_length(segments: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """(length, begin) of segments that are not empty, the longest first, in lists of similar length."""
+    lists: list[list[tuple[int, int]]] = []
+    for segment in sorted((s for s in segments if s[0]), reverse=True):
+        if not lists or lists[-1][0][0] > max(_SHORT_SEGMENT, _MAX_STRETCH * segment[0]):
+            lists.append([])
+        lists[-1].append(segment)
+    return lists
+
+
+def _bucket(segments: list[tuple[int, int]]) -> _Bucket:
+    lengths, begins = torch.tensor(segments).unbind(1)
+    place = torch.arange(segments[0][0])
+    is_token = place < lengths[:, None]
+    tokens = begins[:, None] + place.minimum(lengths[:, None] - 1)
+    padding = None if is_token.all() else ~is_token[:, None, :, None]
+    shape = (tokens.shape[0], tokens.shape[1])
+    return _Bucket(shape, tokens.flatten(), is_token.flatten().nonzero()[:, 0], padding)
 
 
 def _prompt_call(

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from balcaprl.policy.parts import GroupLengths, Plan, plan_repeated, plan_shared, shared_tokens
+from balcaprl.policy.parts import GroupLengths, Plan, plan_repeated, plan_shared, saved_tokens, shared_tokens
 
 
 def lengths(*groups):
@@ -29,6 +29,12 @@ def test_groups_stay_whole_and_parts_are_alike():
     plan = plan_shared(groups, 2, None)
     assert plan == Plan([[(1, [0]), (2, [0, 1])], [(0, [0, 1]), (3, [0])]])
     assert [part_tokens(groups, part) for part in plan.parts] == [36, 30]
+
+
+def test_saved_tokens_of_an_example():
+    assert saved_tokens([10, 4], [[3, 1], [5]]) == 3 * 13 / (10 + 2 + 0 + 4 + 4)
+    assert saved_tokens([10, 4], [[], [1]]) == 5 / 4
+    assert saved_tokens([10], [[]]) == 1.0
 
 
 def test_one_part_and_more_parts_than_groups():

@@ -331,6 +331,7 @@ def test_auto_shares_where_it_saves_tokens():
     many, one = make_group(policy, [], [3, 4], 0), make_group(policy, [], [3], 1)
     assert policy.pack([many]).prefix_layout is not None
     assert policy.pack([one]).prefix_layout is None
+    assert policy.pack([one, make_group(policy, [], [90], 0)]).prefix_layout is not None, "padding is saved, too"
     assert policy.pack([one], "shared").prefix_layout is not None
     assert policy.pack([many], "repeated").prefix_layout is None
 
