@@ -78,6 +78,9 @@ def _hide_if_broken(name: str, pattern: str) -> bool:
     answered_before = getattr(sys.modules.get("transformers.utils.import_utils"), f"is_{name}_available", None)
     if answered_before is not None:
         answered_before.cache_clear()
+    found_before = sys.modules.get("datasets.config")
+    if found_before is not None:
+        setattr(found_before, f"{name.upper()}_AVAILABLE", False)
     return True
 
 

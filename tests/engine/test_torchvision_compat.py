@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from balcaprl.torchvision_compat import ensure_importable, subprocess_env
 
 
@@ -29,6 +31,16 @@ def test_cures_a_process_that_has_imported_transformers_already():
         "from transformers.utils import is_torchaudio_available; is_torchaudio_available();"
         "from balcaprl.torchvision_compat import ensure_importable as e; e();"
         "from transformers import Qwen2_5_VLProcessor"
+    )
+    result = _python("-c", code, env=_clean_env())
+    assert result.returncode == 0, result.stderr
+
+
+def test_cures_a_process_that_has_imported_datasets_already():
+    pytest.importorskip("datasets", reason="datasets is an optional extra")
+    code = (
+        "import datasets; from balcaprl.torchvision_compat import ensure_importable as e; e();"
+        "datasets.Dataset.from_dict({'text': ['a']}).map(lambda row: {'length': 1})"
     )
     result = _python("-c", code, env=_clean_env())
     assert result.returncode == 0, result.stderr

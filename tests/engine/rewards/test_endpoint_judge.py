@@ -427,9 +427,14 @@ def test_an_interrupt_is_not_swallowed_and_leaves_nothing_running(judges):
         judge = judges(server)
         batch = judge.open_batch()
         batch.submit(sample(), ["A red cup."])
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(KeyboardInterrupt):
-            batch.results()
+        # A shell's background job starts with SIGINT ignored: Python then does not raise KeyboardInterrupt by itself.
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                batch.results()
+        finally:
+            signal.signal(signal.SIGINT, previous)
         time.sleep(0.1)
         assert judge.client.servers[0].in_flight == 0
 
