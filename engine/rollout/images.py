@@ -28,5 +28,5 @@ def inputs_hash(image_inputs: dict[str, Tensor]) -> str:
     for name in sorted(image_inputs):
         tensor = image_inputs[name].detach().cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -76,7 +76,7 @@ class CopyRecorder(TorchDispatchMode):
         """Parameters that something other than a plain copy has read."""
         self._spans: dict[int, list[tuple[int, int, str]]] = {}
         for name, parameter in parameters.items():
-            start = parameter.storage_offset()
+            start = int(parameter.storage_offset())
             span = (start, start + _extent(parameter), name)
             self._spans.setdefault(storage_id(parameter), []).append(span)
         for spans in self._spans.values():
@@ -101,7 +101,7 @@ class CopyRecorder(TorchDispatchMode):
         if target.shape != source.shape:  # broadcast
             self.transformed.add(name)
             return
-        part = Part(tuple(source.shape), source.stride(), source.storage_offset() - start, target.detach())
+        part = Part(tuple(source.shape), source.stride(), int(source.storage_offset()) - start, target.detach())
         self.parts[name].append(part)
 
     def _note_use(self, source: Tensor) -> None:
@@ -241,6 +241,11 @@ def storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Its memory, and where in it the tensor starts."""
+    return storage_id(tensor), int(tensor.storage_offset())
+
+
 class SyncStrategy(Protocol):
     """How new values reach the engine."""
 
@@ -351,8 +356,8 @@ def why_not_shared(plan: WeightPlan) -> str | None:
     seen: dict[tuple[int, int], str] = {}
     for name in plan.parts:
         alias = plan.alias(name)
-        if alias is not None and seen.setdefault((storage_id(alias), alias.storage_offset()), name) != name:
-            return f"the engine keeps {name} where it keeps {seen[(storage_id(alias), alias.storage_offset())]}"
+        if alias is not None and seen.setdefault(_place(alias), name) != name:
+            return f"the engine keeps {name} where it keeps {seen[_place(alias)]}"
     return None
 
 

@@ -26,6 +26,7 @@ def one_thread() -> Iterator[None]:
     yield
     torch.set_num_threads(num_threads)
 
+
 MODULE = sys.modules["balcaprl.kernels.linear_policy_loss"]
 IMPLS = ("reference", "native")
 FULL = {"clip_low": 0.2, "clip_high": 0.28, "sampling_ratio_cap": 1.5, "kl_coef": 0.1, "temperature": 0.8}
