@@ -1,6 +1,6 @@
 """Writes the READMEs' tables and the plots from the committed results; nothing in them is typed by hand.
 
-python bench/report.py            # rewrite the blocks between the markers, and bench/plots/kernels_*.png
+python bench/report.py            # rewrite the blocks between the markers, and the plots of bench/plots/
 python bench/report.py --check    # 1 if a README or a plot is not what the results say
 
 A block is what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``. Of several rows for the same thing the
@@ -16,6 +16,9 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import update_report
+from update_report import UpdateResults
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -276,7 +279,21 @@ def rendered(results: Results, root: Path = ROOT) -> dict[Path, str]:
     for (file, name), render in BLOCKS.items():
         path = root / file
         texts[path] = with_block(texts.get(path) or path.read_text("utf-8"), name, render(results))
+    updates, path = updates_measured(), root / "README.md"
+    links = [update_plot_path(device).relative_to(ROOT).as_posix() for device in updates.devices]
+    texts[path] = with_block(texts[path], "update_step", update_report.block(updates, links))
     return texts
+
+
+def updates_measured() -> UpdateResults:
+    """The committed results of ``update_step.py``."""
+    return UpdateResults.load(RESULTS / "update_step")
+
+
+def update_plot_path(device: str) -> Path:
+    """Of one processor or GPU, by its name."""
+    name = "".join(c if c.isalnum() else "_" for c in device.lower())
+    return ROOT / "bench" / "plots" / f"update_step_{name}.png"
 
 
 def drawn_rows(results: Results, device: str) -> list[tuple[str, str, float, float, float]]:
@@ -292,7 +309,7 @@ def drawn_rows(results: Results, device: str) -> list[tuple[str, str, float, flo
     return found
 
 
-def digest(rows: list[tuple[str, str, float, float, float]]) -> str:
+def digest(rows: list[Any]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
@@ -341,6 +358,11 @@ def differences(results: Results, root: Path = ROOT) -> list[str]:
         rows = drawn_rows(results, device)
         if rows and _drawn_digest(plot_path(device)) != digest(rows):
             found.append(f"{plot_path(device).name}: not drawn from bench/results; run python bench/report.py")
+    updates = updates_measured()
+    for device in updates.devices:
+        path = update_plot_path(device)
+        if _drawn_digest(path) != digest(update_report.drawn_points(updates, device)):
+            found.append(f"{path.name}: not drawn from bench/results; run python bench/report.py")
     return found
 
 
@@ -367,6 +389,10 @@ def main() -> None:
     for device in results.devices:
         if drawn_rows(results, device):
             draw(results, device)
+    updates = updates_measured()
+    for device in updates.devices:
+        metadata = {PLOT_KEY: digest(update_report.drawn_points(updates, device))}
+        update_report.draw(updates, device, update_plot_path(device), metadata)
 
 
 if __name__ == "__main__":
