@@ -183,10 +183,11 @@ class ServerRollout:
         rename = self._policy.family.published_name
         tensors, seen = {}, set()
         for name, tensor in merged_tensors(self._policy.stock_model).items():
-            place = (tensor.data_ptr(), tensor.shape)
-            if place not in seen:  # a tied head is loaded once
-                seen.add(place)
-                tensors[rename(name)] = tensor.cpu().contiguous()
+            # A tied head is written twice, although checkpoints do not: where vLLM has repacked it, it packs it anew only
+            # if it is among the tensors that it reloads.
+            tied = tensor.data_ptr() in seen
+            seen.add(tensor.data_ptr())
+            tensors[rename(name)] = tensor.cpu().contiguous().clone() if tied else tensor.cpu().contiguous()
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return len(tensors), sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 

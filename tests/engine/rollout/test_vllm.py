@@ -297,6 +297,15 @@ def test_engine_grows_fails_and_closes(changed_policy, sampler, prompts, monkeyp
     monkeypatch.setattr(engine, "step", step_that_fails_once)
     assert token_ids(sampler.generate(prompts, 2, SAMPLING, seed=1)) == expected
     assert sampler.num_restarts == 1
+    if sampler._wanted == "shared":  # Ctrl-C in the midst of a step: the next one starts from a fresh engine
+
+        def interrupted():
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(sampler._engine._llm.llm_engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sampler.generate(prompts, 2, SAMPLING, seed=1)
+        assert token_ids(sampler.generate(prompts, 2, SAMPLING, seed=1)) == expected
     perturb(policy, "")
     sampler.sync(3)
     assert largest_difference(policy, sampler.generate(prompts, 2, SAMPLING, seed=1), 0.8) < 1e-5
@@ -308,6 +317,22 @@ def test_engine_grows_fails_and_closes(changed_policy, sampler, prompts, monkeyp
     assert all(torch.isfinite(p.mul_(1.0)).all() for p in (q.data for q in policy.model.parameters()))
     with pytest.raises(RuntimeError, match="closed"):
         sampler.generate(prompts, 1, longer, seed=0)
+
+
+def test_an_engine_that_keeps_failing_is_an_error(policy, prompts, monkeypatch):
+    sampler = vllm_rollout.VLLMRollout(policy)
+    sampler.generate(prompts[:1], 1, SAMPLING, seed=0)
+
+    def broken(self):
+        raise RuntimeError("out of memory")
+        yield
+
+    monkeypatch.setattr(type(sampler._engine), "finished", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sampler.generate(prompts[:1], 1, SAMPLING, seed=0)
+    monkeypatch.undo()
+    assert len(sampler.generate(prompts[:1], 1, SAMPLING, seed=0)) == 1, "the sampler itself is not lost"
+    sampler.close()
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -141,6 +142,27 @@ def test_a_policy_without_images(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- memory
+
+
+def test_two_hundred_steps_leak_nothing(tmp_path):
+    """Every step has new images, new weights, and the same memory and file handles."""
+    policy = Policy.from_pretrained(build_tiny_qwen(tmp_path, CORPUS, **SMALL), device="cpu")
+    sampler = VLLMRollout(policy)
+    process = psutil.Process()
+    sampling = SamplingConfig(max_completion_tokens=4)
+    try:
+        for step in range(200):
+            sampler.generate([policy.prepare(make_sample(step))], 2, sampling, seed=step)
+            with torch.no_grad():
+                torch._foreach_mul_(list(policy.model.parameters()), 1.0001)
+            sampler.sync(step + 1)
+            if step == 50:
+                before, files = process.memory_info().rss, process.num_fds()
+        assert process.memory_info().rss - before < 20 << 20
+        assert process.num_fds() == files
+        assert not any(sampler._engine.cached_entries().values())
+    finally:
+        sampler.close()
 
 
 def test_memory_that_is_too_short_is_said_before_anything_is_loaded(tmp_path, monkeypatch):
