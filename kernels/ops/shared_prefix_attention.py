@@ -40,6 +40,8 @@ from balcaprl.kernels.token_loss import compute_dtype
 
 IMPLS = ("reference", "sdpa", "flash", "triton")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TRITON_MAX_HEAD_DIM = 128
+"""Of larger heads the Triton kernels' tiles have no room."""
 _LAYOUT_FIELDS = len(SharedPrefixLayout._fields)
 
 
@@ -107,16 +109,14 @@ def resolve_impl(impl: str, query: Tensor) -> str:
     Raises:
         ValueError: it cannot run on such tensors; starts with ``impl``.
     """
-    has_half = query.dtype in (torch.bfloat16, torch.float16)
     if impl == "auto":
         if query.device.type == "cpu":
             return "sdpa"
-        if query.device.type == "cuda" and query.dtype != torch.float64:
-            if launch.has_triton():
-                return "triton"
-            if has_half and importlib.util.find_spec("flash_attn") is not None:
-                return "flash"
-        return "reference"
+        if query.device.type != "cuda" or query.dtype == torch.float64:
+            return "reference"
+        if launch.has_triton() and query.shape[-1] <= TRITON_MAX_HEAD_DIM:
+            return "triton"
+        return "flash" if _implementation("flash").can_run(query) else "reference"
     if impl == "sdpa" and query.device.type != "cpu":
         raise ValueError(f"impl: 'sdpa' runs on the CPU, query is on {query.device}; use 'auto'")
     if impl == "triton":

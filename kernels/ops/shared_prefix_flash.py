@@ -179,6 +179,15 @@ def _rows(x: Tensor) -> Tensor:
 # The three versions.
 
 
+def can_run(query: Tensor) -> bool:
+    """Whether this implementation takes such tensors on this machine."""
+    try:
+        _library_for(query)
+    except ValueError:
+        return False
+    return True
+
+
 def _library_for(query: Tensor) -> _Library:
     """The installed kernels for ``query``.
 

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from balcaprl.kernels.launch import TRITON_TYPES, KernelSpec, Launch, Work, launch, on_device
+from balcaprl.kernels.shared_prefix_attention import TRITON_MAX_HEAD_DIM
 from balcaprl.kernels.shared_prefix_kernels import (
     _shared_prefix_delta_kernel,
     _shared_prefix_dkdv_kernel,
@@ -18,9 +19,6 @@ from balcaprl.kernels.shared_prefix_kernels import (
     _shared_prefix_fwd_kernel,
 )
 from balcaprl.kernels.shared_prefix_layout import SharedPrefixLayout
-
-MAX_HEAD_DIM = 128
-"""Of larger heads no tile has room."""
 
 
 class _Segments(NamedTuple):
@@ -36,7 +34,7 @@ def forward(
     """See ``shared_prefix_attention._implementation``.
 
     Raises:
-        ValueError: ``head_dim`` is above ``MAX_HEAD_DIM``, or the dtype is float64.
+        ValueError: ``head_dim`` is above ``TRITON_MAX_HEAD_DIM``, or the dtype is float64.
     """
     _check(query)
     query, key, value = (_addressable(x) for x in (query, key, value))
@@ -185,10 +183,9 @@ def _heads_per_part(programs: int, repeats: int, device: torch.device) -> int:
 def _check(query: Tensor) -> None:
     if query.dtype not in TRITON_TYPES:
         raise ValueError(f"impl: 'triton' has no {query.dtype}; use 'reference' or 'auto'")
-    if not 1 <= query.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"query: impl 'triton' has head sizes from 1 to {MAX_HEAD_DIM}, not {query.shape[-1]}; use 'reference' or 'auto'"
-        )
+    size, largest = query.shape[-1], TRITON_MAX_HEAD_DIM
+    if not 1 <= size <= largest:
+        raise ValueError(f"query: impl 'triton' has head sizes from 1 to {largest}, not {size}; use 'auto'")
 
 
 def _addressable(x: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from balcaprl.kernels import SharedPrefixLayout, shared_prefix_attention, shared_prefix_flash
+from balcaprl.kernels import SharedPrefixLayout, launch, shared_prefix_attention, shared_prefix_flash
+from balcaprl.kernels.shared_prefix_attention import resolve_impl
 from balcaprl.kernels.shared_prefix_reference import shared_prefix_attention_reference
 from balcaprl.kernels.testing import assert_as_accurate
 
@@ -300,3 +301,35 @@ def test_tensors_on_a_gpu_that_it_does_not_take(shape: tuple[int, ...], dtype: t
     on_gpu = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"), dtype=dtype, shape=shape)
     with pytest.raises(ValueError, match=message):
         shared_prefix_flash._library_for(on_gpu)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "has_triton", "has_flash", "expected"),
+    [
+        (128, torch.bfloat16, True, True, "triton"),
+        (128, torch.float32, True, False, "triton"),
+        (256, torch.bfloat16, True, True, "flash"),
+        (128, torch.bfloat16, False, True, "flash"),
+        (256, torch.bfloat16, True, False, "reference"),
+        (128, torch.float32, False, True, "reference"),
+        (128, torch.float64, True, True, "reference"),
+    ],
+)
+def test_what_auto_takes_on_a_gpu(
+    head_dim: int,
+    dtype: torch.dtype,
+    has_triton: bool,
+    has_flash: bool,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def installed(major: int) -> object:
+        if not has_flash:
+            raise ValueError("impl: none is installed")
+        return object()
+
+    monkeypatch.setattr(launch, "has_triton", lambda: has_triton)
+    monkeypatch.setattr(shared_prefix_flash, "installed", installed)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    on_gpu = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"), dtype=dtype, shape=(4, 2, head_dim))
+    assert resolve_impl("auto", on_gpu) == expected  # type: ignore[arg-type]
