@@ -228,7 +228,14 @@ def reply_schema(call: Call, config: ProtocolConfig) -> dict[str, Any]:
     for key, data_key in NUMBERED.items():
         if key in schema["properties"] and isinstance(call.data.get(data_key), dict):
             schema["properties"][key] = _numbered_schema(key, call.data[data_key])
+    if "assertions" in schema["properties"]:
+        schema["properties"]["assertions"]["maxItems"] = min(config.max_items, most_assertions(call.data["caption"]))
     return schema
+
+
+def most_assertions(caption: str) -> int:
+    """More than this a caption cannot assert: one for every two of its letters and digits."""
+    return 1 + sum(map(str.isalnum, caption)) // 2
 
 
 def _numbered_schema(key: str, asked: dict[str, Any]) -> dict[str, Any]:
@@ -279,7 +286,8 @@ def parse_reply(call: Call, text: str, config: ProtocolConfig, *, finish_reason:
     if not text.strip():
         raise ReplyError("empty", "the reply is empty")
     try:
-        plain = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        # strict=False: servers' grammars for bounded strings let raw control characters through (xgrammar's does).
+        plain = json.loads(text, strict=False, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError):
         raise ReplyError("not_json", "the reply is no whole JSON object") from None
     try:
@@ -321,7 +329,7 @@ def _check_counts(call: Call, reply: Reply) -> None:
             if answer != NO_ANSWER and answer not in call.data["questions"][number]["options"]:
                 raise ReplyError("schema", f"answers.{number} is no letter of its question")
     if isinstance(reply, VerifyReply):
-        most = 1 + sum(map(str.isalnum, call.data["caption"])) // 2
+        most = most_assertions(call.data["caption"])
         if len(reply.assertions) > most:
             raise ReplyError("count", f"{len(reply.assertions)} assertions of a text that can make {most}")
     if isinstance(reply, DecomposeReply) and not all(unit.strip() for unit in reply.units):

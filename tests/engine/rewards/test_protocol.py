@@ -99,6 +99,14 @@ def test_schema_and_validation_agree(name):
             parse_reply(call_of(name), json.dumps(broken), CONFIG)
 
 
+def test_the_schema_allows_no_more_assertions_than_a_caption_can_make():
+    for caption, most in (("A", 1), ("A cat", 3), ("word " * 200, CONFIG.max_items)):
+        assert (
+            reply_schema(call_of("verify", {"caption": caption}), CONFIG)["properties"]["assertions"]["maxItems"]
+            == most
+        )
+
+
 def test_text_calls_carry_no_image_and_image_calls_need_one():
     with pytest.raises(ValueError, match="image: the task verify needs one"):
         Call(TASKS["verify"], {"caption": "x"})
@@ -152,6 +160,12 @@ def test_a_reply_that_was_cut_is_refused_even_if_it_parses():
     with pytest.raises(ReplyError) as caught:
         parse_reply(call_of("style"), json.dumps(REPLIES["style"]), CONFIG, finish_reason="length")
     assert caught.value.kind == "truncated"
+
+
+def test_raw_control_characters_in_strings_are_taken():
+    """vLLM's schema-constrained replies hold them: xgrammar's grammar for strings with a maxLength does not exclude them."""
+    text = '{"assertions": [{"text": "a\x1d\n", "quote": "A cat", "reason": "", "verified": true, "pointable": true}]}'
+    assert parse_reply(call_of("verify"), text, CONFIG).assertions[0].text == "a\x1d\n"
 
 
 def test_fractions_count_only_where_they_are_allowed():
