@@ -36,8 +36,17 @@ _OPTIONAL = {
     "flash-attn": "model.attention=flash_attention_2",
     "liger-kernel": "a provider in the benchmarks",
     "datasets": "data.kind=hf",
+    "aiohttp": "reward.judge=endpoint",
+    "tenacity": "reward.judge=endpoint",
 }
-_EXTRA_OF = {"triton": "gpu", "flash-attn": "gpu", "liger-kernel": "gpu", "datasets": "hf"}
+_EXTRA_OF = {
+    "triton": "gpu",
+    "flash-attn": "gpu",
+    "liger-kernel": "gpu",
+    "datasets": "hf",
+    "aiohttp": "judge",
+    "tenacity": "judge",
+}
 _STYLES = {"ok": "green", "info": "dim", "warning": "yellow", "error": "bold red"}
 _SIGNS = {"ok": "ok", "info": "-", "warning": "warn", "error": "FAIL"}
 
