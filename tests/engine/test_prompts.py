@@ -1,6 +1,9 @@
 """Prompts drawn ahead: the same ones, whatever the thread does, and a state that knows only what was used."""
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -108,3 +111,22 @@ def test_room_for_a_prompt():
     text = SimpleNamespace(max_position_embeddings=512)
     assert room_for_prompt(SimpleNamespace(get_text_config=lambda: text), sampling) == 412
     assert room_for_prompt(SimpleNamespace(get_text_config=SimpleNamespace), sampling) is None
+
+
+def test_the_thread_has_no_team_of_its_own():
+    """More OpenMP threads than cores make every operation of the process slow."""
+    script = """
+import os, torch
+from balcaprl.prompts import _single_threaded_pool
+work = lambda: torch.ones(1 << 20) * 2
+torch.set_num_threads(2)
+work()
+before = len(os.listdir("/proc/self/task"))
+pool = _single_threaded_pool()
+pool.submit(work).result()
+assert torch.get_num_threads() == 2
+assert len(os.listdir("/proc/self/task")) == before + 1, "the pool's one thread"
+"""
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("threads are counted by Linux's /proc")
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
