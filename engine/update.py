@@ -154,17 +154,17 @@ class PolicyUpdate:
 
     def _accumulate(self, parts: list[UpdatePart], normalizer: float) -> dict[str, float]:
         """Gradients of all parts; returns the loss and the token-weighted means of its metrics."""
-        totals: dict[str, float] = {}
         num_tokens = sum(part.num_tokens for part in parts)
+        shares = [part.num_tokens / num_tokens for part in parts]
+        rows = []
         for part in parts:
             result = self._loss(part, normalizer)
             result.loss.backward()
-            share = part.num_tokens / num_tokens
-            totals["loss"] = totals.get("loss", 0.0) + result.loss.item()
-            for name in _MEANS:
-                totals[name] = totals.get(name, 0.0) + share * getattr(result, name).item()
-            totals["ratio_max"] = max(totals.get("ratio_max", 0.0), result.ratio_max.item())
-        return totals
+            rows.append(torch.stack([getattr(result, name).detach() for name in LOSS_METRICS]))
+        # One read for all parts: on a GPU each would wait for what is queued.
+        columns = dict(zip(LOSS_METRICS, torch.stack(rows).double().T.tolist(), strict=True))
+        means = {name: sum(s * v for s, v in zip(shares, columns[name], strict=True)) for name in _MEANS}
+        return {"loss": sum(columns["loss"]), **means, "ratio_max": max(columns["ratio_max"])}
 
     def _loss(self, part: UpdatePart, normalizer: float) -> PolicyLoss:
         """The loss of one part; its first forward leaves behind what later epochs need."""
