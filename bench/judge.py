@@ -76,7 +76,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ideal = -(-options.captions // slots) * latency
     yield {
         "what": "throughput", "captions": options.captions, "latency_s": latency, "slots": slots, "seconds": seconds,
-        "ideal_s": ideal, "over_ideal": seconds / ideal, "limit": metrics["time/judge_limit"],
+        "ideal_s": ideal, "over_ideal": seconds / ideal, "limit": metrics["judge/limit"],
     }  # fmt: skip
     with serving(latency_s=0.0, slots=slots) as url:
         yield memory(url, options.memory_captions, slots)

@@ -14,6 +14,7 @@ score. A function that raises, or returns something else, leaves the scores out 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -117,7 +118,6 @@ async def _awaited(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
-@lru_cache(maxsize=256)  # a file is run once, however often its functions are asked for
 def load_reward(source: str) -> Callable[..., Any]:
     """The function that ``reward.custom`` names: ``module:function``, ``file.py:function`` or an entry point.
 
@@ -134,14 +134,15 @@ def load_reward(source: str) -> Callable[..., Any]:
             f"entry point of {ENTRY_POINTS} (there are {', '.join(known) or 'none'})"
         )
     try:
-        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        module = _load_file(Path(where).resolve()) if where.endswith(".py") else importlib.import_module(where)
         return _callable(getattr(module, attribute), source)
     except (ImportError, AttributeError, OSError) as error:
         raise ValueError(f"reward.custom: {source!r} cannot be loaded: {error}") from error
 
 
+@lru_cache(maxsize=256)  # a file is run once, however many of its functions are asked for, and how often
 def _load_file(path: Path) -> Any:
-    name = f"balcaprl_custom_{path.stem}"
+    name = f"balcaprl_custom_{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")

@@ -159,7 +159,7 @@ class EndpointJudge:
         return {
             **usage.metrics(),
             "judge/cost_total": float(self.client.ledger.totals["cost"]),
-            "time/judge_limit": float(sum(server.limit.limit for server in self.client.servers)),
+            "judge/limit": float(sum(server.limit.limit for server in self.client.servers)),
             "judge/breaker_opened": float(sum(server.breaker.num_opened for server in self.client.servers)),
         }
 

@@ -299,20 +299,8 @@ def linear_logprobs_backward(
 
 
 @linear_logprobs_backward.register_fake
-def _linear_logprobs_backward_fake(
-    grad_logprobs,
-    hidden,
-    weight,
-    targets,
-    logprobs,
-    row_max,
-    row_sum,
-    temperature,
-    filter_eps,
-    needs_hidden,
-    needs_weight,
-    impl,
-):
+def _linear_logprobs_backward_fake(_grad_logprobs, hidden, weight, *rest):
+    needs_hidden, needs_weight = rest[-3:-1]
     grad_hidden = hidden.new_empty(hidden.shape if needs_hidden else (0,))
     return grad_hidden, weight.new_empty(weight.shape if needs_weight else (0,))
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from balcaprl.kernels.launch import TRITON_TYPES, KernelSpec, Launch, Work, launch, on_device
 from balcaprl.kernels.native_head import Head, HeadGradients
 from balcaprl.kernels.native_softmax import SoftmaxRows
-from balcaprl.kernels.triton_logits import _expm1
+from balcaprl.kernels.triton_math import expm1_float32
 from balcaprl.kernels.triton_products import narrowed, product
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -181,7 +181,7 @@ def _head_grad_logits_kernel(
     gradient = tl.load(grad_logprobs_T + rows, mask=in_rows, other=0.0) * scale
     softmax = tl.exp2((logits - highest[:, None]) * scale * _LOG2E) * (1.0 / sums)[:, None]
     # 1 - p by way of expm1: near p = 1 it keeps its digits.
-    at_target = -gradient * _expm1(tl.load(logprobs_T + rows, mask=in_rows, other=0.0))
+    at_target = -gradient * expm1_float32(tl.load(logprobs_T + rows, mask=in_rows, other=0.0))
     is_target = columns[None, :] == tl.load(targets_T + rows, mask=in_rows, other=-1)[:, None]
     values = tl.where(is_target, at_target[:, None], -gradient[:, None] * softmax)
     inside = in_rows[:, None] & in_columns[None, :]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from balcaprl.kernels.launch import TRITON_TYPES, KernelSpec, Launch, Work, launch, on_device
 from balcaprl.kernels.native_softmax import SoftmaxRows
+from balcaprl.kernels.triton_math import expm1_float32
 from balcaprl.kernels.triton_products import narrowed
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -56,13 +57,6 @@ def _logits_stats_kernel(
 
 
 @triton.jit
-def _expm1(x):
-    """exp(x) - 1 that keeps its digits near 0."""
-    series = 1.0 + x * (1.0 / 2 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040))))))
-    return tl.where(tl.abs(x) < 0.25, x * series, tl.exp(x) - 1.0)
-
-
-@triton.jit
 def _logits_gradient_kernel(
     logits_TV,
     grad_logits_TV,
@@ -92,7 +86,7 @@ def _logits_gradient_kernel(
         coefficient = -gradient / tl.load(sum_T + token)
         values = tl.exp2((tile - tl.load(max_T + token)) * scale * _LOG2E) * coefficient
         # 1 - p by way of expm1: near p = 1 it keeps its digits.
-        at_target = -gradient * _expm1(tl.load(logprobs_T + token))
+        at_target = -gradient * expm1_float32(tl.load(logprobs_T + token))
         values = tl.where(columns == tl.load(targets_T + token), at_target, values)
         tl.store(out, narrowed(values, grad_logits_TV.dtype.element_ty), mask=mask)
 

@@ -1,4 +1,4 @@
-"""Functions that Triton kernels are made of. All work on float64 values, in registers only.
+"""Functions that Triton kernels are made of, in registers only. All but ``expm1_float32`` work on float64 values.
 
 The kernels that use them move a few values per token or per rollout: they wait for memory, and on the data-centre GPUs that
 they are compiled for float64 costs them nothing. In float32 the rounding of exp is as large as the divergences it is to show.
@@ -37,6 +37,13 @@ def expm1(x):
     curve = curve * r + 0.5
     power = ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
     return power * (curve * r * r + r) + (power - 1.0)
+
+
+@triton.jit
+def expm1_float32(x):
+    """e^x - 1 in float32 that keeps its digits near 0."""
+    series = 1.0 + x * (1.0 / 2 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040))))))
+    return tl.where(tl.abs(x) < 0.25, x * series, tl.exp(x) - 1.0)
 
 
 @triton.jit

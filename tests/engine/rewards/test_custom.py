@@ -115,6 +115,17 @@ def test_a_file_is_run_once(source):
     assert load_reward(source("length")) is load_reward(source("length"))
 
 
+def test_a_file_runs_once_for_all_of_its_functions(tmp_path):
+    path = tmp_path / "two.py"
+    path.write_text(
+        "from pathlib import Path\nlog = Path(__file__).with_suffix('.log')\n"
+        "log.write_text(log.read_text() + 'x' if log.exists() else 'x')\n"
+        "def f(sample, caption):\n    return 0.0\ndef g(sample, caption):\n    return 1.0\n"
+    )
+    assert [load_reward(f"{path}:{name}")(None, "x") for name in ("f", "g", "f")] == [0.0, 1.0, 0.0]
+    assert path.with_suffix(".log").read_text() == "x"
+
+
 def test_modules_and_entry_points(monkeypatch, tmp_path):
     import importlib.metadata
 
@@ -125,7 +136,6 @@ def test_modules_and_entry_points(monkeypatch, tmp_path):
     monkeypatch.setattr(
         importlib.metadata, "entry_points", lambda group, name=None: [entry] if name in (None, "half") else []
     )
-    load_reward.cache_clear()
     assert load_reward("half")(None, "x") == 0.5
     with pytest.raises(
         ValueError, match=r"'third' is neither .* nor an entry point of balcaprl\.rewards \(there are half\)"
