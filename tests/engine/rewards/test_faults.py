@@ -112,19 +112,22 @@ def check_counters(metrics, server):
     cancelled = counted.pop("cancelled", 0)
     sent = metrics["judge/attempts"]
     assert sent - cancelled <= server.counts["requests"] <= sent
-    assert server.counts["valid"] - cancelled <= metrics["judge/valid"] <= server.counts["valid"]
-    return counted, cancelled
+    # A sound answer was not taken only if it was no longer waited for: on a slow machine some come after the limit.
+    late = server.counts["valid"] - metrics["judge/valid"]
+    assert 0 <= late <= cancelled + counted.get("timeout", 0)
+    return counted, cancelled, late
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_at_a_fifth(fault):
     """8 steps: all scores arrive but those that were not waited for; each fault is counted as what it is."""
+    limit = 0.3 if "timeout" in KIND[fault] else 20
     with ScriptedServer(faults={fault: 0.2}, hang_s=1.0, seed=FAULTS.index(fault)) as server:
-        metrics, missing = run_steps(server, 8)
-        counted, cancelled = check_counters(metrics, server)
+        metrics, missing = run_steps(server, 8, timeout_s=limit)
+        counted, cancelled, late = check_counters(metrics, server)
         assert server.counts[fault] > 0
         assert set(counted) <= KIND[fault]
-        assert server.counts[fault] - cancelled <= sum(counted.values()) <= server.counts[fault]
+        assert server.counts[fault] - cancelled <= sum(counted.values()) <= server.counts[fault] + late
         assert missing <= 0.06 * 8 * 18
         assert not server.problems
 
@@ -134,10 +137,10 @@ def test_all_faults_together_for_fifty_steps():
     faults = dict.fromkeys(FAULTS, 0.03)
     with ScriptedServer(faults=faults, hang_s=1.0, seed=5) as server:
         metrics, missing = run_steps(server, 50)
-        counted, cancelled = check_counters(metrics, server)
+        counted, cancelled, late = check_counters(metrics, server)
         assert all(server.counts[fault] > 0 for fault in FAULTS)
         injected = sum(server.counts[fault] for fault in FAULTS)
-        assert injected - cancelled <= sum(counted.values()) <= injected
+        assert injected - cancelled <= sum(counted.values()) <= injected + late
         assert set(counted) == set().union(*KIND.values())
         assert missing <= 0.1 * 50 * 18
 
