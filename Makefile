@@ -10,8 +10,9 @@ PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 demo: $(VENV)/.cpu
 	$(BIN)/balcaprl demo --out demo-run
 
+# Two processes of one thread each, a file of tests in one of them: most tests cannot use a second core.
 test: $(VENV)/.test
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

@@ -58,6 +58,7 @@ TEST = [
     "pytest>=8",
     "hypothesis>=6",
     "pytest-benchmark>=4",
+    "pytest-xdist>=3",
     "scikit-image>=0.22",
     "scikit-learn>=1.4",
     "datasets>=3",

@@ -38,7 +38,7 @@ def length(sample, caption):
 def lengths(sample, captions):
     return [len(c) for c in captions]
 async def slowly(sample, caption):
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.2)
     return len(caption)
 async def slowly_all(sample, captions):
     return (float(len(c)) for c in captions).__class__ and [len(c) for c in captions]
@@ -83,7 +83,7 @@ def test_asynchronous_captions_run_together(source):
     rewards = CustomRewards([CustomReward(name="mine", source=source("slowly"))])
     started = time.monotonic()
     rewards.score(group().prompt.sample, [str(i) for i in range(50)])
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 5
 
 
 def test_a_failing_function_loses_its_own_scores_only(source, caplog):
