@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import wait
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from truthful_judge import truthful_answer
 from balcaprl.config import EndpointConfig, RewardConfig
 from balcaprl.data.scenes import flawed_caption, scene_sample
 from balcaprl.rewards import GroupScorer, make_judge, score_groups
-from balcaprl.rewards.endpoint_judge import EndpointJudge
+from balcaprl.rewards.endpoint_judge import EndpointBatch, EndpointJudge
 from balcaprl.rewards.judge import BackgroundJudge
 from balcaprl.rewards.reference_units import UnitStore, units_path
 from balcaprl.rewards.scene_judge import SceneJudge
@@ -442,22 +443,21 @@ def test_an_interrupt_is_not_swallowed_and_leaves_nothing_running(judges):
 # ------------------------------------------------------------------------------------------------------ overlap
 
 
-def test_groups_are_scored_while_others_are_sampled(judges):
-    """Handed over one by one with pauses longer than the judge takes, nothing is left to wait for at the end."""
+def test_groups_are_scored_while_others_are_sampled(judges, monkeypatch):
+    """Every group that was handed over gets its scores before anyone asks for them."""
+    futures, submit = [], EndpointBatch.submit
+    monkeypatch.setattr(EndpointBatch, "submit", lambda *given: futures.append(submit(*given)) or futures[-1])
     with ScriptedServer(latency_s=0.05) as server:
         judge = judges(server)
         assert isinstance(judge, BackgroundJudge)
         scorer = GroupScorer(judge, RewardConfig(judge="endpoint"))
-        groups = [group(sample(i), [f"A red cup {i} {j}." for j in range(4)]) for i in range(6)]
-        for each in groups:
-            scorer.submit(each)
-            time.sleep(0.25)
-        deadline = time.monotonic() + 20
-        while server.in_flight and time.monotonic() < deadline:
-            time.sleep(0.05)
+        for i in range(6):
+            scorer.submit(group(sample(i), [f"A red cup {i} {j}." for j in range(4)]))
+        assert len(futures) == 6
+        assert not wait(futures, timeout=20).not_done
         requests = server.counts["requests"]
         stats = scorer.finish()
-        assert server.counts["requests"] == requests > 0
+        assert server.counts["requests"] == requests
     assert stats.num_unscorable == 0
     assert stats.num_captions == 24
     adds_up(stats.metrics())
