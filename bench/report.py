@@ -216,9 +216,17 @@ def goals(results: Results) -> list[tuple[str, float, str, float]]:
     head = "linear_policy_loss"
     for case, limit, factor in ((_SMALL, 1.15, 1.5), (_MIDDLE, 1.10, 1.5), (_LARGE, 1.05, 3.0)):
         ours = get(head, case, "native")
-        liger = results.best("cpu", head, case, LIGER)
+        liger, best = get(head, case, "liger"), results.best("cpu", head, case, LIGER)
         add(f"`{head}`, {case}: time over the bare GEMMs'", ours, get(head, case, "gemms"), "at most", limit)
-        add(f"`{head}`, {case}: Liger's time over ours", liger and liger["median_ms"], ours, "at least", factor)
+        add(f"`{head}`, {case}: Liger's time over ours", liger, ours, "at least", factor)
+        # Not its default, and not asked for: it must not beat ours, and is shown for what it is.
+        add(
+            f"`{head}`, {case}: Liger's with its best chunk over ours",
+            best and best["median_ms"],
+            ours,
+            "at least",
+            1.0,
+        )
     for case in results.cases("cpu", head):
         peak = get(head, case, "native", "peak_bytes")
         add(f"`{head}`, {case}: peak MiB beyond inputs and gradients", peak, MIB, "at most", 64.0)
@@ -231,11 +239,20 @@ def goals(results: Results) -> list[tuple[str, float, str, float]]:
     )
     errors = [get(head, _FILTERED, "native", name) for name in ("gradient_error", "bfloat16_error")]
     add("filtered, peaked: error of the gradient over bfloat16's own", *errors, "at most", 1.0)
-    half, full = (get(head, case, "native", direction="backward") for case in (f"{_MIDDLE} zero0.5", _MIDDLE))
+    # Each over the bare products of its own rounds: the two cases are minutes apart, and the machine's speed wanders.
+    half, full = (
+        ratio(*(get(head, case, name, direction="backward") for name in ("native", "gemms")))
+        for case in (f"{_MIDDLE} zero0.5", _MIDDLE)
+    )
     add("half of the tokens without gradient: backward over the full one's", half, full, "at most", 0.6)
     rows = [get("grouped_advantages", "512x8x3 float32", p, direction="forward") for p in ("trl", "native")]
     add("`grouped_advantages`, 512x8x3: TRL's time over ours", *rows, "at least", 10.0)
     return found
+
+
+def ratio(part: float | None, whole: float | None) -> float | None:
+    """None where one is missing."""
+    return part / whole if part is not None and whole else None
 
 
 def acceptance(results: Results) -> str:

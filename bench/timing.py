@@ -86,6 +86,16 @@ class _Entry:
     peaks: dict[Pass, int | None] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Yardstick:
+    """What providers are held to."""
+
+    results: tuple[Tensor, ...]
+    """Exact output and gradients."""
+    allowed_output: float
+    allowed_gradient: float
+
+
 def passes_of(op: Op) -> tuple[Pass, ...]:
     """The passes that are reported."""
     return ("forward", "backward", "both") if op.differentiable else ("forward",)
@@ -125,13 +135,15 @@ def _entries(op: Op, case: Case, made: Inputs, device: torch.device, result: Mea
     exact = None if case.memory_only else _reference(op, case, made, _exact_dtype(op, case))
     if exact is not None and case.filter_eps is not None:
         result.bfloat16_error = _gradient_error(_reference(op, case, made, torch.bfloat16), exact)
-    allowed = None if exact is None else _allowed_errors(op, case, made, exact, result.bfloat16_error)
+    yardstick = None
+    if exact is not None:
+        yardstick = _Yardstick(exact, *_allowed_errors(op, case, made, exact, result.bfloat16_error))
     for name, provider in applicable(op, case).items():
         reason = provider.unavailable(device)
         if reason is None:
             calls = _calls(op, provider, made, case)
             try:
-                errors = (None, None) if exact is None else _check(op, case, provider, calls, exact, allowed)
+                errors = (None, None) if yardstick is None else _check(op, case, provider, calls, yardstick)
             except Exception as error:
                 if provider.ours:
                     raise
@@ -197,8 +209,7 @@ def _check(
     case: Case,
     provider: Provider,
     calls: dict[Pass, Call],
-    exact: tuple[Tensor, ...],
-    allowed: tuple[float, float],
+    yardstick: _Yardstick,
 ) -> tuple[float | None, float | None]:
     """Errors of output and gradients; runs every call once, which also warms it up.
 
@@ -209,9 +220,12 @@ def _check(
     outputs = calls["both"]() if "both" in calls else (forward_output,)
     if provider.ceiling:
         return None, None
-    output_error = max(_largest_error(o, exact[0]) for o in (forward_output, outputs[0]))
-    gradient_error = _gradient_error(outputs, exact)
-    for kind, error, limit in zip(("output", "gradient"), (output_error, gradient_error), allowed, strict=True):
+    output_error = max(_largest_error(o, yardstick.results[0]) for o in (forward_output, outputs[0]))
+    gradient_error = _gradient_error(outputs, yardstick.results)
+    for kind, error, limit in (
+        ("output", output_error, yardstick.allowed_output),
+        ("gradient", gradient_error, yardstick.allowed_gradient),
+    ):
         if error is not None and not error <= limit:
             raise WrongResult(f"{op.name}, {case.name}: {kind} error {error:.2e} exceeds {limit:.2e}")
     return output_error, gradient_error

@@ -33,6 +33,8 @@ FILTER_BLOCK = 128
 """Tokens that ``filter_eps`` looks at together."""
 
 _LOGITS_BYTES = 40 << 20
+# With the room in which gradients wait.
+_BUFFER_BYTES = 56 << 20
 # Fewer tokens make slow products, and more passes over the gradient of the weight. More gain nothing, and their logits
 # leave the cache between the product and the epilogue.
 _CHUNK_TOKENS = 512
@@ -144,28 +146,33 @@ def head_gradients(
 
 
 class _Buffer:
-    """Room for the logits of a chunk, behind gradients of earlier logits that wait to be multiplied."""
+    """Room for the logits of a chunk, behind gradients of earlier logits that wait to be multiplied.
+
+    With three quarters of a chunk more than one, a batch with half of its gradients zero passes in whole chunks, and is
+    multiplied in whole chunks, be its zeros spread evenly or not; pages that are not needed are never touched.
+    """
 
     def __init__(self, head: Head) -> None:
-        vocabulary = head.weight.shape[0]
-        self.size = min(_capacity(vocabulary, head.weight.element_size()), head.hidden.shape[0])
-        self.rows = head.weight.new_empty(self.size, vocabulary)
+        num_tokens, vocabulary, itemsize = head.hidden.shape[0], head.weight.shape[0], head.weight.element_size()
+        self.chunk = chunk_size(num_tokens, vocabulary, itemsize)
+        room = min(self.chunk + 3 * self.chunk // 4, _BUFFER_BYTES // max(1, vocabulary * itemsize), num_tokens)
+        self.rows = head.weight.new_empty(max(self.chunk, room), vocabulary)
         self.waiting = 0
         """Rows at the front that are taken."""
 
+    @property
+    def room(self) -> int:
+        """Rows that are free."""
+        return self.rows.shape[0] - self.waiting
+
 
 def _logits_of_chunks(head: Head, buffer: _Buffer) -> Iterator[tuple[slice, Tensor]]:
-    """Tokens of each chunk, with their logits in ``buffer``. Of that the consumer must leave a row free."""
-    num_tokens, vocabulary = head.hidden.shape[0], head.weight.shape[0]
-    size = chunk_size(num_tokens, vocabulary, head.weight.element_size())
-    begin = 0
-    while begin < num_tokens:
-        room, left = min(size, buffer.size - buffer.waiting), num_tokens - begin
-        # Behind waiting rows room is short: what is left is then cut into equal parts.
-        end = min(begin + (-(-left // -(-left // room)) if buffer.waiting else room), num_tokens)
+    """Tokens of each chunk, with their logits in ``buffer``, where the consumer must leave room for the next."""
+    num_tokens = head.hidden.shape[0]
+    for begin in range(0, num_tokens, buffer.chunk):
+        end = min(begin + buffer.chunk, num_tokens)
         out = buffer.rows[buffer.waiting : buffer.waiting + end - begin]
         yield slice(begin, end), torch.mm(head.hidden[begin:end], head.weight.T, out=out)
-        begin = end
 
 
 class _Sums:
@@ -204,8 +211,8 @@ class _Sums:
             self.hidden[chunk].zero_()
         self.waiting.append(active + chunk.start)
         self.buffer.waiting += active.shape[0]
-        room, left = self.buffer.size - self.buffer.waiting, self.head.hidden.shape[0] - chunk.stop
-        if left == 0 or room < min(left, self.buffer.size // 4 + 1):
+        left = self.head.hidden.shape[0] - chunk.stop
+        if left == 0 or self.buffer.room < min(left, self.buffer.chunk):
             self._multiply_waiting()
 
     def _multiply_waiting(self) -> None:

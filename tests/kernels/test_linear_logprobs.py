@@ -89,6 +89,8 @@ SHAPES += [
     (11, 11, 11),
 ]
 INTERPRETED = [(t, d, v) for t in (1, 5, 17, 40) for d, v in ((2, 3), (5, 17), (16, 31), (20, 64), (33, 75))]
+INTERPRETED += [(t, d, v) for t in (2, 16, 31, 33) for d, v in ((1, 2), (7, 33), (15, 49), (17, 16), (34, 63))]
+INTERPRETED += [(1, 1, 1), (64, 2, 5), (3, 65, 129)]
 
 
 @pytest.mark.parametrize("impl", ["reference", "native"])

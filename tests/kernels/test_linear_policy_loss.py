@@ -433,6 +433,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 TRITON_SHAPES = [(t, d, v) for t in (1, 5, 17, 40) for d, v in ((3, 4), (5, 17), (16, 31), (20, 64), (33, 75))]
+TRITON_SHAPES += [(t, d, v) for t in (2, 16, 31, 33) for d, v in ((1, 2), (7, 33), (15, 49), (17, 16), (34, 63))]
+TRITON_SHAPES += [(1, 1, 1), (64, 2, 5), (3, 65, 129)]
 
 
 @pytest.mark.interpreter

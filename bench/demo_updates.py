@@ -1,0 +1,122 @@
+"""The demo's updates with shared and with repeated prompts: the same learning curve, and how long each takes.
+
+    python bench/demo_updates.py [--steps 20] [--output FILE]
+
+Two policies start from the demo's warm start. At every step the first samples a batch, the scene judge scores it, and both
+are updated from it, each by its own arrangement, one after the other, the order rotating; so the second follows only its own
+earlier updates. One JSON object a step, and one at the end: the largest differences, and the medians of the times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from run import ROOT, provenance
+
+from balcaprl.assets import demo_model_path
+from balcaprl.config import TrainConfig
+from balcaprl.data import load_dataset
+from balcaprl.kernels import grouped_advantages
+from balcaprl.optim import PolicyOptimizer
+from balcaprl.policy import Policy
+from balcaprl.rewards import advantage_inputs, score_groups
+from balcaprl.rewards.scene_judge import SceneJudge
+from balcaprl.rollout.hf import HFRollout
+from balcaprl.types import RolloutGroup
+from balcaprl.update import PolicyUpdate
+
+ARRANGEMENTS = ("shared", "repeated")
+
+
+def make_update(config: TrainConfig, arrangement: str) -> PolicyUpdate:
+    """A policy of its own, updated with its prompts arranged so."""
+    plain = config.model_dump()
+    plain["optim"]["prompt_sharing"] = arrangement
+    mine = TrainConfig.model_validate(plain)
+    policy = Policy.from_pretrained(demo_model_path(), dtype="float32", device="cpu")
+    return PolicyUpdate(policy, PolicyOptimizer(policy.model.named_parameters(), mine.optim, mine.steps), mine)
+
+
+def scored_batch(config: TrainConfig, sampler: HFRollout, prompts: list[Any], step: int) -> list[RolloutGroup]:
+    """Rollouts with their advantages."""
+    rollout = config.rollout
+    groups = sampler.generate(prompts, rollout.group_size, rollout.sampling, seed=step)
+    score_groups(SceneJudge(), groups, config.reward)
+    advantages = grouped_advantages(**advantage_inputs(groups, config.reward), group_size=rollout.group_size)
+    rollouts = [each for group in groups for each in group.rollouts]
+    for each, advantage in zip(rollouts, advantages.tolist(), strict=True):
+        each.advantage = advantage
+    return groups
+
+
+def weight_difference(first: Policy, second: Policy) -> float:
+    """Largest difference of any two weights."""
+    pairs = zip(first.model.parameters(), second.model.parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+def run(config: TrainConfig, steps: int) -> list[dict[str, Any]]:
+    """One row a step: losses, gradient norms and seconds of both, and how far apart their weights are."""
+    updates = {name: make_update(config, name) for name in ARRANGEMENTS}
+    policy = updates["shared"].policy
+    sampler = HFRollout(policy)
+    stream = load_dataset(config.data, seed=config.seed).train_stream(seed=config.seed)
+    rows = []
+    for step in range(steps):
+        prompts = [policy.prepare(sample) for sample in stream.next_decodable(config.rollout.prompts_per_step)]
+        groups = scored_batch(config, sampler, prompts, step)
+        row: dict[str, Any] = {"bench": "demo_updates", "step": step}
+        for name in ARRANGEMENTS if step % 2 else ARRANGEMENTS[::-1]:
+            mine = copy.deepcopy(groups)
+            started = time.perf_counter()
+            metrics = updates[name].run(mine)
+            row[f"{name}_s"] = time.perf_counter() - started
+            row |= {f"{name}_{key}": metrics[key] for key in ("loss", "grad_norm", "forward_tokens")}
+        row["weight_difference"] = weight_difference(policy, updates["repeated"].policy)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over all steps; the first is left out of the times."""
+    times = {name: statistics.median(row[f"{name}_s"] for row in rows[1:]) for name in ARRANGEMENTS}
+    apart = {
+        key: max(abs(row[f"shared_{key}"] - row[f"repeated_{key}"]) for row in rows) for key in ("loss", "grad_norm")
+    }
+    return {
+        "bench": "demo_updates",
+        "steps": len(rows),
+        "largest_loss_difference": apart["loss"],
+        "largest_grad_norm_difference": apart["grad_norm"],
+        "largest_weight_difference": max(row["weight_difference"] for row in rows),
+        "median_shared_s": times["shared"],
+        "median_repeated_s": times["repeated"],
+        "times_faster": times["repeated"] / times["shared"],
+        **provenance(torch.device("cpu")),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--output", type=Path, help="the last line is appended here")
+    options = parser.parse_args()
+    config = TrainConfig.model_validate(yaml.safe_load((ROOT / "engine" / "recipes" / "demo.yaml").read_text()))
+    line = json.dumps(summary(run(config, options.steps)))
+    print(line)
+    if options.output:
+        with options.output.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What the compile suite knows of the head's kernels (``triton_head``): variants, work, and what machine code must show.
+
+The shape is the head of Qwen2.5-VL-3B over 8192 completion tokens, the backward by one slice of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from balcaprl.kernels.launch import TRITON_TYPES, KernelSpec, Launch, Work, launch
+from balcaprl.kernels.triton_head import (
+    _head_grad_hidden_kernel,
+    _head_grad_logits_kernel,
+    _head_grad_weight_kernel,
+    _head_stats_kernel,
+)
+
+_TOKENS, _HIDDEN, _VOCABULARY, _SLICE = 8192, 2048, 151936, 8192
+_SHAPE = f"T={_TOKENS} D={_HIDDEN} V="
+_PER_TOKEN = {
+    "targets_T": "*i64",
+    "max_T": "*fp32",
+    "sum_T": "*fp32",
+    "logprobs_T": "*fp32",
+    "grad_logprobs_T": "*fp32",
+}
+_LISTED = {"rows_N": "*i64", "num_rows": "*i32"}
+
+
+def _tiles(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _product_work(dtype: torch.dtype, columns: int, read: int, written: int, moved: int) -> Work:
+    """Of a kernel that does one product of T x D x ``columns``; sizes in elements of ``dtype``."""
+    floor, all_moved = ((count + written) * dtype.itemsize for count in (read, moved))
+    operations = 2 * _TOKENS * _HIDDEN * columns
+    unit = "fp32" if dtype == torch.float32 else "tensor"
+    return Work(f"{_SHAPE}{columns}", floor, all_moved, operations, unit)  # type: ignore[arg-type]
+
+
+def _stats_spec(dtype: torch.dtype, with_entropy: bool) -> KernelSpec:
+    def work(row: Launch) -> Work:
+        weight, hidden = _VOCABULARY * _HIDDEN, _TOKENS * _HIDDEN
+        moved = weight * _tiles(_TOKENS, row.blocks["BLOCK_T"]) + hidden * _tiles(_VOCABULARY, row.blocks["BLOCK_V"])
+        return _product_work(dtype, _VOCABULARY, weight + hidden, 0, moved)
+
+    storage = f"*{TRITON_TYPES[dtype]}"
+    parts = dict.fromkeys(("max_ST", "sum_ST", "weighted_ST", "chosen_ST"), "*fp32")
+    sizes = ("hidden_stride", "weight_stride", "num_tokens", "hidden_size", "vocabulary", "share")
+    return KernelSpec(
+        kernel=_head_stats_kernel,
+        dtype=dtype,
+        arguments={
+            "hidden_TD": storage,
+            "weight_VD": storage,
+            "targets_T": "*i64",
+            **parts,
+            **dict.fromkeys(sizes, "i32"),
+            "scale": "fp32",
+        },
+        constexprs={"WITH_ENTROPY": with_entropy},
+        work=work,
+        variant="entropy" if with_entropy else "",
+        divisible=frozenset(sizes),
+        tensor_core=dtype != torch.float32,
+    )
+
+
+def _grad_logits_spec(dtype: torch.dtype, filtered: bool) -> KernelSpec:
+    def work(row: Launch) -> Work:
+        weight, hidden = _SLICE * _HIDDEN, _TOKENS * _HIDDEN
+        moved = weight * _tiles(_TOKENS, row.blocks["BLOCK_T"]) + hidden * _tiles(_SLICE, row.blocks["BLOCK_V"])
+        return _product_work(dtype, _SLICE, weight + hidden, _TOKENS * _SLICE, moved)
+
+    storage = f"*{TRITON_TYPES[dtype]}"
+    sizes = ("hidden_stride", "weight_stride", "hidden_size", "first_column", "num_columns", "out_stride")
+    return KernelSpec(
+        kernel=_head_grad_logits_kernel,
+        dtype=dtype,
+        arguments={
+            "hidden_TD": storage,
+            "weight_VD": storage,
+            **_PER_TOKEN,
+            **_LISTED,
+            "grad_logits_NV": storage,
+            "active_tiles": "*i32",
+            **dict.fromkeys(sizes, "i32"),
+            "scale": "fp32",
+            "filter_eps": "fp32",
+        },
+        constexprs={"FILTER": filtered},
+        work=work,
+        variant="filter" if filtered else "",
+        divisible=frozenset(sizes),
+        tensor_core=dtype != torch.float32,
+    )
+
+
+_SLICE_SIZES = ("hidden_size", "first_column", "num_columns", "tiles_per_row")
+
+
+def _slice_spec(dtype: torch.dtype, filtered: bool, hidden: bool) -> KernelSpec:
+    """Of ``_head_grad_hidden_kernel`` (``hidden``) or ``_head_grad_weight_kernel``."""
+
+    def work(row: Launch) -> Work:
+        logits, other = _TOKENS * _SLICE, (_SLICE if hidden else _TOKENS) * _HIDDEN
+        written = (_TOKENS if hidden else _SLICE) * _HIDDEN
+        rows = _tiles(_TOKENS, row.blocks["BLOCK_T"]) if hidden else _tiles(_SLICE, row.blocks["BLOCK_V"])
+        moved = logits * _tiles(_HIDDEN, row.blocks["BLOCK_D"]) + other * rows
+        return _product_work(dtype, _SLICE, logits + other, written, moved)
+
+    storage = f"*{TRITON_TYPES[dtype]}"
+    names = (
+        ("weight_VD", "grad_hidden_TD", "weight_stride") if hidden else ("hidden_TD", "grad_weight_VD", "hidden_stride")
+    )
+    tile = launch("_head_grad_logits_kernel", 80, dtype).blocks
+    constants: dict[str, object] = {"TILE_T": tile["BLOCK_T"], "TILE_V": tile["BLOCK_V"], "FILTER": filtered}
+    return KernelSpec(
+        kernel=_head_grad_hidden_kernel if hidden else _head_grad_weight_kernel,
+        dtype=dtype,
+        arguments={
+            "grad_logits_NV": storage,
+            names[0]: storage,
+            **_LISTED,
+            # Several slices are added up in float32.
+            names[1]: "*fp32" if hidden else storage,
+            "active_tiles": "*i32",
+            "grad_stride": "i32",
+            names[2]: "i32",
+            **dict.fromkeys(_SLICE_SIZES, "i32"),
+        },
+        constexprs={**constants, "ADD": True} if hidden else constants,
+        work=work,
+        variant="filter" if filtered else "",
+        divisible=frozenset({"grad_stride", names[2], *_SLICE_SIZES} - {"tiles_per_row"}),
+        wide_store=True,
+        tensor_core=dtype != torch.float32,
+    )
+
+
+KERNEL_SPECS = [
+    *(_stats_spec(dtype, with_entropy) for dtype in TRITON_TYPES for with_entropy in (False, True)),
+    *(_grad_logits_spec(dtype, filtered) for dtype in TRITON_TYPES for filtered in (False, True)),
+    *(
+        _slice_spec(dtype, filtered, hidden)
+        for hidden in (True, False)
+        for dtype in TRITON_TYPES
+        for filtered in (False, True)
+    ),
+]
