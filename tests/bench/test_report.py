@@ -39,7 +39,10 @@ def some_rows() -> list[dict]:
         row("liger", 300.0),
         row("liger-whole", 170.0),
         row("native", 80.0, direction="backward"),
+        row("gemms", 75.0, direction="backward"),
         row("native", 70.0, f"{MIDDLE} zero0.5", direction="backward"),
+        # The machine was faster then: half of the tokens took more of the products' time than it seems.
+        row("gemms", 60.0, f"{MIDDLE} zero0.5", direction="backward"),
         {**row("liger", 1.0, "other"), "direction": "skipped", "skipped": "ImportError: gone"},
     ]
 
@@ -52,12 +55,13 @@ def test_goals_are_ratios_of_medians_and_misses_are_named() -> None:
     results = report.Results(some_rows())
     goals = {what: (value, bound) for what, value, _, bound in report.goals(results)}
     assert goals[f"`{HEAD}`, {MIDDLE}: time over the bare GEMMs'"] == (pytest.approx(1.08), 1.10)
-    # Against the faster of Liger's two ways.
-    assert goals[f"`{HEAD}`, {MIDDLE}: Liger's time over ours"] == (pytest.approx(170 / 108), 1.5)
+    # Against Liger as it comes, and against the faster of its two ways.
+    assert goals[f"`{HEAD}`, {MIDDLE}: Liger's time over ours"] == (pytest.approx(300 / 108), 1.5)
+    assert goals[f"`{HEAD}`, {MIDDLE}: Liger's with its best chunk over ours"] == (pytest.approx(170 / 108), 1.0)
     assert goals[f"`{HEAD}`, {MIDDLE}: peak MiB beyond inputs and gradients"] == (pytest.approx(30), 64)
     text = report.acceptance(results)
     assert "| 1.08 | at most 1.1 | holds |" in text
-    assert "backward over the full one's | 0.875 | at most 0.6 | **missed** |" in text
+    assert "backward over the full one's | 1.09 | at most 0.6 | **missed** |" in text
 
 
 def test_tables_mark_the_fastest_and_list_who_was_left_out() -> None:

@@ -115,7 +115,7 @@ def test_triton_is_as_accurate(
         for name in ("stats", "grad_logits", "grad_hidden", "grad_weight"):
             tiles = {"BLOCK_T": 16, "BLOCK_V": 16, "BLOCK_D": 16}
             stack.enter_context(launch.overridden(f"_head_{name}_kernel", **tiles))
-        check_accuracy("triton", dtype, shape, num_seeds=4 if shape[0] < 10 else 1)
+        check_accuracy("triton", dtype, shape, num_seeds=4 if shape[0] < 10 or shape[1] == 1 else 1)
 
 
 def check_accuracy(impl: str, dtype: torch.dtype, shape: tuple[int, int, int], num_seeds: int = 1) -> None:
