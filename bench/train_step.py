@@ -7,6 +7,8 @@ The model is a random Qwen2.5-VL, so that completions reach their limit on both 
 by either side itself; the rewards are cheap formulas of the text. TRL samples with transformers' generate: its colocated vLLM
 fails on a CPU build (it calls ``load_weights`` on repacked weights), and its paged generation wants CUDA. Its batch is taken
 whole and in four accumulated parts; the faster counts. The first steps are warm-up. Each provider runs in a process of its own.
+A step of ours lasts from the end of the one before to its own, logging included; of TRL's, the loading of images, which comes
+before its own begins, is not counted.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sync import emit
+from sync import emit, stamp
 
+SOURCES = ("engine/**/*.py", "kernels/ops/*.py", "kernels/csrc/**/*", "bench/train_step.py")
 PROVIDERS = ("ours", "ours-hf", "trl", "trl-accumulated")
 WARMUP = 2
 _CORPUS = ["There are two shapes on a white background. A large solid red circle is at the top left."] * 3
@@ -36,7 +40,6 @@ def rewards_of(text: str) -> tuple[float, float, float]:
 
 def measure_ours(folder: Path, options: argparse.Namespace, sampler: str) -> dict[str, Any]:
     """Our trainer; phases as its own log tells them."""
-    import torch
 
     from balcaprl.config import TrainConfig
     from balcaprl.metrics import read_jsonl
@@ -69,18 +72,20 @@ def measure_ours(folder: Path, options: argparse.Namespace, sampler: str) -> dic
     )
     trainer = Trainer(config, judge=FormulaJudge())
     trainer.save = lambda: config.output_dir  # type: ignore[method-assign]  # the step is measured, not the disk
+    ends: list[float] = []
+    trainer.save_if_due = lambda: ends.append(time.perf_counter())  # type: ignore[method-assign]
     try:
         trainer.train()
     finally:
         trainer.close()
     lines = read_jsonl(config.output_dir / "metrics.jsonl")[WARMUP:]
-    names = [key for key in lines[0] if key.startswith("time/")]
+    names = [key for key in lines[0] if key.startswith("time/") and key != "time/step"]
     phases = {name.removeprefix("time/"): statistics.median(line[name] for line in lines) for name in names}
-    seconds = [line["time/step"] for line in lines]
+    seconds = [end - start for start, end in pairwise(ends[WARMUP - 1 :])]
     return {
-        "phases_s": phases,
+        "phases_s": phases | {"step": statistics.median(seconds)},
         "tokens": statistics.fmean(line["tokens"] for line in lines),
-        **row(seconds, options, torch),
+        **row(seconds, options),
     }
 
 
@@ -141,7 +146,7 @@ def measure_trl(folder: Path, options: argparse.Namespace, accumulation: int) ->
     middle = {name: statistics.median(times[WARMUP:]) for name, times in phases.items()}
     middle |= {"step": statistics.median(seconds[WARMUP:])}
     middle["update"] = middle["step"] - middle["sample"] - middle["score"]
-    return {"phases_s": middle, "tokens": statistics.fmean(lengths[WARMUP:]), **row(seconds[WARMUP:], options, torch)}
+    return {"phases_s": middle, "tokens": statistics.fmean(lengths[WARMUP:]), **row(seconds[WARMUP:], options)}
 
 
 def clocked(method: Any, times: list[float], lengths: list[int] | None) -> Any:
@@ -159,10 +164,9 @@ def clocked(method: Any, times: list[float], lengths: list[int] | None) -> Any:
     return call
 
 
-def row(seconds: list[float], options: argparse.Namespace, torch: Any) -> dict[str, Any]:
+def row(seconds: list[float], options: argparse.Namespace) -> dict[str, Any]:
     """What both sides report."""
     import psutil
-    from run import provenance
 
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return {
@@ -177,7 +181,7 @@ def row(seconds: list[float], options: argparse.Namespace, torch: Any) -> dict[s
         "steps": len(seconds),
         "completions_per_second": options.prompts * options.group_size / median,
         "peak_resident_bytes": peak_resident_bytes() or psutil.Process().memory_info().rss,
-        **provenance(torch.device("cuda" if options.device == "cuda" else "cpu")),
+        **stamp(SOURCES, options.device),
     }
 
 
@@ -237,7 +241,7 @@ def main() -> None:
                 worker = [sys.executable, __file__, "--worker", root, provider, "--pixels", str(pixels)]
                 for name in ("prompts", "group_size", "tokens", "steps", "device"):
                     worker += [f"--{name}", str(getattr(options, name))]
-                emit(worker, {"provider": provider}, options.output, "train_step")
+                emit(worker, {"provider": provider, "pixels": pixels}, options.output, "train_step")
 
 
 if __name__ == "__main__":
