@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import step_report
 import update_report
+from step_report import Table
 from update_report import UpdateResults
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -298,7 +300,14 @@ def rendered(results: Results, root: Path = ROOT) -> dict[Path, str]:
         texts[path] = with_block(texts.get(path) or path.read_text("utf-8"), name, render(results))
     updates, path = updates_measured(), root / "README.md"
     links = [update_plot_path(device).relative_to(ROOT).as_posix() for device in updates.devices]
-    texts[path] = with_block(texts[path], "update_step", update_report.block(updates, links))
+    syncs, steps = Table.load(RESULTS / "sync", "size", "way"), Table.load(RESULTS / "train_step", "pixels", "provider")
+    more = {
+        "update_step": update_report.block(updates, links),
+        "sync": step_report.sync_block(syncs),
+        "train_step": step_report.step_block(steps),
+    }
+    for name, block in more.items():
+        texts[path] = with_block(texts[path], name, block)
     return texts
 
 
