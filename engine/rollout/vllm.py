@@ -18,6 +18,7 @@ from balcaprl.rollout.weights import (
     InplaceCopy,
     Reload,
     SharedWeights,
+    StaleWeightsError,
     SyncStrategy,
     why_not_inplace,
     why_not_shared,
@@ -97,6 +98,7 @@ class VLLMRollout:
         self._probe = Probe(policy, self._ask, same_precision=True)
         self._asleep = False
         self._closed = False
+        self._served_writes = 0
         self.policy_version = 0
         self.num_restarts = 0
         """Engines that were given up because they failed."""
@@ -131,9 +133,11 @@ class VLLMRollout:
             ValueError: If a prompt with its completion exceeds what the model or the memory can hold, or a prompt does
                 not fit its image.
             RuntimeError: If the engine fails twice, or after ``close``.
+            StaleWeightsError: If the policy was trained since the last ``sync``, unless it is ``independent``.
         """
         check_request(prompts, group_size)
         self._check_placeholders(prompts)
+        self._refuse_if_stale()
         owed = set(range(len(prompts)))
         for attempt in (1, 2):
             self._ensure_engine(prompts, group_size, sampling.max_completion_tokens)
@@ -172,6 +176,7 @@ class VLLMRollout:
         self._engine.drop_caches()
         if self._probe_when == "always" or self._strategy.name == "reload" or not self._probe.passed:
             self._probe.verify(policy_version)
+        self._served_writes = num_writes(self._policy)
         return SyncReport(self._strategy.name, num_tensors, num_bytes, time.perf_counter() - started, policy_version)
 
     def sleep(self) -> bool:
@@ -240,6 +245,15 @@ class VLLMRollout:
         if self._closed:
             raise RuntimeError("this VLLMRollout is closed; make a new one")
 
+    def _refuse_if_stale(self) -> None:
+        """A sync that was forgotten: even where weights are shared, the engine's caches stem from the old ones."""
+        if self._engine is None or self._independent or num_writes(self._policy) == self._served_writes:
+            return
+        raise StaleWeightsError(
+            f"the policy's weights changed since the sampler was synced to version {self.policy_version}: call "
+            "sync(policy_version) after an update, before the next generate"
+        )
+
     def _ensure_engine(self, prompts: Sequence[Prompt], group_size: int, max_completion_tokens: int) -> None:
         """Make the engine, or a larger one, so that every prompt with its completion fits."""
         self._refuse_if_closed()
@@ -288,6 +302,7 @@ class VLLMRollout:
         except BaseException:
             self._discard_engine()
             raise
+        self._served_writes = num_writes(self._policy)
         logger.info("weights reach vLLM by %s: %s", self._strategy.name, reason)
 
     def _choose_strategy(self) -> tuple[SyncStrategy, str]:
@@ -325,3 +340,8 @@ class VLLMRollout:
             strategy.detach(copy=engine.owns_weight_memory)
         if engine is not None:
             engine.shutdown()
+
+
+def num_writes(policy: Policy) -> int:
+    """Writes into the policy's parameters so far, as autograd counts them; it does not see those through ``.data``."""
+    return sum(parameter._version for parameter in policy.model.parameters())

@@ -4,19 +4,21 @@ import gc
 import math
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from vllm_runs import NoisyJudge, largest_difference, perturb, run_config, token_ids
 
-from balcaprl.config import OptimConfig, SamplingConfig, TrainConfig
-from balcaprl.optim import PolicyOptimizer
+from balcaprl.config import SamplingConfig, TrainConfig
 from balcaprl.policy import Group, Policy
-from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
+from balcaprl.policy.tiny import build_tiny_qwen
 from balcaprl.rollout import HFRollout, Sampler, make_sampler, weights
 from balcaprl.rollout import vllm as vllm_rollout
 from balcaprl.rollout.weights import StaleWeightsError
+from balcaprl.trainer import Trainer
 from balcaprl.types import Sample
 
 pytest.importorskip("vllm", reason="vLLM is an optional extra")
@@ -63,30 +65,6 @@ def changed_policy(policy, sampler):
         sampler.sync(0)
 
 
-def token_ids(groups):
-    return [[rollout.completion.token_ids for rollout in group.rollouts] for group in groups]
-
-
-def perturb(policy, part):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if part in name:
-                parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
-
-
-def largest_difference(policy, groups, temperature):
-    """Between the sampler's log-probabilities and the trainer's."""
-    rollouts = [
-        Group(g.prompt.prompt_ids, [torch.tensor(r.completion.token_ids) for r in g.rollouts], g.prompt.image_inputs)
-        for g in groups
-    ]
-    with torch.no_grad():
-        expected = policy.logprobs(policy.pack(rollouts), temperature, exclude_banned=True)
-    sampled = torch.tensor([lp for g in groups for r in g.rollouts for lp in r.completion.sampling_logprobs])
-    return (sampled - expected).abs().max().item()
-
-
 def test_group_structure_and_parity(policy, sampler, prompts):
     assert isinstance(sampler, Sampler)
     assert sampler.name == "vllm"
@@ -124,9 +102,7 @@ def test_parity_after_sync(changed_policy, sampler, prompts, part):
     before = sampler.generate(prompts, 2, SAMPLING, seed=3)  # fills the caches that a sync has to drop
     perturb(changed_policy, part)
     strategy = sampler._strategy.name
-    if part == "visual" or strategy != "shared":
-        stale = sampler.generate(prompts, 2, SAMPLING, seed=3)
-        assert largest_difference(changed_policy, stale, 0.8) > 1e-3, "the change must be visible"
+    assert largest_difference(changed_policy, before, 0.8) > 1e-3, "the change must be visible"
     report = sampler.sync(5)
     assert (report.strategy, report.policy_version) == (strategy, 5)
     num_bytes = 4 * changed_policy.num_parameters
@@ -158,8 +134,9 @@ def test_a_skipped_sync_is_caught(changed_policy, sampler, prompts, monkeypatch,
     sampler.generate(prompts, 2, SAMPLING, seed=3)
     saved = {name: p.data for name, p in changed_policy.model.named_parameters()}
     engine, strategy = sampler._engine, sampler._strategy.name
-    if skipped == "encoder cache":
-        monkeypatch.setattr(engine._llm.llm_engine, "reset_encoder_cache", lambda: None)
+    if skipped != "weights":
+        assert engine.cached_entries()[skipped.removesuffix(" cache")] > 0
+        monkeypatch.setattr(engine._llm.llm_engine, f"reset_{skipped.replace(' ', '_')}", lambda: None)
     elif strategy == "inplace":
         monkeypatch.setattr(weights, "copy_all", lambda targets, sources: None)
     elif strategy == "reload":
@@ -178,18 +155,36 @@ def test_a_skipped_sync_is_caught(changed_policy, sampler, prompts, monkeypatch,
     assert largest_difference(changed_policy, sampler.generate(prompts, 2, SAMPLING, seed=3), 0.8) < 1e-5
 
 
-def test_thirty_real_updates(changed_policy, sampler, prompts):
-    """Gradients through the shared memory: after every step both sides agree."""
-    optimizer = PolicyOptimizer(changed_policy.model.named_parameters(), OptimConfig(lr=1e-3), 30)
-    for step in range(30):
+def test_thirty_real_training_steps(changed_policy, sampler, prompts, tmp_path):
+    """Sampled, scored, updated, synced by the trainer: after every step both sides agree, on prompts of other steps, too."""
+    config = run_config("unused", tmp_path, steps=30, data={"num_eval": 0}, checkpoint={"every": 0})
+    trainer = Trainer(config, judge=NoisyJudge(), policy=changed_policy, sampler=sampler)
+    sync, differences, previous = trainer.sync_weights, [], []
+
+    def sync_and_compare():
+        sync()
+        step = len(differences)
         groups = sampler.generate(prompts[step % 3 :][:1], 2, SAMPLING, seed=step)
-        assert largest_difference(changed_policy, groups, 0.8) < 1e-5, step
-        rollouts = [torch.tensor(r.completion.token_ids) for r in groups[0].rollouts]
-        prompt = groups[0].prompt
-        packed = changed_policy.pack([Group(prompt.prompt_ids, rollouts, prompt.image_inputs)])
-        (-changed_policy.logprobs(packed).mean()).backward()
-        assert optimizer.step()["grad_norm"] > 0
-        sampler.sync(step + 1)
+        differences.append(largest_difference(changed_policy, groups, 0.8))
+        previous.append(changed_policy.lm_head_weight.detach().clone())
+
+    trainer.sync_weights = sync_and_compare
+    trainer.train()
+    trainer.pipeline.close()
+    assert len(differences) == 30
+    assert max(differences) < 1e-5
+    assert all(not torch.equal(a, b) for a, b in pairwise(previous)), "every step learns"
+
+
+@pytest.mark.parametrize("part", ["visual", ""])
+def test_a_forgotten_sync_is_refused(changed_policy, sampler, prompts, part):
+    """Shared weights need it as well: results of the old ones are still cached."""
+    groups = sampler.generate(prompts, 2, SAMPLING, seed=3)
+    perturb(changed_policy, part)
+    with pytest.raises(StaleWeightsError, match=r"changed since the sampler was synced to version \d+: call sync"):
+        sampler.generate(prompts, 2, SAMPLING, seed=3)
+    sampler.sync(11)
+    assert token_ids(sampler.generate(prompts, 2, SAMPLING, seed=3)) != token_ids(groups)
 
 
 def test_a_checkpoint_is_the_same_wherever_the_parameters_live(changed_policy, sampler, prompts, tmp_path):
@@ -333,31 +328,6 @@ def test_an_engine_that_keeps_failing_is_an_error(policy, prompts, monkeypatch):
     monkeypatch.undo()
     assert len(sampler.generate(prompts[:1], 1, SAMPLING, seed=0)) == 1, "the sampler itself is not lost"
     sampler.close()
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_llava_parity_before_and_after_sync(tmp_path, tied):
-    """After the module's engine is closed: vLLM allows one at a time."""
-    llava = Policy.from_pretrained(
-        build_tiny_llava(tmp_path, CORPUS, num_layers=2, tie_word_embeddings=tied), device="cpu"
-    )
-    prompts = [llava.prepare(make_sample(i, size)) for i, size in enumerate(SIZES)]
-    sampler = vllm_rollout.VLLMRollout(llava)
-    try:
-        assert largest_difference(llava, sampler.generate(prompts, 2, SAMPLING, seed=0), 0.8) < 1e-5
-        plan = sampler._engine.plan()
-        unused = {name for name, _ in llava.model.named_parameters()} - set(plan.parts)
-        assert all("encoder.layers.3." in name or "post_layernorm" in name for name in unused), (
-            "the untrained last layer"
-        )
-        assert set(plan.unserved) == unused
-        with torch.no_grad():
-            for parameter in llava.model.parameters():
-                parameter *= 1.1
-        assert sampler.sync(1).strategy == "shared"
-        assert largest_difference(llava, sampler.generate(prompts, 2, SAMPLING, seed=0), 0.8) < 1e-5
-    finally:
-        sampler.close()
 
 
 def test_missing_vllm_is_explained(policy, monkeypatch):

@@ -8,46 +8,22 @@ import subprocess
 import sys
 import time
 
-import numpy as np
-import psutil
 import pytest
 import torch
 import yaml
-from PIL import Image
+from vllm_runs import CORPUS, SMALL, NoisyJudge, largest_difference, make_sample, run_config
 
 from balcaprl.checkpoint import list_checkpoints
-from balcaprl.config import OptimConfig, SamplingConfig, TrainConfig
+from balcaprl.config import OptimConfig, SamplingConfig
 from balcaprl.metrics import read_jsonl
 from balcaprl.optim import PolicyOptimizer
 from balcaprl.policy import Group, Policy
 from balcaprl.policy.tiny import build_tiny_qwen
 from balcaprl.rollout.vllm import VLLMRollout
 from balcaprl.trainer import Trainer
-from balcaprl.types import RewardBreakdown, Sample
 
 pytest.importorskip("vllm", reason="vLLM is an optional extra")
-CORPUS = ["There are two shapes on a white background. A large solid red circle is at the top left."] * 3
 SAMPLING = SamplingConfig(max_completion_tokens=10)
-SMALL = {
-    "hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 2, "vision_hidden_size": 32,
-    "vision_intermediate_size": 48, "vision_depth": 2, "vision_num_heads": 2,
-}  # fmt: skip
-
-
-def make_sample(seed):
-    pixels = np.random.default_rng(seed).integers(0, 255, (112, 112, 3), dtype=np.uint8)
-    return Sample(f"s{seed}", lambda: Image.fromarray(pixels), "A red circle.", "Describe the image.")
-
-
-def largest_difference(policy, groups):
-    rollouts = [
-        Group(g.prompt.prompt_ids, [torch.tensor(r.completion.token_ids) for r in g.rollouts], g.prompt.image_inputs)
-        for g in groups
-    ]
-    with torch.no_grad():
-        expected = policy.logprobs(policy.pack(rollouts), exclude_banned=True).float()
-    sampled = torch.tensor([lp for g in groups for r in g.rollouts for lp in r.completion.sampling_logprobs])
-    return (sampled - expected).abs().max().item()
 
 
 def one_update(policy, groups, optimizer):
@@ -86,31 +62,40 @@ def test_an_untied_head_and_half_precision_with_master_weights(tmp_path, dtype):
         sampler.close()
 
 
-def test_only_what_an_adapter_changes_is_written(tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is an optional package")
+@pytest.mark.parametrize("sync", ["auto", "reload"])
+def test_an_adapter_reaches_the_engine(tmp_path, sync):
+    """By default only what it changes is written; a reload brings everything."""
     stock = Policy.from_pretrained(build_tiny_qwen(tmp_path, CORPUS, **SMALL), device="cpu")
+    peft = pytest.importorskip("peft", reason="peft is an optional package")  # wants what loading a policy has mended
     targets = ["q_proj", "v_proj", "gate_proj", "down_proj", "qkv"]
     model = peft.get_peft_model(stock.model, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     policy = Policy.from_model(model, stock.processor)
     prompts = [policy.prepare(make_sample(i)) for i in range(2)]
-    sampler = VLLMRollout(policy)
+    sampler = VLLMRollout(policy, sync=sync)
     optimizer = PolicyOptimizer(policy.model.named_parameters(), OptimConfig(lr=1e-1), 10)
     try:
-        assert largest_difference(policy, sampler.generate(prompts, 2, SAMPLING, seed=0)) < 1e-5
-        plan = sampler._engine.plan()
-        adapted = {n for n in plan.parts if any(f".{t}.base_layer.weight" in n for t in targets)}
-        assert len(adapted) == 2 * 4 + 2 * 3, "text layers, and tower blocks with an MLP of their own"
-        for name in set(plan.parts) - adapted:
-            assert plan.parameters[name].data_ptr() == plan.alias(name).data_ptr(), "frozen weights are shared"
+        groups = sampler.generate(prompts, 2, SAMPLING, seed=0)
+        assert largest_difference(policy, groups) < 1e-5
         for step in range(2):
             one_update(policy, sampler.generate(prompts[:1], 2, SAMPLING, seed=step), optimizer)
-            stale = largest_difference(policy, sampler.generate(prompts, 2, SAMPLING, seed=0))
+            assert largest_difference(policy, groups) > 1e-3, "the change must be visible"
             report = sampler.sync(step + 1)
-            assert largest_difference(policy, sampler.generate(prompts, 2, SAMPLING, seed=0)) < 1e-5 < stale
-        assert report.strategy == "adapter"
-        assert report.bytes_copied == sum(4 * plan.parameters[n].numel() for n in adapted)
+            groups = sampler.generate(prompts, 2, SAMPLING, seed=0)
+            assert largest_difference(policy, groups) < 1e-5
+        assert report.strategy == {"auto": "adapter"}.get(sync, sync)
+        if sync == "auto":
+            assert report.bytes_copied == bytes_of_adapted(sampler._engine.plan(), targets)
     finally:
         sampler.close()
+
+
+def bytes_of_adapted(plan, targets):
+    """Of the matrices with an adapter; all others must lie in the engine's memory."""
+    adapted = {n for n in plan.parts if any(f".{t}.base_layer.weight" in n for t in targets)}
+    assert len(adapted) == 2 * 4 + 2 * 3, "text layers, and tower blocks with an MLP of their own"
+    for name in set(plan.parts) - adapted:
+        assert plan.parameters[name].data_ptr() == plan.alias(name).data_ptr(), "frozen weights are shared"
+    return sum(4 * plan.parameters[n].numel() for n in adapted)
 
 
 def test_a_policy_without_images(tmp_path):
@@ -144,27 +129,6 @@ def test_a_policy_without_images(tmp_path):
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-def test_two_hundred_steps_leak_nothing(tmp_path):
-    """Every step has new images, new weights, and the same memory and file handles."""
-    policy = Policy.from_pretrained(build_tiny_qwen(tmp_path, CORPUS, **SMALL), device="cpu")
-    sampler = VLLMRollout(policy)
-    process = psutil.Process()
-    sampling = SamplingConfig(max_completion_tokens=4)
-    try:
-        for step in range(200):
-            sampler.generate([policy.prepare(make_sample(step))], 2, sampling, seed=step)
-            with torch.no_grad():
-                torch._foreach_mul_(list(policy.model.parameters()), 1.0001)
-            sampler.sync(step + 1)
-            if step == 50:
-                before, files = process.memory_info().rss, process.num_fds()
-        assert process.memory_info().rss - before < 20 << 20
-        assert process.num_fds() == files
-        assert not any(sampler._engine.cached_entries().values())
-    finally:
-        sampler.close()
-
-
 def test_memory_that_is_too_short_is_said_before_anything_is_loaded(tmp_path, monkeypatch):
     policy = Policy.from_pretrained(build_tiny_qwen(tmp_path, CORPUS, **SMALL), device="cpu")
     prompts = [policy.prepare(make_sample(0))]
@@ -178,37 +142,6 @@ def test_memory_that_is_too_short_is_said_before_anything_is_loaded(tmp_path, mo
 # ---------------------------------------------------------------------------------------------------- training runs
 
 
-class NoisyJudge:
-    """Scores that differ within every group."""
-
-    name = "noisy"
-
-    def score(self, sample, captions):
-        values = np.random.default_rng(sum(map(ord, sample.sample_id))).uniform(0.1, 0.9, size=(len(captions), 3))
-        return [RewardBreakdown(*map(float, row)) for row in values]
-
-
-def settings(folder, out, **changes):
-    plain = {
-        "output_dir": str(out),
-        "steps": 4,
-        "model": {"path": str(folder)},
-        "data": {"num_eval": 2},
-        "rollout": {
-            "sampler": "vllm",
-            "prompts_per_step": 2,
-            "group_size": 3,
-            "sampling": {"max_completion_tokens": 8},
-        },
-        "optim": {"lr": 1e-3, "warmup_steps": 0},
-        "checkpoint": {"every": 2},
-        "logging": {"tensorboard": False},
-    }
-    for section, values in changes.items():
-        plain[section] = {**plain.get(section, {}), **values} if isinstance(values, dict) else values
-    return TrainConfig.model_validate(plain)
-
-
 def run(config):
     trainer = Trainer(config, judge=NoisyJudge())
     try:
@@ -220,9 +153,9 @@ def run(config):
 
 def test_a_run_shares_weights_resumes_and_leaves_whole_checkpoints(tmp_path):
     folder = build_tiny_qwen(tmp_path / "model", CORPUS, **SMALL)
-    trainer = run(settings(folder, tmp_path / "run", steps=2))
+    trainer = run(run_config(folder, tmp_path / "run", steps=2))
     assert trainer.resumed_from is None
-    resumed = run(settings(folder, tmp_path / "run", steps=4))
+    resumed = run(run_config(folder, tmp_path / "run", steps=4))
     assert resumed.resumed_from == 2
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -243,7 +176,7 @@ def test_one_step_behind(tmp_path, caplog):
     """The sampler has weights of its own, one update old; the loss corrects for it; the run ends and resumes."""
     folder = build_tiny_qwen(tmp_path / "model", CORPUS, **SMALL)
     seen = []
-    config = settings(
+    config = run_config(
         folder,
         tmp_path / "run",
         steps=3,
@@ -264,7 +197,7 @@ def test_one_step_behind(tmp_path, caplog):
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert lines[0]["sync/bytes"] > 0
     assert abs(lines[2]["sampling_gap/max"]) > abs(lines[0]["sampling_gap/max"]), "one update lies between the two"
-    assert run(settings(
+    assert run(run_config(
         folder, tmp_path / "run", steps=4, rollout={"max_staleness": 1}, loss={"sampling_ratio_cap": 2.0}, optim={"lr": 1e-2}
     )).resumed_from == 3  # fmt: skip
 
@@ -274,7 +207,7 @@ def test_signals_while_vllm_samples(tmp_path, number):
     """Ctrl-C ends after the step; kill -9 loses no saved step: the same command goes on."""
     folder = build_tiny_qwen(tmp_path / "model", CORPUS, **SMALL)
     recipe = tmp_path / "recipe.yaml"
-    plain = settings(folder, tmp_path / "run", steps=400, checkpoint={"every": 1}).model_dump(mode="json")
+    plain = run_config(folder, tmp_path / "run", steps=400, checkpoint={"every": 1}).model_dump(mode="json")
     recipe.write_text(yaml.safe_dump(plain))
     command = [sys.executable, "-m", "balcaprl.cli", "train", str(recipe)]
 
