@@ -272,8 +272,8 @@ def test_a_frozen_tower_runs_once_per_batch(name):
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "llama"])
 def test_adapters_train_and_their_absence_is_the_reference(name):
+    stock = make_policy(name)  # first: it makes torchvision importable, which peft wants
     peft = pytest.importorskip("peft", reason="LoRA is an extra: pip install 'balcaprl[lora]'")
-    stock = make_policy(name)
     groups = make_groups(stock)
     before = stock.logprobs(stock.pack(groups, "shared")).detach()
     names = ["q_proj", "v_proj", "down_proj"]

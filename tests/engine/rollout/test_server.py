@@ -145,6 +145,24 @@ def test_weights_are_pushed_before_the_first_request_and_at_every_sync(policy, s
     assert sampler.generate(prompts, 1, SAMPLING, seed=1)[0].policy_version == 4
 
 
+def test_an_adapter_is_pushed_merged_under_the_stock_names(tmp_path):
+    folder = build_tiny_qwen(tmp_path / "model", CORPUS, num_layers=2, vision_depth=2)
+    adapted = Policy.from_pretrained(folder, device="cpu")  # first: it makes torchvision importable, which peft wants
+    peft = pytest.importorskip("peft", reason="peft is an optional package")
+    before = {name: tensor.clone() for name, tensor in adapted.model.state_dict().items()}
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj", "qkv"], init_lora_weights=False)
+    model = peft.get_peft_model(adapted.model, config)
+    made = ServerRollout(Policy.from_model(model, adapted.processor), url="http://127.0.0.1:1", weights_dir=tmp_path)
+    made._write_weights(tmp_path)
+    made.close()
+    pushed = load_file(tmp_path / "model.safetensors")
+    merged = model.merge_and_unload().state_dict()
+    assert {name: tensor.shape for name, tensor in pushed.items()} == {n: t.shape for n, t in merged.items()}
+    assert all(torch.allclose(pushed[name], tensor, atol=1e-6) for name, tensor in merged.items())
+    changed = {name for name, tensor in before.items() if not torch.equal(pushed[name], tensor)}
+    assert len(changed) == 2 * 2 + 2 * 2, "text layers, and tower blocks with an MLP of their own"
+
+
 @pytest.mark.parametrize(
     ("fault", "error", "match"),
     [
