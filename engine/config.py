@@ -283,7 +283,8 @@ class EndpointConfig(_Section):
     max_attempts: int = Field(6, ge=1)
     """Attempts at one request; refusals for lack of room (429) do not count."""
     retry_wait_s: float = Field(0.5, ge=0)
-    """Mean wait before the second attempt; it doubles with each, with jitter. A server's Retry-After comes first."""
+    """Mean wait before the second attempt; it doubles with each, with jitter. A server's Retry-After comes first. It does not
+    double while the server answers most requests well, and a reply that is no good is then asked for again at once."""
     max_retry_wait_s: float = Field(30.0, ge=0)
     """Longest of these waits."""
     max_reply_bytes: int = Field(1 << 20, ge=1024)

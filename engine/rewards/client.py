@@ -49,9 +49,13 @@ class _AttemptError(Exception):
         """How many of ``max_attempts`` it uses up; -1: all."""
         self.wait_s = wait_s
         """How long the server asks to wait."""
+        self.server_is_sound = False
+        """Whether the server answers others well."""
 
 
 _HOPELESS = -1
+_UNWELL = ("overloaded", "timeout", "connection", "server_error", "refused")
+"""Failures of the server; all others are replies that it gave in time, and that are no good."""
 
 
 @dataclass
@@ -204,9 +208,6 @@ class JudgeClient:
 
     def _retrying(self) -> Any:
         tenacity = self._retry_library()
-        backoff = tenacity.wait_random_exponential(
-            multiplier=2 * self._endpoint.retry_wait_s, max=self._endpoint.max_retry_wait_s
-        )
         used = 0
 
         def is_used_up(state: RetryCallState) -> bool:
@@ -216,15 +217,24 @@ class JudgeClient:
             used += weight
             return weight == _HOPELESS or used >= self._endpoint.max_attempts
 
-        def wait(state: RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome is not None else None
-            asked = error.wait_s if isinstance(error, _AttemptError) else None
-            others = sum(server.is_free for server in self.servers) > 1
-            return float(backoff(state)) if asked is None or others else asked * random.uniform(1.0, 1.1)
-
         return tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(_AttemptError), stop=is_used_up, wait=wait, reraise=True
+            retry=tenacity.retry_if_exception_type(_AttemptError), stop=is_used_up, wait=self._wait_s, reraise=True
         )
+
+    def _wait_s(self, state: RetryCallState) -> float:
+        """Seconds to the next attempt: as the server asks, else longer and longer; but it is no use to spare a sound server."""
+        tenacity, endpoint = self._retry_library(), self._endpoint
+        error = state.outcome.exception() if state.outcome is not None else None
+        asked = error.wait_s if isinstance(error, _AttemptError) else None
+        if asked is not None and sum(server.is_free for server in self.servers) <= 1:
+            return asked * random.uniform(1.0, 1.1)
+        if isinstance(error, _AttemptError) and error.server_is_sound:
+            if error.kind not in _UNWELL:
+                return 0.0
+            if error.kind != "overloaded":
+                return min(endpoint.max_retry_wait_s, endpoint.retry_wait_s * random.uniform(0.0, 2.0))
+        backoff = tenacity.wait_random_exponential(multiplier=2 * endpoint.retry_wait_s, max=endpoint.max_retry_wait_s)
+        return float(backoff(state))
 
     @staticmethod
     def _retry_library() -> Any:
@@ -237,7 +247,7 @@ class JudgeClient:
 
     async def _attempt(self, call: Call, affinity: str, bodies: dict[str, bytes]) -> Reply:
         """One attempt at one server; counts how it ended."""
-        server = await self._dispatcher.acquire(affinity)
+        server = await self._dispatcher.acquire(affinity, again=bool(bodies))  # a body was made for the first attempt
         try:
             self.ledger.check()
         except JudgeStoppedError:
@@ -258,6 +268,7 @@ class JudgeClient:
         except _AttemptError as error:
             self.usage.failures[error.kind] += 1
             _note(server, error, self._clock() - started)
+            error.server_is_sound = server.is_sound
             raise
         except BaseException:
             self.usage.failures["cancelled"] += 1
@@ -406,4 +417,4 @@ def _note(server: Server, error: _AttemptError, latency_s: float) -> None:
     elif error.kind in ("timeout", "connection", "server_error"):
         server.note_failed(overloaded=error.kind == "timeout")
     else:
-        server.note_served(latency_s)
+        server.note_served(latency_s, valid=False)

@@ -167,6 +167,8 @@ class Server:
     """Why it is never asked again, if so."""
     recent: deque[bool] = field(default_factory=lambda: deque(maxlen=16))
     """Whether each of the last requests was refused for lack of room."""
+    failed: deque[bool] = field(default_factory=lambda: deque(maxlen=32))
+    """Whether each of the last requests brought no valid reply."""
 
     @classmethod
     def of(cls, config: ServerConfig, timeout_s: float, failures: int, wait_s: float, clock: Clock) -> Server:
@@ -185,8 +187,14 @@ class Server:
         """When it may be asked again, as far as time decides; never, if it is given up."""
         return math.inf if self.given_up else max(self.paused_until, self.breaker.open_until)
 
-    def note_served(self, latency_s: float) -> None:
+    @property
+    def is_sound(self) -> bool:
+        """Whether most of the last requests brought a valid reply: what failed then is likely to pass at once."""
+        return 2 * sum(self.failed) < len(self.failed)
+
+    def note_served(self, latency_s: float, *, valid: bool = True) -> None:
         """It gave a reply, good or bad."""
+        self.failed.append(not valid)
         self.limit.note(in_flight=self.in_flight, latency_s=latency_s)
         self.breaker.note_success()
         self.recent.append(False)
@@ -197,11 +205,13 @@ class Server:
         self.limit.note(in_flight=self.in_flight, overloaded=True)
         self.breaker.note_neutral()
         self.recent.append(True)
+        self.failed.append(True)
         if len(self.recent) >= 8 and sum(self.recent) > len(self.recent) // 2:
             self.paused_until = max(self.paused_until, self.clock() + retry_after_s)
 
     def note_failed(self, *, overloaded: bool = False) -> None:
         """It broke off, took too long, or reported an error of its own."""
+        self.failed.append(True)
         self.limit.note(in_flight=self.in_flight, overloaded=overloaded)
         self.breaker.note_failure()
 
@@ -220,6 +230,9 @@ class AllServersGivenUpError(RuntimeError):
 class Dispatcher:
     """Gives out places at servers, first come first served, so that calls about one image reach one server together.
 
+    Second attempts go before first ones: a step ends with its last call, and one that still has to be repeated when all others
+    are done keeps every other place idle.
+
     Of the servers with a free place the one that an image's hash prefers by weight is taken (weighted rendezvous hashing): its
     prefix cache holds the image. Must be used from one event loop.
     """
@@ -228,16 +241,21 @@ class Dispatcher:
         self.servers = list(servers)
         self._clock = clock
         self._waiting: deque[tuple[asyncio.Future[Server], str]] = deque()
+        self._waiting_again: deque[tuple[asyncio.Future[Server], str]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
-    async def acquire(self, affinity: str) -> Server:
+    async def acquire(self, affinity: str, *, again: bool = False) -> Server:
         """A place at a server, to be given back by ``release``.
+
+        Args:
+            affinity: which server is preferred.
+            again: for a call that was tried before.
 
         Raises:
             AllServersGivenUpError: no server is left.
         """
         future: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
-        self._waiting.append((future, affinity))
+        (self._waiting_again if again else self._waiting).append((future, affinity))
         self.wake()
         try:
             return await future
@@ -253,10 +271,10 @@ class Dispatcher:
 
     def wake(self) -> None:
         """Give free places to those who wait, in their order."""
-        while self._waiting:
-            future, affinity = self._waiting[0]
+        while queue := self._waiting_again or self._waiting:
+            future, affinity = queue[0]
             if future.done():
-                self._waiting.popleft()
+                queue.popleft()
                 continue
             if all(server.given_up for server in self.servers):
                 reasons = "; ".join(f"{server.config.url}: {server.given_up}" for server in self.servers)
@@ -266,7 +284,7 @@ class Dispatcher:
             if server is None:
                 self._wake_later()
                 return
-            self._waiting.popleft()
+            queue.popleft()
             server.in_flight += 1
             server.breaker.note_start()
             future.set_result(server)

@@ -145,6 +145,48 @@ def test_places_are_given_in_order_and_up_to_the_limit():
     asyncio.run(run())
 
 
+def test_what_is_tried_again_goes_first():
+    """Among themselves in order; else a step would end with calls that fail anew while all other places are idle."""
+
+    async def run():
+        (server,) = servers(1, maximum=1)
+        dispatcher = Dispatcher([server], server.clock)
+        held = await dispatcher.acquire("a")
+        order = []
+
+        async def work(name, again):
+            given = await dispatcher.acquire("a", again=again)
+            order.append(name)
+            dispatcher.release(given)
+
+        names = [("first", False), ("again", True), ("second", False), ("again too", True)]
+        waiting = [asyncio.ensure_future(work(*each)) for each in names]
+        await asyncio.sleep(0)
+        dispatcher.release(held)
+        await asyncio.gather(*waiting)
+        assert order == ["again", "again too", "first", "second"]
+
+    asyncio.run(run())
+
+
+def test_a_server_is_sound_while_most_replies_are_good():
+    (server,) = servers(1)
+    assert not server.is_sound  # nothing is known yet
+    for _ in range(40):
+        server.note_served(0.1)
+    for _ in range(15):
+        server.note_failed()
+    assert server.is_sound
+    server.note_overloaded(0.0)
+    assert not server.is_sound
+    for _ in range(17):
+        server.note_served(0.1)
+    assert server.is_sound
+    for _ in range(32):
+        server.note_served(0.1, valid=False)
+    assert not server.is_sound
+
+
 def test_an_image_keeps_its_server_and_weights_share_the_images():
     async def run():
         pool = servers(1, 3, maximum=4000)
