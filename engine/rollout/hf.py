@@ -40,8 +40,8 @@ class HFRollout:
         greedy: bool = False,
     ) -> list[RolloutGroup]:
         """See ``Sampler.generate``."""
-        groups = self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy)
-        return [group for _, group in groups]
+        groups = dict(self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy))
+        return [groups[index] for index in range(len(prompts))]
 
     def stream(
         self,
@@ -52,42 +52,37 @@ class HFRollout:
         seed: int,
         greedy: bool = False,
     ) -> Iterator[tuple[int, RolloutGroup]]:
-        """See ``Sampler.stream``: here all groups end together."""
+        """See ``Sampler.stream``."""
         check_request(prompts, group_size)
-        yield from enumerate(self._sample(prompts, group_size, sampling, None if greedy else seed))
+        yield from self._sample(prompts, group_size, sampling, None if greedy else seed)
 
     @torch.no_grad()
     def _sample(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, seed: int | None
-    ) -> list[RolloutGroup]:
+    ) -> Iterator[tuple[int, RolloutGroup]]:
         pick = _TokenPicker(self._policy, 1.0 if seed is None else sampling.temperature, seed)
         decoder = _Decoder(self._policy, prompts)
         hidden = decoder.prefill(group_size)
         ends = torch.tensor(self._policy.eos_token_ids, device=hidden.device)
         running = torch.ones(len(prompts) * group_size, dtype=torch.bool, device=hidden.device)
-        tokens: list[Tensor] = []
-        logprobs: list[Tensor] = []
-        kept: list[Tensor] = []
+        drawn = _Drawn()
+        owed = set(range(len(prompts)))
         for step in range(sampling.max_completion_tokens):
             if step:
-                hidden = decoder.advance(tokens[-1])
+                hidden = decoder.advance(drawn.tokens[-1])
             token, logprob = pick(hidden)
-            tokens.append(token)
-            logprobs.append(logprob)
-            kept.append(running)
+            drawn.add(token, logprob, running)
             running = running & ~torch.isin(token, ends)
             if sampling.stop:
-                running = running & ~self._at_stop(tokens, sampling.stop).to(running.device)
-            if not running.any():
-                break
-        lengths = torch.stack(kept, 1).sum(1).tolist()
-        ids = [row[:n] for row, n in zip(torch.stack(tokens, 1).tolist(), lengths, strict=True)]
-        values = [row[:n] for row, n in zip(torch.stack(logprobs, 1).tolist(), lengths, strict=True)]
-        groups = (slice(i * group_size, (i + 1) * group_size) for i in range(len(prompts)))
-        return [
-            make_group(self._policy, p, ids[g], values[g], sampling.stop, self.policy_version)
-            for p, g in zip(prompts, groups, strict=True)
-        ]
+                running = running & ~self._at_stop(drawn.tokens, sampling.stop).to(running.device)
+            is_last = step + 1 == sampling.max_completion_tokens
+            still = running.view(-1, group_size).any(1).tolist()
+            for index in sorted(index for index in owed if is_last or not still[index]):
+                owed.discard(index)
+                ids, values = drawn.rows(index * group_size, (index + 1) * group_size)
+                yield index, make_group(self._policy, prompts[index], ids, values, sampling.stop, self.policy_version)
+            if not owed:
+                return
 
     def _at_stop(self, tokens: list[Tensor], stop: Sequence[str]) -> Tensor:
         """Which rows (R,) hold a stop text by now."""
@@ -101,6 +96,30 @@ class HFRollout:
 
     def close(self) -> None:
         """See ``Sampler.close``: nothing is held."""
+
+
+class _Drawn:
+    """The tokens (R,) of each step so far, with their log-probabilities and whether each row still ran."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Tensor] = []
+        self._logprobs: list[Tensor] = []
+        self._kept: list[Tensor] = []
+
+    def add(self, token: Tensor, logprob: Tensor, kept: Tensor) -> None:
+        """One step's."""
+        self.tokens.append(token)
+        self._logprobs.append(logprob)
+        self._kept.append(kept)
+
+    def rows(self, start: int, end: int) -> tuple[list[list[int]], list[list[float]]]:
+        """Ids and log-probabilities of some rows, each up to where it stopped running."""
+        tokens, logprobs, kept = (
+            torch.stack([step[start:end] for step in steps], 1) for steps in (self.tokens, self._logprobs, self._kept)
+        )
+        lengths = kept.sum(1).tolist()
+        ids = [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)]
+        return ids, [row[:n] for row, n in zip(logprobs.tolist(), lengths, strict=True)]
 
 
 class _TokenPicker:

@@ -9,6 +9,7 @@ from balcaprl.config import SamplingConfig, TrainConfig
 from balcaprl.policy import Group, Policy
 from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
 from balcaprl.rollout import HFRollout, Sampler, make_sampler
+from balcaprl.rollout.hf import _Decoder
 from balcaprl.types import Sample
 
 CORPUS = ["A large red circle is above a small blue square.", "Describe the image."] * 3
@@ -139,6 +140,23 @@ def test_eos_ends_a_completion(policy, prompts, monkeypatch):
     assert completion.token_ids == ids[: ids.index(ids[3]) + 1]
     assert len(completion.sampling_logprobs) == len(completion.token_ids)
     assert completion.finished
+
+
+def test_a_group_comes_as_soon_as_it_is_whole(policy, prompts, monkeypatch):
+    """Not when the last of all groups ends: the judge works on it meanwhile."""
+    sampling = SamplingConfig(max_completion_tokens=10)
+    rows = [ids for (ids,) in token_ids(HFRollout(policy).generate(prompts, 1, sampling, seed=0))]
+    end = rows[2][3]
+    ends = [row.index(end) if end in row else 9 for row in rows]
+    assert ends[2] < max(ends)
+    monkeypatch.setattr(policy.model.generation_config, "eos_token_id", end)
+    steps, advance = [], _Decoder.advance
+    monkeypatch.setattr(_Decoder, "advance", lambda *given: steps.append(0) or advance(*given))
+    arrived = []
+    for index, group in HFRollout(policy).stream(prompts, 1, sampling, seed=0):
+        arrived.append((len(steps), index))
+        assert group.rollouts[0].completion.token_ids == rows[index][: ends[index] + 1]
+    assert arrived == sorted((ends[index], index) for index in range(3))
 
 
 def test_bad_requests(policy, prompts):
