@@ -291,7 +291,8 @@ def _metric_chart(run: Run, key: str, title: str) -> Chart | None:
 
 def _time_chart(run: Run) -> Chart | None:
     phases = list(dict.fromkeys(key for record in run.metrics for key in record if key.startswith("time/")))
-    phases = [phase for phase in phases if phase != "time/step"]
+    # A request's latency is no phase: many are under way at once, and all of it lies within the phases.
+    phases = [phase for phase in phases if phase != "time/step" and not phase.startswith("time/judge_")]
     steps, whole = _column(run.metrics, "time/step")
     parts = {phase.removeprefix("time/"): _column(run.metrics, phase)[1] for phase in phases}
     if not parts:

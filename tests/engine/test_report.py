@@ -295,6 +295,16 @@ def test_broken_files_are_told_not_fatal(tmp_path):
     assert "No picture saved" in text
 
 
+def test_the_latency_of_a_request_is_no_phase(tmp_path):
+    """Many are under way at once: in the chart of phases they would count again what ``score`` counts."""
+    run = make_run(tmp_path / "run", num_steps=3)
+    records = load_run(run).metrics
+    write_lines(run / "metrics.jsonl", [record | {"time/judge_p50": 0.5, "time/judge_p95": 9.0} for record in records])
+    text = write_report(run).read_text()
+    assert "Seconds a step, by phase" in text
+    assert "judge_p" not in text
+
+
 def test_odd_values_do_not_break_the_page(tmp_path):
     run = make_run(tmp_path / "run", num_steps=3)
     write_lines(run / "metrics.jsonl", [{"step": 1}, {"step": 2, "reward/recall": "high", "time/sample": None}])
