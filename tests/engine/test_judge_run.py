@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -83,6 +84,32 @@ def test_a_run_with_every_fault_finishes_and_the_key_is_found_nowhere(tiny_model
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+@pytest.mark.skipif(not os.environ.get("BALCAPRL_SLOW"), reason="takes a minute or two: set BALCAPRL_SLOW=1 to run it")
+def test_fifty_steps_learn_while_every_fault_is_drawn_at_a_fifth(tiny_model, tmp_path):
+    """All but one of 44 replies are faulty: no NaN reaches the weights, they are learnt, and every step's counters add up."""
+    waits = {"timeout_s": 0.1, "retry_wait_s": 0.0, "breaker_wait_s": 0.01, "grace_s": 0.0, "patience_s": 60}
+    with ScriptedServer(faults=dict.fromkeys(FAULTS, 0.2), independent=True, hang_s=0.3, seed=4) as server:
+        plain = plain_config(tiny_model, tmp_path / "run", server, steps=50, required_share=0.3, **waits)
+        plain["rollout"]["prompts_per_step"] = 1
+        trainer = run(plain)
+        assert not server.problems
+        assert sum(server.counts[fault] for fault in FAULTS) > 0.96 * server.counts["requests"]
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert len(lines) == 50
+    for line in lines:
+        failed = sum(v for k, v in line.items() if k.startswith("judge/failed_"))
+        assert line["judge/attempts"] == line["judge/valid"] + failed
+        ends = ("cached", "shared", "valid", "given_up", "cancelled")
+        assert line["judge/calls"] == sum(line[f"judge/{name}"] for name in ends)
+        assert line["num_missing_scores"] <= 0.7 * 9
+        assert line.get("num_nonfinite_updates", 0.0) == 0
+    before = load_file(tiny_model / "model.safetensors")
+    after = weights(tmp_path / "run")
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.isfinite(p).all() for p in trainer.policy.model.parameters())
 
 
 def test_the_key_is_not_told_by_errors(tiny_model, tmp_path, capfd):

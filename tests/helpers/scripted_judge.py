@@ -96,7 +96,9 @@ class ScriptedServer:
     latency_s: float = 0.0
     slots: int = 10_000
     faults: dict[str, float] = field(default_factory=dict)
-    """Fault -> its share of the requests."""
+    """Fault -> its share of the requests; the shares add up to 1 at most."""
+    independent: bool = False
+    """Each fault is drawn by itself, shares may add up to more; of those drawn for one request a lot decides which it gets."""
     seed: int = 0
     retry_after: str = "0.05"
     hang_s: float = 30.0
@@ -139,6 +141,9 @@ class ScriptedServer:
         self.port = self._runner.addresses[0][1]
 
     def _draw_fault(self) -> str | None:
+        if self.independent:
+            drawn = [fault for fault, share in self.faults.items() if self._random.random() < share]
+            return self._random.choice(drawn) if drawn else None
         place = self._random.random()
         for fault, share in self.faults.items():
             place -= share
