@@ -4,15 +4,20 @@
 
 The server runs in a process of its own, works on at most ``slots`` requests at once and takes ``latency`` seconds for each.
 The ideal is what it needs if its slots never idle. One JSON object a line: ``throughput`` (seconds over ideal), ``memory``
-(growth of this process over a larger batch), ``cache`` (lookups a second), ``overlap`` (share of the judge's time hidden behind
-sampling that takes longer), and with ``--faults`` each recoverable fault at 20% against none.
+(growth of this process over one large step, and over as many captions in steps of a thousand), ``cache`` (lookups a second),
+``overlap`` (share of the judge's time hidden behind sampling that takes longer; ``judge_overlap.py`` measures whole runs), and
+with ``--faults`` each recoverable fault at 20% against none, and what a client that loses no time could reach. Recoverable are
+faults that show within the latency; a time-out takes a place for as long as one allows it, whatever the client does.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import multiprocessing
+import random
+import statistics
 import sys
 import tempfile
 import time
@@ -28,7 +33,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
-from scripted_judge import ScriptedServer  # noqa: E402
+from scripted_judge import FAULTS, ScriptedServer  # noqa: E402
 
 from balcaprl.config import EndpointConfig, RewardConfig  # noqa: E402
 from balcaprl.rewards.cache import ReplyCache  # noqa: E402
@@ -38,15 +43,10 @@ from balcaprl.types import Sample  # noqa: E402
 
 REFERENCE = "A red cup stands on a table. A small dog sleeps. The wall is white."
 GROUP = 8
-RECOVERABLE = (
-    "server_error",
-    "overloaded",
-    "overloaded_retry_after",
-    "reset",
-    "truncated_json",
-    "empty",
-    "wrong_schema",
-)
+REFUSALS = ("overloaded", "overloaded_retry_after")
+"""Faults that the server plays at once; all others take the latency first."""
+SLOW = ("timeout", "slow_drip")
+RECOVERABLE = tuple(fault for fault in FAULTS if fault not in SLOW)
 
 
 def main() -> None:
@@ -84,13 +84,38 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with serving(latency_s=latency, slots=slots) as url:
         yield overlap(url, slots, latency)
     if options.faults:
-        count = min(800, options.captions)
+        yield from faults(options.captions, latency, slots)
+
+
+def faults(count: int, latency: float, slots: int) -> Iterator[dict[str, Any]]:
+    """Each recoverable fault at 20%, a run without any beside each."""
+    for fault in RECOVERABLE:
         with serving(latency_s=latency, slots=slots) as url:
             clean, _ = score(url, count, slots)
-        for fault in RECOVERABLE:
-            with serving(latency_s=latency, slots=slots, faults={fault: 0.2}, retry_after=str(latency)) as url:
-                seconds, _ = score(url, count, slots)
-            yield {"what": "fault at 20%", "fault": fault, "seconds": seconds, "of_clean_throughput": clean / seconds}
+        with serving(latency_s=latency, slots=slots, faults={fault: 0.2}, retry_after=str(latency)) as url:
+            seconds, _ = score(url, count, slots)
+        ideal = -(-count // slots) * latency
+        best = fastest(count, slots, latency, 0.2, 0.0 if fault in REFUSALS else latency)
+        yield {
+            "what": "fault at 20%", "fault": fault, "captions": count, "seconds": seconds, "clean_seconds": clean,
+            "of_clean_throughput": clean / seconds, "possible": ideal / best,
+        }  # fmt: skip
+
+
+def fastest(count: int, slots: int, latency: float, share: float, fault_latency: float) -> float:
+    """Seconds, in the mean over draws, of a client that tries again at once, and before anything new."""
+    means = []
+    for seed in range(20):
+        draw, ends, waiting, now = random.Random(seed), [], count, 0.0
+        while waiting or ends:
+            while waiting and len(ends) < slots:
+                waiting -= 1
+                failed = draw.random() < share
+                heapq.heappush(ends, (now + (fault_latency if failed else latency), failed))
+            now, failed = heapq.heappop(ends)
+            waiting += failed
+        means.append(now)
+    return statistics.mean(means)
 
 
 @contextmanager
@@ -161,18 +186,22 @@ def score(url: str, count: int, slots: int) -> tuple[float, dict[str, float]]:
 
 
 def memory(url: str, count: int, slots: int) -> dict[str, Any]:
-    """Growth of this process while so many captions are scored, after a warm-up."""
-    score(url, 200, slots)
-    process = psutil.Process()
-    before = peak = process.memory_info().rss
-    judge = make_judge(url, slots)
-    batch = judge.open_batch()
-    futures = [batch.submit(sample(i), captions(i)) for i in range(count // GROUP)]
-    for future in futures:
-        future.result(600)
-        peak = max(peak, process.memory_info().rss)
-    judge.close()
-    return {"what": "memory", "captions": count, "growth_mib": (peak - before) / 2**20}
+    """Growth of this process while so many captions are scored: in steps of a thousand, then in one; after a warm-up."""
+    score(url, 2000, slots)
+    row: dict[str, Any] = {"what": "memory", "captions": count}
+    for name, per_step in (("growth_in_steps_mib", 1000), ("growth_mib", count)):
+        process = psutil.Process()
+        before = peak = process.memory_info().rss
+        judge = make_judge(url, slots)
+        for start in range(0, count, per_step):
+            batch = judge.open_batch()
+            numbers = range(start // GROUP, min(count, start + per_step) // GROUP)
+            for future in [batch.submit(sample(i), captions(i)) for i in numbers]:
+                future.result(600)
+                peak = max(peak, process.memory_info().rss)
+        judge.close()
+        row[name] = (peak - before) / 2**20
+    return row
 
 
 def cache(count: int) -> dict[str, Any]:

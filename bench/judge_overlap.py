@@ -1,0 +1,103 @@
+"""How much of the judge's time a training run hides, as its own log of phases tells it.
+
+    python bench/judge_overlap.py [--steps 6] [--latency 0.03] [--slots 64]
+
+An on-policy run of the demo's policy with transformers' sampler, against a scripted judge on loopback. ``score_s`` is what a
+step still waits for scores once it is sampled, ``judge_alone_s`` what the same groups take if they are scored afterwards with
+nothing else to do; ``hidden`` is 1 - the one over the other, over all steps but the first. A group is handed over when its
+longest completion ends, so those that end last are never hidden.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from judge import serving
+
+from balcaprl.config import TrainConfig
+from balcaprl.metrics import read_jsonl
+from balcaprl.pipeline import SampledStep
+from balcaprl.rewards import score_groups
+from balcaprl.rewards.endpoint_judge import EndpointJudge
+from balcaprl.rewards.judge import ScoreStats
+from balcaprl.trainer import Trainer
+from balcaprl.types import RolloutGroup
+
+
+def main() -> None:
+    """Parses arguments and prints the row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--latency", type=float, default=0.03, help="seconds that the judge takes for a request")
+    parser.add_argument("--slots", type=int, default=64, help="requests that the judge works on at once")
+    options = parser.parse_args()
+    print(json.dumps(measure(options)))
+
+
+class KeepsGroups(Trainer):
+    """Keeps each step's groups."""
+
+    def score_groups(self, sampled: SampledStep) -> ScoreStats:
+        """As the trainer's."""
+        self.kept: list[list[RolloutGroup]] = [*getattr(self, "kept", []), sampled.groups]
+        return super().score_groups(sampled)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """One run, and its groups scored again by a judge that knows nothing of them."""
+    with tempfile.TemporaryDirectory() as folder, serving(latency_s=options.latency, slots=options.slots) as url:
+        config = run_config(folder, url, options)
+        trainer = KeepsGroups(config)
+        try:
+            trainer.train()
+        finally:
+            trainer.close()
+        steps = read_jsonl(Path(folder) / "metrics.jsonl")[1:]  # the first one warms up
+        alone = [seconds_alone(config, groups) for groups in trainer.kept[1:]]
+    phases = {
+        f"{name}_s": statistics.median(s[f"time/{name}"] for s in steps) for name in ("sample", "score", "update")
+    }
+    return {
+        "what": "overlap in a run", **phases, "judge_alone_s": statistics.median(alone),
+        "hidden": 1 - sum(step["time/score"] for step in steps) / sum(alone),
+    }  # fmt: skip
+
+
+def seconds_alone(config: TrainConfig, groups: list[RolloutGroup]) -> float:
+    """Scoring these groups with nothing else to do."""
+    judge = EndpointJudge.from_config(config.reward, config.endpoint, data_path=None, run_dir=None)
+    started = time.perf_counter()
+    score_groups(judge, groups, config.reward)
+    seconds = time.perf_counter() - started
+    judge.close()
+    return seconds
+
+
+def run_config(folder: str, url: str, options: argparse.Namespace) -> TrainConfig:
+    """The demo's policy, a few steps, every caption judged anew."""
+    return TrainConfig.model_validate(
+        {
+            "output_dir": folder,
+            "steps": options.steps,
+            "model": {"path": "demo"},
+            "data": {"num_eval": 0},
+            "rollout": {
+                "sampler": "hf", "prompts_per_step": 16, "group_size": 8,
+                "sampling": {"max_completion_tokens": 96},
+            },
+            "checkpoint": {"every": 0},
+            "logging": {"tensorboard": False},
+            "reward": {"judge": "endpoint", "protocol": {"model": "m"}},
+            "endpoint": {"servers": [{"url": url, "max_concurrency": options.slots}], "cache": None, "required_share": 1.0},
+        }
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
