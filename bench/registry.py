@@ -45,6 +45,9 @@ class Provider:
     ours: bool = False
     ceiling: bool = False
     """Does the op's irreducible work, not the op: its result is not compared."""
+    every_token: bool = False
+    """Ours with a gradient for every token, in cases where some have none: what leaving those out is measured against, in the
+    same rounds. Its result is another one, and is not compared."""
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run on ``device``; None where it can."""
@@ -294,6 +297,12 @@ def _head_loss_ours(made: Inputs, case: Case, impl: str) -> Tensor:
     return kernels.linear_policy_loss(*arguments, filter_eps=case.filter_eps, impl=impl).loss
 
 
+def _head_loss_every_token(made: Inputs, case: Case) -> Tensor:
+    if "_advantages" not in made:
+        made["_advantages"] = made["advantages"].where(made["advantages"] != 0, 1.0)
+    return _head_loss_ours({**made, "advantages": made["_advantages"]}, case, "native")
+
+
 def _head_loss_liger(made: Inputs, case: Case, *, whole: bool) -> Tensor:
     hidden, targets, old = _padded(made, ("hidden", "targets", "old_logprobs"))
     return peers.liger_linear_policy_loss(
@@ -329,6 +338,7 @@ LINEAR_POLICY_LOSS = Op(
     make_inputs=inputs.head_loss,
     providers={
         **_impls("linear_policy_loss", _head_loss_ours),
+        "native-every-token": Provider(_head_loss_every_token, devices=("cpu",), every_token=True),
         "gemms": _GEMMS,
         **_plain(lambda made, case: _plain_loss(_eager_logprobs(made), made)),
         "trl": Provider(_head_loss_trl, needs="trl"),
@@ -427,7 +437,9 @@ def measure_inputs(op: Op, case: Case, device: torch.device) -> Inputs:
 
 def applicable(op: Op, case: Case) -> dict[str, Provider]:
     """The providers that take part in a case."""
-    return {n: p for n, p in op.providers.items() if not case.memory_only or (p.ours and n != "reference")}
+    if case.memory_only:
+        return {n: p for n, p in op.providers.items() if p.ours and n != "reference"}
+    return {n: p for n, p in op.providers.items() if case.zero_fraction or not p.every_token}
 
 
 def sizes_row(case: Case) -> dict[str, Any]:
