@@ -12,7 +12,7 @@ demo: $(VENV)/.cpu
 
 # Two processes of one thread each, a file of tests in one of them: most tests cannot use a second core.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
