@@ -6,6 +6,7 @@ from PIL import Image
 
 from balcaprl.config import TrainConfig
 from balcaprl.policy import Group
+from balcaprl.trainer import Trainer
 from balcaprl.types import RewardBreakdown, Sample
 
 CORPUS = ["There are two shapes on a white background. A large solid red circle is at the top left."] * 3
@@ -75,3 +76,13 @@ def run_config(folder, out, **changes):
     for section, values in changes.items():
         plain[section] = {**plain.get(section, {}), **values} if isinstance(values, dict) else values
     return TrainConfig.model_validate(plain)
+
+
+def run(config):
+    """Train to the end; returns the trainer, closed."""
+    trainer = Trainer(config, judge=NoisyJudge())
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    return trainer

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 import yaml
-from vllm_runs import CORPUS, SMALL, NoisyJudge, largest_difference, make_sample, run_config
+from vllm_runs import CORPUS, SMALL, NoisyJudge, largest_difference, make_sample, run, run_config
 
 from balcaprl.checkpoint import list_checkpoints
 from balcaprl.config import OptimConfig, SamplingConfig
@@ -140,15 +140,6 @@ def test_memory_that_is_too_short_is_said_before_anything_is_loaded(tmp_path, mo
 
 
 # ---------------------------------------------------------------------------------------------------- training runs
-
-
-def run(config):
-    trainer = Trainer(config, judge=NoisyJudge())
-    try:
-        trainer.train()
-    finally:
-        trainer.close()
-    return trainer
 
 
 def test_a_run_shares_weights_resumes_and_leaves_whole_checkpoints(tmp_path):

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from vllm_runs import CORPUS, SMALL, NoisyJudge, run_config
+from vllm_runs import CORPUS, SMALL, NoisyJudge, run, run_config
 
 from balcaprl.checkpoint import list_checkpoints
 from balcaprl.config import TrainConfig
@@ -26,15 +26,6 @@ pytest.importorskip("vllm", reason="vLLM is an optional extra")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return build_tiny_qwen(tmp_path_factory.mktemp("model"), CORPUS, **SMALL)
-
-
-def run(config):
-    trainer = Trainer(config, judge=NoisyJudge())
-    try:
-        trainer.train()
-    finally:
-        trainer.close()
-    return trainer
 
 
 def run_elsewhere(config, sabotage=""):
