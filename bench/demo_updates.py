@@ -24,10 +24,9 @@ from run import ROOT, provenance
 from balcaprl.assets import demo_model_path
 from balcaprl.config import TrainConfig
 from balcaprl.data import load_dataset
-from balcaprl.kernels import grouped_advantages
 from balcaprl.optim import PolicyOptimizer
 from balcaprl.policy import Policy
-from balcaprl.rewards import advantage_inputs, score_groups
+from balcaprl.rewards import score_groups, write_advantages
 from balcaprl.rewards.scene_judge import SceneJudge
 from balcaprl.rollout.hf import HFRollout
 from balcaprl.types import RolloutGroup
@@ -50,10 +49,7 @@ def scored_batch(config: TrainConfig, sampler: HFRollout, prompts: list[Any], st
     rollout = config.rollout
     groups = sampler.generate(prompts, rollout.group_size, rollout.sampling, seed=step)
     score_groups(SceneJudge(), groups, config.reward)
-    advantages = grouped_advantages(**advantage_inputs(groups, config.reward), group_size=rollout.group_size)
-    rollouts = [each for group in groups for each in group.rollouts]
-    for each, advantage in zip(rollouts, advantages.tolist(), strict=True):
-        each.advantage = advantage
+    write_advantages(groups, config.reward, config.advantage)
     return groups
 
 

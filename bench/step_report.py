@@ -27,6 +27,12 @@ MOST_MS, LEAST_PERCENT, MOST_COPIES = 2.0, 60.0, 1.5
 LARGE_IMAGE, LEAST_RATIO = 448, 3.0
 
 
+def load_rows(folder: Path) -> list[Row]:
+    """All rows of the ``*.jsonl`` files of a folder."""
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in lines if line.strip()]
+
+
 class Table:
     """Rows by device and two more fields; of several for the same thing the last counts."""
 
@@ -36,9 +42,8 @@ class Table:
     @classmethod
     def load(cls, folder: Path, across: str, down: str) -> Table:
         """All ``*.jsonl`` of a folder, but for rows in another data type than float32: they have no table yet."""
-        lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
-        rows = [json.loads(line) for line in lines if line.strip()]
-        return cls((row for row in rows if row.get("dtype", "float32") == "float32"), across, down)
+        rows = (row for row in load_rows(folder) if row.get("dtype", "float32") == "float32")
+        return cls(rows, across, down)
 
     @property
     def devices(self) -> list[str]:

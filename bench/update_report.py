@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from step_report import load_rows
 
 Row = dict[str, Any]
 LABELS = {
@@ -37,8 +38,7 @@ class UpdateResults:
     @classmethod
     def load(cls, folder: Path) -> UpdateResults:
         """All ``*.jsonl`` of a folder."""
-        lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
-        return cls(json.loads(line) for line in lines if line.strip())
+        return cls(load_rows(folder))
 
     @property
     def devices(self) -> list[str]:

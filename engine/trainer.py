@@ -21,7 +21,6 @@ from balcaprl.config import TrainConfig
 from balcaprl.data import Dataset, load_dataset
 from balcaprl.evaluation import Evaluation, evaluate_captions
 from balcaprl.evaluation.b_capscore import summarise
-from balcaprl.kernels import grouped_advantages
 from balcaprl.metrics import PhaseTimer, ProgressLine, RunLog, memory_metrics, nanmean, save_eval_image
 from balcaprl.optim import PolicyOptimizer
 from balcaprl.pipeline import RolloutPipeline, SampledStep
@@ -33,9 +32,9 @@ from balcaprl.rewards import (
     Judge,
     JudgeStoppedError,
     ScoreStats,
-    advantage_inputs,
     close_judge,
     make_judge,
+    write_advantages,
 )
 from balcaprl.rewards.balance import within_group_correlations
 from balcaprl.rewards.columns import reward_of
@@ -120,7 +119,7 @@ class Trainer:
                     sampled = self.sample_groups()
                     stats = self.score_groups(sampled)
                 groups = sampled.groups
-                self.compute_advantages(groups)
+                write_advantages(groups, config.reward, config.advantage)
                 losses = self.update_policy(groups)
                 self.sync_weights()
                 self.step += 1
@@ -144,20 +143,6 @@ class Trainer:
         """Wait until every completion is judged; one that cannot be scored is counted and left out."""
         with self.timer("score"):
             return sampled.scorer.finish()
-
-    def compute_advantages(self, groups: list[RolloutGroup]) -> None:
-        """Write its advantage to each rollout."""
-        settings = self.config.advantage
-        advantages = grouped_advantages(
-            **advantage_inputs(groups, self.config.reward),
-            group_size=self.config.rollout.group_size,
-            weights=self.config.reward.weights,
-            method=settings.method,
-            eps=settings.eps,
-        )
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        for rollout, advantage in zip(rollouts, advantages.tolist(), strict=True):
-            rollout.advantage = advantage
 
     def update_policy(self, groups: list[RolloutGroup]) -> dict[str, float]:
         """``epochs_per_batch`` updates from one batch of rollouts; returns the loss metrics of the last."""

@@ -1,6 +1,6 @@
 """From captions to rewards: judges, custom rewards, the length rules, and the account of what could not be scored."""
 
-from balcaprl.rewards.columns import advantage_inputs, reward_matrix
+from balcaprl.rewards.columns import advantage_inputs, reward_matrix, write_advantages
 from balcaprl.rewards.judge import Judge, ScoreStats
 from balcaprl.rewards.lexical_judge import LexicalJudge
 from balcaprl.rewards.scoring import GroupScorer, close_judge, make_judge, score_groups
@@ -17,4 +17,5 @@ __all__ = [
     "make_judge",
     "reward_matrix",
     "score_groups",
+    "write_advantages",
 ]

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balcaprl.config import RewardConfig
+from balcaprl.config import AdvantageConfig, RewardConfig
+from balcaprl.kernels import grouped_advantages
 from balcaprl.rewards.length import length_vectors, linear_factor
 from balcaprl.types import REWARD_NAMES, RewardBreakdown, RolloutGroup
 
@@ -83,3 +84,17 @@ def advantage_inputs(groups: Sequence[RolloutGroup], config: RewardConfig) -> di
         for column in (LINGUISTIC, *custom):
             rewards[:, column] *= linear_factor(lengths, reference_lengths)
     return {"rewards": rewards}
+
+
+def write_advantages(groups: Sequence[RolloutGroup], reward: RewardConfig, settings: AdvantageConfig) -> None:
+    """Writes its advantage to each rollout of groups of one size."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    advantages = grouped_advantages(
+        **advantage_inputs(groups, reward),
+        group_size=len(groups[0].rollouts),
+        weights=reward.weights,
+        method=settings.method,
+        eps=settings.eps,
+    )
+    for rollout, advantage in zip(rollouts, advantages.tolist(), strict=True):
+        rollout.advantage = advantage

@@ -182,11 +182,9 @@ class _Sums:
         self.head = head
         self.filter_eps = filter_eps
         self.hidden = head.hidden.new_empty(head.hidden.shape) if needs[0] else None
-        num_tokens, vocabulary = head.hidden.shape[0], head.weight.shape[0]
-        size = chunk_size(num_tokens, vocabulary, head.weight.element_size())
-        block = size if filter_eps is None else min(size, FILTER_BLOCK)
-        self.weight = _WeightSum(head, -(-num_tokens // block)) if needs[1] else None
         self.buffer = _Buffer(head)
+        block = self.buffer.chunk if filter_eps is None else min(self.buffer.chunk, FILTER_BLOCK)
+        self.weight = _WeightSum(head, -(-head.hidden.shape[0] // block)) if needs[1] else None
         self.waiting: list[Tensor] = []
         """Numbers of the tokens whose gradients wait in the buffer."""
 
