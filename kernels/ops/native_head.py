@@ -8,8 +8,9 @@ at once: three matrix products in all. Work that gives nothing is left out:
 - With ``filter_eps``: columns whose softmax stays below it for all tokens of a block (``FILTER_BLOCK`` tokens) and
   that are no target. Approximate; the products then see the other columns only, gathered.
 
-``_WeightSum`` says how the gradient of the weight is summed. Memory beyond inputs and results does not grow with the
-number of tokens, but for a few numbers per token.
+A batch of twice as many tokens as fit is taken whole, in two halves of the vocabulary (``_gradients_by_halves``).
+``_WeightSum`` says how the gradient of the weight is summed over chunks. Memory beyond inputs and results does not grow
+with the number of tokens, but for a few numbers per token.
 """
 
 from __future__ import annotations
@@ -113,6 +114,14 @@ def logprobs_and_gradients(
     """
     num_tokens = head.hidden.shape[0]
     rows, grad_logprobs = SoftmaxRows.empty(num_tokens), torch.empty(num_tokens)
+    if _fits_by_halves(head, needs, filter_eps):
+        every = Tokens(head.hidden, head.targets, rows, grad_logprobs)
+
+        def look(halves: tuple[Tensor, Tensor]) -> None:
+            _write_stats_of_halves(halves, head, rows)
+            grad_logprobs.copy_(gradient_of(rows.logprobs, 0, num_tokens))
+
+        return rows, _gradients_by_halves(head, every, needs[0], look)
     sums = _Sums(head, needs, filter_eps)
     for chunk, logits in _logits_of_chunks(head, sums.buffer):
         tokens = Tokens(head.hidden[chunk], head.targets[chunk], rows.take(chunk), grad_logprobs[chunk])
@@ -134,15 +143,88 @@ def head_gradients(
     every = Tokens(head.hidden, head.targets, rows, grad_logprobs)
     active = grad_logprobs.nonzero()[:, 0]
     tokens = every if active.shape[0] == grad_logprobs.shape[0] else every.take(active)
-    sums = _Sums(Head(tokens.hidden, head.weight, tokens.targets, head.temperature), needs, filter_eps)
-    for chunk, logits in _logits_of_chunks(sums.head, sums.buffer):
-        sums.add(chunk, logits, tokens.take(chunk))
-        del logits
-    result = sums.finish(tokens)
+    result = _gradients_of(
+        Head(tokens.hidden, head.weight, tokens.targets, head.temperature), tokens, needs, filter_eps
+    )
     if tokens is every or result.hidden is None:
         return result
     grad_hidden = result.hidden.new_zeros(head.hidden.shape)
     return HeadGradients(grad_hidden.index_copy_(0, active, result.hidden), result.weight)
+
+
+def _gradients_of(head: Head, tokens: Tokens, needs: tuple[bool, bool], filter_eps: float | None) -> HeadGradients:
+    """Gradients from known softmax rows; ``tokens`` are the head's."""
+    if _fits_by_halves(head, needs, filter_eps):
+        return _gradients_by_halves(head, tokens, needs[0], lambda halves: None)
+    sums = _Sums(head, needs, filter_eps)
+    for chunk, logits in _logits_of_chunks(head, sums.buffer):
+        sums.add(chunk, logits, tokens.take(chunk))
+        del logits
+    return sums.finish(tokens)
+
+
+def _fits_by_halves(head: Head, needs: tuple[bool, bool], filter_eps: float | None) -> bool:
+    """Whether ``_gradients_by_halves`` can do what would take more than one chunk; in half precision its sum would round."""
+    num_tokens, hidden_size = head.hidden.shape
+    vocabulary, itemsize = head.weight.shape[0], head.weight.element_size()
+    return (
+        (needs[1] and filter_eps is None and itemsize == 4)
+        and chunk_size(num_tokens, vocabulary, itemsize) < num_tokens <= min(_CHUNK_TOKENS, hidden_size)
+        and num_tokens * (vocabulary - vocabulary // 2) * itemsize <= _LOGITS_BYTES
+    )
+
+
+def _gradients_by_halves(
+    head: Head, tokens: Tokens, needs_hidden: bool, look: Callable[[tuple[Tensor, Tensor]], None]
+) -> HeadGradients:
+    """All tokens at once, in the memory of half of their logits: the products are larger, and nothing is summed over chunks.
+
+    The logits of the first half of the vocabulary lie where the gradient of the second half of the weight is written, and that
+    is written last. They fit as there are no more tokens than columns of ``weight``.
+
+    Args:
+        head: the head.
+        tokens: its tokens.
+        needs_hidden: whether hidden wants a gradient.
+        look: sees both halves of the logits before their gradient is written over them; then ``tokens`` has to be filled in.
+    """
+    middle = head.weight.shape[0] // 2
+    grad_weight = torch.empty_like(head.weight)
+    spare = grad_weight[middle:].view(-1)[: head.hidden.shape[0] * middle].view(-1, middle)
+    first = torch.mm(head.hidden, head.weight[:middle].T, out=spare)
+    second = torch.mm(head.hidden, head.weight[middle:].T)
+    look((first, second))
+    active = tokens.grad_logprobs.nonzero()[:, 0]
+    write_gradient(first, 0, active, tokens, head.scale)
+    write_gradient(second, middle, active, tokens, head.scale)
+    first, second = first[: active.shape[0]], second[: active.shape[0]]
+    every = active.shape[0] == head.hidden.shape[0]
+    hidden, grad_hidden = head.hidden if every else head.hidden[active], None
+    if needs_hidden:
+        grad_hidden = torch.mm(first, head.weight[:middle]).addmm_(second, head.weight[middle:])
+        if not every:
+            grad_hidden = torch.zeros_like(head.hidden).index_copy_(0, active, grad_hidden)
+    torch.mm(first.T, hidden, out=grad_weight[:middle])
+    torch.mm(second.T, hidden, out=grad_weight[middle:])
+    return HeadGradients(grad_hidden, grad_weight)
+
+
+def _write_stats_of_halves(halves: tuple[Tensor, Tensor], head: Head, rows: SoftmaxRows) -> None:
+    """Writes the rows of the whole vocabulary's softmax from the statistics of its halves."""
+    vocabulary, middle = head.weight.shape[0], halves[0].shape[1]
+    if ((head.targets < 0) | (head.targets >= vocabulary)).any():
+        raise ValueError(f"targets: expected token ids in [0, {vocabulary})")
+    own_targets = head.targets.clamp(max=middle - 1), (head.targets - middle).clamp(min=0)
+    parts = [SoftmaxRows.empty(head.targets.shape[0]) for _ in halves]
+    for logits, targets, part in zip(halves, own_targets, parts, strict=True):
+        write_stats(logits, targets, head.scale, part, None)
+    torch.maximum(parts[0].max, parts[1].max, out=rows.max)
+    sums = [part.sum * ((part.max.double() - rows.max) * head.scale).exp() for part in parts]
+    total = sums[0] + sums[1]
+    rows.sum.copy_(total)
+    # From a half to the whole: a probability shrinks to the half's share of it.
+    logprobs = [part.logprobs + (each / total).log() for part, each in zip(parts, sums, strict=True)]
+    rows.logprobs.copy_(torch.where(head.targets < middle, *logprobs))
 
 
 class _Buffer:

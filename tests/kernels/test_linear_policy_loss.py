@@ -166,6 +166,43 @@ def test_many_chunks_are_as_accurate(dtype: torch.dtype, shape: tuple[int, int, 
     check_accuracy(shape, dtype, "native", filter_eps=filter_eps)
 
 
+@pytest.mark.parametrize("shape", [(8, 8, 9), (12, 40, 65), (29, 30, 131), (33, 64, 1000)])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_two_halves_of_the_vocabulary_are_as_accurate(
+    shape: tuple[int, int, int], zeros: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice the logits that fit: taken at once, and equal to chunk by chunk within rounding, the backward alone as well."""
+    num_tokens, _, vocabulary = shape
+    monkeypatch.setattr(native_head, "_LOGITS_BYTES", 4 * num_tokens * (vocabulary - vocabulary // 2))
+    monkeypatch.setattr(native_head, "FILTER_BLOCK", 3)
+    data = problem(*shape, dtype=torch.float32, temperature=0.8)
+    options = {**FULL, "kl_coef": 0.0} if zeros else FULL
+    if zeros:
+        data["advantages"] = data["advantages"] * (torch.arange(len(data["advantages"])) % 2)
+    calls = []
+    by_halves = native_head._gradients_by_halves
+    monkeypatch.setattr(native_head, "_gradients_by_halves", lambda *given: calls.append(0) or by_halves(*given))
+    actual = loss_and_gradients(linear_policy_loss, data, **options, impl="native")
+    separate = separate_gradients(data, options)
+    assert calls if zeros else len(calls) == 2, (
+        "by halves; the backward alone has fewer tokens where some have no gradient"
+    )
+    exact = loss_and_gradients(linear_policy_loss_reference, cast(data, torch.float64), **options)
+    working = loss_and_gradients(linear_policy_loss_reference, data, **options)
+    for mine, alone, *others in zip(actual[1:], separate, working[1:], exact[1:], strict=True):
+        assert_as_accurate(mine, *others, kind="gradient")
+        assert_as_accurate(alone, *others, kind="gradient")
+
+
+def separate_gradients(data: Problem, options: dict[str, float]) -> tuple[Tensor, ...]:
+    """By ``linear_logprobs`` and ``policy_loss``: the backward alone, from what the forward kept."""
+    options = {k: v for k, v in options.items() if k != "temperature"}
+    names = ("hidden", "weight", "targets", "temperature")
+    logprobs = linear_logprobs(*(data[n] for n in names[:3]), temperature=data["temperature"], impl="native").logprobs
+    loss = policy_loss(logprobs, **{k: v for k, v in data.items() if k not in names}, **options).loss
+    return torch.autograd.grad(loss, (data["hidden"], data["weight"]))
+
+
 def check_accuracy(
     shape: tuple[int, int, int], dtype: torch.dtype, impl: str, *, num_seeds: int = 1, **options: Any
 ) -> None:
