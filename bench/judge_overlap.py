@@ -1,11 +1,11 @@
 """How much of the judge's time a training run hides, as its own log of phases tells it.
 
-    python bench/judge_overlap.py [--steps 6] [--latency 0.03] [--slots 64]
+    python bench/judge_overlap.py [--steps 6] [--latency 0.03] [--slots 64] [--sampler vllm]
 
-An on-policy run of the demo's policy with transformers' sampler, against a scripted judge on loopback. ``score_s`` is what a
+An on-policy run of the demo's policy against a scripted judge on loopback. ``score_s`` is what a
 step still waits for scores once it is sampled, ``judge_alone_s`` what the same groups take if they are scored afterwards with
-nothing else to do; ``hidden`` is 1 - the one over the other, over all steps but the first. A group is handed over when its
-longest completion ends, so those that end last are never hidden.
+nothing else to do; ``hidden`` is 1 - the one over the other, over all steps but the first. Completions are handed over as
+they end, so those that end last are never hidden.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--latency", type=float, default=0.03, help="seconds that the judge takes for a request")
     parser.add_argument("--slots", type=int, default=64, help="requests that the judge works on at once")
+    parser.add_argument("--sampler", default="vllm", choices=["vllm", "hf"])
     options = parser.parse_args()
     print(json.dumps(measure(options)))
 
@@ -64,7 +65,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         f"{name}_s": statistics.median(s[f"time/{name}"] for s in steps) for name in ("sample", "score", "update")
     }
     return {
-        "what": "overlap in a run", **phases, "judge_alone_s": statistics.median(alone),
+        "what": "overlap in a run", "sampler": options.sampler, **phases, "judge_alone_s": statistics.median(alone),
         "hidden": 1 - sum(step["time/score"] for step in steps) / sum(alone),
     }  # fmt: skip
 
@@ -88,7 +89,7 @@ def run_config(folder: str, url: str, options: argparse.Namespace) -> TrainConfi
             "model": {"path": "demo"},
             "data": {"num_eval": 0},
             "rollout": {
-                "sampler": "hf", "prompts_per_step": 16, "group_size": 8,
+                "sampler": options.sampler, "prompts_per_step": 16, "group_size": 8,
                 "sampling": {"max_completion_tokens": 96},
             },
             "checkpoint": {"every": 0},

@@ -1,13 +1,13 @@
 """Where a step's scored-to-be groups come from: sampled now, or, with ``rollout.max_staleness: 1``, during the last update.
 
-Groups are handed to the judge one by one as the sampler finishes them, so that a judge that works in the background scores
-the first while the last are still being sampled.
+Completions are handed to the judge one by one as the sampler finishes them, so that a judge that works in the background
+scores the first while the last are still being sampled.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from balcaprl.metrics import PhaseTimer
 from balcaprl.prompts import PromptStream
 from balcaprl.rewards import GroupScorer
 from balcaprl.rollout import Sampler
+from balcaprl.rollout.sampler import Draw, gather
 from balcaprl.types import Prompt, RolloutGroup
 
 
@@ -99,10 +100,15 @@ class RolloutPipeline:
     def _sample(self, step: int, prompts: list[Prompt]) -> SampledStep:
         started = time.perf_counter()
         scorer = self._make_scorer()
-        groups: dict[int, RolloutGroup] = {}
-        config = self._config
-        seed = self._step_seed(step)
-        for index, group in self._sampler.stream(prompts, config.group_size, config.sampling, seed=seed):
-            groups[index] = group
-            scorer.submit(group)
-        return SampledStep([groups[index] for index in range(len(prompts))], scorer, time.perf_counter() - started)
+        config, seed = self._config, self._step_seed(step)
+        draws = self._sampler.stream(prompts, config.group_size, config.sampling, seed=seed)
+        groups = gather(prompts, self._handed_over(draws, prompts, scorer), self._sampler.policy_version)
+        for number, group in enumerate(groups):
+            scorer.submit(group, number)
+        return SampledStep(groups, scorer, time.perf_counter() - started)
+
+    @staticmethod
+    def _handed_over(draws: Iterator[Draw], prompts: list[Prompt], scorer: GroupScorer) -> Iterator[Draw]:
+        for draw in draws:
+            scorer.add(draw.prompt, prompts[draw.prompt].sample, draw.rollout)
+            yield draw

@@ -69,9 +69,13 @@ class _Group:
     """One submitted group."""
 
     sample: Sample
-    captions: list[str]
-    distinct: dict[str, _Caption]
     future: concurrent.futures.Future[list[RewardBreakdown]]
+    captions: list[str] = field(default_factory=list)
+    distinct: dict[str, _Caption] = field(default_factory=dict)
+    closed: bool = False
+    """Whether all captions are there."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set as a caption comes, or the last one has come."""
     units: tuple[str, ...] = ()
     units_task: asyncio.Task[tuple[str, ...]] | None = None
     image: EncodedImage | None = None
@@ -218,30 +222,44 @@ class EndpointJudge:
         )
 
     async def _score_group(self, group: _Group) -> None:
-        """Ask for whatever is still missing of a group; groups are admitted in order, as far as there are places."""
-        if self._admission is None or self._places is None:
-            self._admission = asyncio.Lock()
-            self._places = asyncio.Semaphore(2 * self.client.num_slots)
-        tasks: list[asyncio.Task[None]] = []
-        open_captions = [c for c in group.distinct.values() if len(c.replies) < len(self.tasks)]
-        if any(task in _NEED_UNITS for task in self._wanted(open_captions)) and not group.units:
-            group.units_task = asyncio.ensure_future(self._units_of(group.sample))
+        """Ask for whatever is still missing of a group, as its captions come, until it is closed and all calls ended."""
+        tasks: dict[str, asyncio.Task[None]] = {}
         try:
-            async with self._admission:
-                await self._encode_image(group, open_captions)
-                for caption in open_captions:
-                    await self._places.acquire()
-                    task = asyncio.ensure_future(self._score_caption(group, caption))
-                    task.add_done_callback(self._release_place)
-                    tasks.append(task)
-            await _all_ended(tasks)
+            while True:
+                group.changed.clear()
+                waiting = [
+                    c for c in group.distinct.values() if c.text not in tasks and len(c.replies) < len(self.tasks)
+                ]
+                await self._admit(group, waiting, tasks)
+                if group.closed and not group.changed.is_set():
+                    break
+                await group.changed.wait()
+            await _all_ended(list(tasks.values()))
         finally:
-            for task in tasks:
+            for task in tasks.values():
                 task.cancel()
             if group.units_task is not None:
                 group.units_task.cancel()
                 await asyncio.gather(group.units_task, return_exceptions=True)
+                group.units_task = None
             group.image = None  # as long as a step lasts, memory holds the images under way alone
+
+    async def _admit(self, group: _Group, captions: list[_Caption], tasks: dict[str, asyncio.Task[None]]) -> None:
+        """Begin with some captions; they are admitted in the order in which they came, as far as there are places."""
+        if not captions:
+            return
+        if self._admission is None or self._places is None:
+            self._admission = asyncio.Lock()
+            self._places = asyncio.Semaphore(2 * self.client.num_slots)
+        needs_units = any(task in _NEED_UNITS for task in self._wanted(captions))
+        if needs_units and not group.units and group.units_task is None:
+            group.units_task = asyncio.ensure_future(self._units_of(group.sample))
+        async with self._admission:
+            await self._encode_image(group, captions)
+            for caption in captions:
+                await self._places.acquire()
+                tasks[caption.text] = asyncio.ensure_future(self._score_caption(group, caption))
+                tasks[caption.text].add_done_callback(self._release_place)
 
     def _release_place(self, _: asyncio.Task[None]) -> None:
         if self._places is not None:
@@ -253,7 +271,7 @@ class EndpointJudge:
 
     async def _encode_image(self, group: _Group, captions: list[_Caption]) -> None:
         """Once per group, in a thread; where it fails, the tasks that need it are impossible."""
-        if not any(task in _NEED_IMAGE for task in self._wanted(captions)):
+        if group.image is not None or not any(task in _NEED_IMAGE for task in self._wanted(captions)):
             return
         loop = asyncio.get_running_loop()
         try:
@@ -338,6 +356,31 @@ async def _all_ended(tasks: Sequence[asyncio.Future[None]]) -> None:
             raise error
 
 
+class EndpointGroup:
+    """One group of a batch; ``JudgeGroup``."""
+
+    def __init__(self, loop: BackgroundLoop, group: _Group) -> None:
+        self._loop, self._group = loop, group
+        self.future = group.future
+        """Has the breakdowns as soon as the group is closed and all calls about it ended."""
+
+    def add(self, *captions: str) -> None:
+        """Hand over the next captions and return at once."""
+        self._loop.start(self._change(captions, closed=False))
+
+    def close(self) -> None:
+        """No more will come."""
+        self._loop.start(self._change((), closed=True))
+
+    async def _change(self, captions: Sequence[str], closed: bool) -> None:
+        # In the judge's loop alone, where nothing else runs meanwhile.
+        self._group.captions += captions
+        for text in captions:
+            self._group.distinct.setdefault(text, _Caption(text))
+        self._group.closed = closed
+        self._group.changed.set()
+
+
 class EndpointBatch:
     """The groups of one step; ``JudgeBatch``."""
 
@@ -345,12 +388,18 @@ class EndpointBatch:
         self._judge = judge
         self._groups: list[_Group] = []
 
-    def submit(self, sample: Sample, captions: Sequence[str]) -> concurrent.futures.Future[list[RewardBreakdown]]:
-        """Hand over one group and return at once; the future has its breakdowns as soon as all calls about it ended."""
-        distinct = {text: _Caption(text) for text in captions}
-        group = _Group(sample, list(captions), distinct, concurrent.futures.Future())
+    def open_group(self, sample: Sample) -> EndpointGroup:
+        """A group whose captions come one by one; an image that nobody describes yet costs nothing."""
+        group = _Group(sample, concurrent.futures.Future())
         self._groups.append(group)
         self._judge._loop.start(self._start(group))
+        return EndpointGroup(self._judge._loop, group)
+
+    def submit(self, sample: Sample, captions: Sequence[str]) -> concurrent.futures.Future[list[RewardBreakdown]]:
+        """Hand over one group and return at once; the future has its breakdowns as soon as all calls about it ended."""
+        group = self.open_group(sample)
+        group.add(*captions)
+        group.close()
         return group.future
 
     def results(self) -> list[list[RewardBreakdown]]:

@@ -40,11 +40,27 @@ class BackgroundJudge(Judge, Protocol):
         ...
 
 
+class JudgeGroup(Protocol):
+    """The captions of one image, handed over as they are sampled."""
+
+    def add(self, caption: str) -> None:
+        """Hand over the next one and return at once."""
+        ...
+
+    def close(self) -> None:
+        """No more will come; to be called before the batch is asked for its results."""
+        ...
+
+
 class JudgeBatch(Protocol):
-    """The groups of one step, in the order in which they are handed over."""
+    """The groups of one step, in the order in which they are opened."""
+
+    def open_group(self, sample: Sample) -> JudgeGroup:
+        """A group whose captions come one by one."""
+        ...
 
     def submit(self, sample: Sample, captions: Sequence[str]) -> Future[list[RewardBreakdown]]:
-        """Hand over one group and return at once; the future has its breakdowns as soon as all of them are there."""
+        """Hand over a whole group and return at once; the future has its breakdowns as soon as all of them are there."""
         ...
 
     def results(self) -> list[list[RewardBreakdown]]:

@@ -1,8 +1,10 @@
-"""Scoring a step: groups are handed over as they are sampled, judged meanwhile where the judge can, and never lost.
+"""Scoring a step: captions are handed over as they are sampled, judged meanwhile where the judge can, and never lost.
 
     scorer = GroupScorer(judge, config.reward)
-    for group in groups:              # as they come from the sampler
-        scorer.submit(group)
+    for number, rollout in draws:     # as they come from the sampler; a group can also be submitted without
+        scorer.add(number, samples[number], rollout)
+    for number, group in enumerate(groups):
+        scorer.submit(group, number)
     stats = scorer.finish()
 
 A completion that cannot be scored (the judge raises, gives a wrong number of answers, or scores outside [0, 1]) gets a
@@ -24,9 +26,9 @@ from typing import Any
 from balcaprl.config import EndpointConfig, RewardConfig
 from balcaprl.rewards.columns import reward_of
 from balcaprl.rewards.custom import CustomRewards
-from balcaprl.rewards.judge import BackgroundJudge, Judge, JudgeBatch, ScoreStats, score_safely, validated
+from balcaprl.rewards.judge import BackgroundJudge, Judge, JudgeBatch, JudgeGroup, ScoreStats, score_safely, validated
 from balcaprl.rewards.length import CountTokens, is_outside_bounds, measure_length
-from balcaprl.types import RewardBreakdown, RolloutGroup, Sample
+from balcaprl.types import RewardBreakdown, Rollout, RolloutGroup, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +91,32 @@ def close_judge(judge: Judge) -> None:
         close()
 
 
+class _Handed:
+    """A group of a judge's batch, and its rollouts in the order in which they were handed over."""
+
+    def __init__(self, judged: JudgeGroup) -> None:
+        self._judged = judged
+        self.rollouts: list[Rollout] = []
+
+    def add(self, rollout: Rollout) -> None:
+        """The next one."""
+        self._judged.add(rollout.completion.text)
+        self.rollouts.append(rollout)
+
+    def complete(self, group: RolloutGroup) -> None:
+        """Those of the group that were not added, and no more."""
+        known = set(map(id, self.rollouts))
+        for rollout in group.rollouts:
+            if id(rollout) not in known:
+                self.add(rollout)
+        self._judged.close()
+
+
 class GroupScorer:
     """Scores the groups of one step; ``submit`` returns at once where judge and custom rewards work in the background.
 
     Args:
-        judge: asked once per group, in the order of ``submit``.
+        judge: asked group by group, in the order of ``submit``; one in the background about each rollout as it comes.
         config: columns, length unit and length rule.
         count_tokens: length of a text in policy tokens, needed where ``reward.length_unit`` is tokens.
         custom: the custom rewards, if they are loaded already.
@@ -109,15 +132,27 @@ class GroupScorer:
         self._judge, self._config, self._count_tokens = judge, config, count_tokens
         self._groups: list[RolloutGroup] = []
         self._batch: JudgeBatch | None = judge.open_batch() if isinstance(judge, BackgroundJudge) else None
+        self._handed: list[_Handed] = []
+        """The groups of the batch, in its order."""
+        self._unsubmitted: dict[int, _Handed] = {}
         self._custom = custom or CustomRewards(config.custom)
         self._pool = ThreadPoolExecutor(1, "custom-rewards") if self._custom.names else None
         self._extra: list[Future[list[dict[str, float]]]] = []
 
-    def submit(self, group: RolloutGroup) -> None:
-        """Hand over one sampled group; it is changed in place by ``finish``."""
+    def add(self, number: int, sample: Sample, rollout: Rollout) -> None:
+        """Hand over one rollout of a group that is still being sampled; ``number`` names the group, also to ``submit``."""
+        if self._batch is None:
+            return
+        if number not in self._unsubmitted:
+            self._unsubmitted[number] = self._open(self._batch, sample)
+        self._unsubmitted[number].add(rollout)
+
+    def submit(self, group: RolloutGroup, number: int | None = None) -> None:
+        """Hand over one sampled group, or what was not added of it; it is changed in place by ``finish``."""
         sample, captions = group.prompt.sample, _captions(group)
         if self._batch is not None:
-            self._batch.submit(sample, captions)
+            added = None if number is None else self._unsubmitted.pop(number, None)
+            (added or self._open(self._batch, sample)).complete(group)
         if self._pool is not None:
             self._extra.append(self._pool.submit(self._custom.score, sample, captions))
         self._groups.append(group)
@@ -147,15 +182,22 @@ class GroupScorer:
         stats.judge_metrics = {**(take_metrics() if callable(take_metrics) else {}), **self._custom.take_metrics()}
         return stats
 
+    def _open(self, batch: JudgeBatch, sample: Sample) -> _Handed:
+        self._handed.append(_Handed(batch.open_group(sample)))
+        return self._handed[-1]
+
     def _judged(self) -> list[list[RewardBreakdown]]:
         if isinstance(self._judge, NoJudge):
             return [[RewardBreakdown() for _ in group.rollouts] for group in self._groups]
         if self._batch is None:
             return [score_safely(self._judge, group.prompt.sample, _captions(group)) for group in self._groups]
+        answers: dict[int, RewardBreakdown] = {}
+        for handed, breakdowns in zip(self._handed, self._batch.results(), strict=True):
+            answers |= zip(map(id, handed.rollouts), breakdowns, strict=True)
         checked = []
-        for group, answers in zip(self._groups, self._batch.results(), strict=True):
+        for group in self._groups:
             private = [*_captions(group), group.prompt.sample.reference]
-            checked.append([validated(answer, private) for answer in answers])
+            checked.append([validated(answers[id(rollout)], private) for rollout in group.rollouts])
         return checked
 
     def _fill_in(self, group: RolloutGroup, breakdowns: list[RewardBreakdown], stats: ScoreStats) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from balcaprl.config import SamplingConfig
 from balcaprl.policy import Policy
 from balcaprl.policy.packing import merge_image_inputs
-from balcaprl.rollout.sampler import check_request, first_stop, make_group
+from balcaprl.rollout.sampler import Draw, check_request, first_stop, gather, make_rollouts
 from balcaprl.types import Prompt, RolloutGroup, SyncReport
 
 
@@ -40,8 +40,8 @@ class HFRollout:
         greedy: bool = False,
     ) -> list[RolloutGroup]:
         """See ``Sampler.generate``."""
-        groups = dict(self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy))
-        return [groups[index] for index in range(len(prompts))]
+        draws = self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy)
+        return gather(prompts, draws, self.policy_version)
 
     def stream(
         self,
@@ -51,7 +51,7 @@ class HFRollout:
         *,
         seed: int,
         greedy: bool = False,
-    ) -> Iterator[tuple[int, RolloutGroup]]:
+    ) -> Iterator[Draw]:
         """See ``Sampler.stream``."""
         check_request(prompts, group_size)
         yield from self._sample(prompts, group_size, sampling, None if greedy else seed)
@@ -59,34 +59,34 @@ class HFRollout:
     @torch.no_grad()
     def _sample(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, seed: int | None
-    ) -> Iterator[tuple[int, RolloutGroup]]:
+    ) -> Iterator[Draw]:
         pick = _TokenPicker(self._policy, 1.0 if seed is None else sampling.temperature, seed)
         decoder = _Decoder(self._policy, prompts)
         hidden = decoder.prefill(group_size)
         ends = torch.tensor(self._policy.eos_token_ids, device=hidden.device)
         running = torch.ones(len(prompts) * group_size, dtype=torch.bool, device=hidden.device)
-        drawn = _Drawn()
-        owed = set(range(len(prompts)))
+        drawn = _Drawn(len(running), sampling.max_completion_tokens)
+        owed = set(range(len(running)))
         for step in range(sampling.max_completion_tokens):
-            if step:
-                hidden = decoder.advance(drawn.tokens[-1])
             token, logprob = pick(hidden)
-            drawn.add(token, logprob, running)
+            drawn.add(token, logprob)
             running = running & ~torch.isin(token, ends)
             if sampling.stop:
                 running = running & ~self._at_stop(drawn.tokens, sampling.stop).to(running.device)
             is_last = step + 1 == sampling.max_completion_tokens
-            still = running.view(-1, group_size).any(1).tolist()
-            for index in sorted(index for index in owed if is_last or not still[index]):
-                owed.discard(index)
-                ids, values = drawn.rows(index * group_size, (index + 1) * group_size)
-                yield index, make_group(self._policy, prompts[index], ids, values, sampling.stop, self.policy_version)
+            still = running.tolist()
+            ended = sorted(row for row in owed if is_last or not still[row])
+            owed.difference_update(ended)
+            rollouts = make_rollouts(self._policy, *drawn.rows(ended), sampling.stop) if ended else []
+            for row, rollout in zip(ended, rollouts, strict=True):
+                yield Draw(*divmod(row, group_size), rollout)
             if not owed:
                 return
+            hidden = decoder.advance(token)
 
-    def _at_stop(self, tokens: list[Tensor], stop: Sequence[str]) -> Tensor:
-        """Which rows (R,) hold a stop text by now."""
-        texts = self._policy.tokenizer.batch_decode(torch.stack(tokens, 1).tolist(), skip_special_tokens=True)
+    def _at_stop(self, tokens: Tensor, stop: Sequence[str]) -> Tensor:
+        """Which rows (R,) of ids (R, N) hold a stop text by now."""
+        texts = self._policy.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)
         return torch.tensor([first_stop(text, stop) is not None for text in texts])
 
     def sync(self, policy_version: int) -> SyncReport:
@@ -99,27 +99,26 @@ class HFRollout:
 
 
 class _Drawn:
-    """The tokens (R,) of each step so far, with their log-probabilities and whether each row still ran."""
+    """The tokens (R,) of each step so far, with their log-probabilities."""
 
-    def __init__(self) -> None:
-        self.tokens: list[Tensor] = []
-        self._logprobs: list[Tensor] = []
-        self._kept: list[Tensor] = []
+    def __init__(self, num_rows: int, max_tokens: int) -> None:
+        self._tokens = torch.empty(num_rows, max_tokens, dtype=torch.long)
+        self._logprobs = torch.empty(num_rows, max_tokens, dtype=torch.float64)
+        self._steps = 0
 
-    def add(self, token: Tensor, logprob: Tensor, kept: Tensor) -> None:
+    @property
+    def tokens(self) -> Tensor:
+        """All ids (R, steps) so far."""
+        return self._tokens[:, : self._steps]
+
+    def add(self, token: Tensor, logprob: Tensor) -> None:
         """One step's."""
-        self.tokens.append(token)
-        self._logprobs.append(logprob)
-        self._kept.append(kept)
+        self._tokens[:, self._steps], self._logprobs[:, self._steps] = token, logprob
+        self._steps += 1
 
-    def rows(self, start: int, end: int) -> tuple[list[list[int]], list[list[float]]]:
-        """Ids and log-probabilities of some rows, each up to where it stopped running."""
-        tokens, logprobs, kept = (
-            torch.stack([step[start:end] for step in steps], 1) for steps in (self.tokens, self._logprobs, self._kept)
-        )
-        lengths = kept.sum(1).tolist()
-        ids = [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)]
-        return ids, [row[:n] for row, n in zip(logprobs.tolist(), lengths, strict=True)]
+    def rows(self, rows: list[int]) -> tuple[list[list[int]], list[list[float]]]:
+        """Ids and log-probabilities so far of some rows."""
+        return self.tokens[rows].tolist(), self._logprobs[rows, : self._steps].tolist()
 
 
 class _TokenPicker:

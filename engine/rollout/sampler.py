@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +12,17 @@ import numpy as np
 from balcaprl.config import SamplingConfig, TrainConfig
 from balcaprl.policy import Policy
 from balcaprl.types import Completion, Prompt, Rollout, RolloutGroup, SyncReport
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One completion, as a sampler hands it over."""
+
+    prompt: int
+    """Index of its prompt."""
+    position: int
+    """Its index among the completions of that prompt."""
+    rollout: Rollout
 
 
 @runtime_checkable
@@ -31,7 +43,7 @@ class Sampler(Protocol):
         seed: int,
         greedy: bool = False,
     ) -> list[RolloutGroup]:
-        """All of ``stream``, one group for each prompt, in order."""
+        """All of ``stream``, one group for each prompt, in order; see ``gather``."""
         ...
 
     def stream(
@@ -42,7 +54,7 @@ class Sampler(Protocol):
         *,
         seed: int,
         greedy: bool = False,
-    ) -> Iterator[tuple[int, RolloutGroup]]:
+    ) -> Iterator[Draw]:
         """Sample ``group_size`` completions of each prompt.
 
         The ids in ``policy.image_token_ids`` are never sampled. ``sampling_logprobs`` are those of the distribution
@@ -57,8 +69,7 @@ class Sampler(Protocol):
             greedy: Take the likeliest token each time; the temperature is then 1, also in ``sampling_logprobs``.
 
         Yields:
-            The index of a prompt and its group, as soon as the group is whole; other groups go on only as the next is
-            asked for.
+            Each completion as soon as it is known, in any order; the others go on only as the next is asked for.
         """
         ...
 
@@ -117,15 +128,10 @@ def check_request(prompts: Sequence[Prompt], group_size: int) -> None:
         raise ValueError(f"group_size must be at least 1, is {group_size}")
 
 
-def make_group(
-    policy: Policy,
-    prompt: Prompt,
-    token_ids: Sequence[list[int]],
-    logprobs: Sequence[list[float]],
-    stop: Sequence[str] = (),
-    policy_version: int | None = None,
-) -> RolloutGroup:
-    """A group from sampled ids and their log-probabilities; text without special tokens, cut before a stop text."""
+def make_rollouts(
+    policy: Policy, token_ids: Sequence[list[int]], logprobs: Sequence[list[float]], stop: Sequence[str] = ()
+) -> list[Rollout]:
+    """From sampled ids and their log-probabilities; text without special tokens, cut before a stop text."""
     texts = policy.tokenizer.batch_decode(list(token_ids), skip_special_tokens=True)
     ends = set(policy.eos_token_ids)
     rollouts = []
@@ -133,7 +139,18 @@ def make_group(
         cut = first_stop(text, stop)
         finished = cut is not None or (bool(ids) and ids[-1] in ends)
         rollouts.append(Rollout(Completion(ids, text[:cut], values, finished)))
-    return RolloutGroup(prompt, rollouts, policy_version)
+    return rollouts
+
+
+def gather(prompts: Sequence[Prompt], draws: Iterable[Draw], policy_version: int | None) -> list[RolloutGroup]:
+    """One group for each prompt, in order, from all of a ``stream``."""
+    found: list[dict[int, Rollout]] = [{} for _ in prompts]
+    for draw in draws:
+        found[draw.prompt][draw.position] = draw.rollout
+    return [
+        RolloutGroup(prompt, [rollouts[position] for position in sorted(rollouts)], policy_version)
+        for prompt, rollouts in zip(prompts, found, strict=True)
+    ]
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:

@@ -33,7 +33,7 @@ from balcaprl.policy import Policy
 from balcaprl.rollout.adapters import merged_tensors
 from balcaprl.rollout.images import collapsed
 from balcaprl.rollout.probe import NUM_PROBE_TOKENS, Probe
-from balcaprl.rollout.sampler import check_prompt, check_request, make_group, prompt_seed
+from balcaprl.rollout.sampler import Draw, check_prompt, check_request, gather, make_rollouts, prompt_seed
 from balcaprl.rollout.weights import StaleWeightsError
 from balcaprl.types import Prompt, RolloutGroup, SyncReport
 
@@ -96,12 +96,12 @@ class ServerRollout:
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False
     ) -> list[RolloutGroup]:
         """See ``Sampler.generate``; errors as ``stream``."""
-        groups = dict(self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy))
-        return [groups[index] for index in range(len(prompts))]
+        draws = self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy)
+        return gather(prompts, draws, self.policy_version)
 
     def stream(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False
-    ) -> Iterator[tuple[int, RolloutGroup]]:
+    ) -> Iterator[Draw]:
         """See ``Sampler.stream``.
 
         Raises:
@@ -125,17 +125,8 @@ class ServerRollout:
             for future in as_completed(futures):
                 ids, logprobs = future.result()
                 index = futures[future]
-                yield (
-                    index,
-                    make_group(
-                        self._policy,
-                        prompts[index],
-                        ids * copies,
-                        logprobs * copies,
-                        sampling.stop,
-                        self.policy_version,
-                    ),
-                )
+                rollouts = make_rollouts(self._policy, ids * copies, logprobs * copies, sampling.stop)
+                yield from (Draw(index, position, rollout) for position, rollout in enumerate(rollouts))
         finally:
             for future in futures:
                 future.cancel()

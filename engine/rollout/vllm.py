@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ from balcaprl.policy import Policy
 from balcaprl.rollout.adapters import AdapterMerge, adapted_modules
 from balcaprl.rollout.memory import kv_cache_budget
 from balcaprl.rollout.probe import NUM_PROBE_TOKENS, Probe
-from balcaprl.rollout.sampler import check_prompt, check_request, make_group, prompt_seed
+from balcaprl.rollout.sampler import Draw, check_prompt, check_request, gather, make_rollouts, prompt_seed
 from balcaprl.rollout.weights import (
     InplaceCopy,
     Reload,
@@ -113,8 +115,8 @@ class VLLMRollout:
         greedy: bool = False,
     ) -> list[RolloutGroup]:
         """See ``Sampler.generate``; errors as ``stream``."""
-        groups = dict(self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy))
-        return [groups[index] for index in range(len(prompts))]
+        draws = self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy)
+        return gather(prompts, draws, self.policy_version)
 
     def stream(
         self,
@@ -124,10 +126,10 @@ class VLLMRollout:
         *,
         seed: int,
         greedy: bool = False,
-    ) -> Iterator[tuple[int, RolloutGroup]]:
+    ) -> Iterator[Draw]:
         """See ``Sampler.stream``.
 
-        An engine that fails is replaced once, and the groups that it owes are sampled anew, from the same seeds.
+        An engine that fails is replaced once, and the completions that it owes are sampled anew, from the same seeds.
 
         Raises:
             ValueError: If a prompt with its completion exceeds what the model or the memory can hold, or a prompt does
@@ -138,13 +140,16 @@ class VLLMRollout:
         check_request(prompts, group_size)
         self._check_placeholders(prompts)
         self._refuse_if_stale()
-        owed = set(range(len(prompts)))
+        # vLLM samples one greedy completion at most; the group is that one, repeated.
+        owed = {(index, position) for index in range(len(prompts)) for position in range(1 if greedy else group_size)}
         for attempt in (1, 2):
             self._ensure_engine(prompts, group_size, sampling.max_completion_tokens)
             try:
-                for index, group in self._sample(prompts, owed, group_size, sampling, seed, greedy):
-                    owed.discard(index)
-                    yield index, group
+                for draw in self._sample(prompts, sorted(owed), sampling, None if greedy else seed):
+                    owed.discard((draw.prompt, draw.position))
+                    yield draw
+                    if greedy:
+                        yield from (replace(draw, position=p, rollout=copy(draw.rollout)) for p in range(1, group_size))
                 return
             except GeneratorExit:
                 self._engine.abort_all()
@@ -200,26 +205,18 @@ class VLLMRollout:
     # --------------------------------------------------------------------------------------------------- sampling
 
     def _sample(
-        self,
-        prompts: Sequence[Prompt],
-        owed: set[int],
-        group_size: int,
-        sampling: SamplingConfig,
-        seed: int,
-        greedy: bool,
-    ) -> Iterator[tuple[int, RolloutGroup]]:
-        # vLLM samples one greedy completion at most; the group is that one, repeated.
-        copies = group_size if greedy else 1
-        for index in sorted(owed):
-            each = None if greedy else prompt_seed(seed, index)
-            params = self._engine.params(group_size // copies, sampling, each)
-            self._engine.submit(str(index), prompts[index], params)
+        self, prompts: Sequence[Prompt], owed: Sequence[tuple[int, int]], sampling: SamplingConfig, seed: int | None
+    ) -> Iterator[Draw]:
+        """Completions by the indices of their prompt and their place in its group, each as a request of its own."""
+        requests = {index: self._engine.request(prompts[index]) for index, _ in owed}
+        for index, position in owed:
+            each = None if seed is None else prompt_seed(seed, index) + position
+            self._engine.submit(f"{index}-{position}", requests[index], self._engine.params(sampling, each))
         for done in self._engine.finished():
-            prompt = prompts[int(done.request_id)]
-            check_prompt(prompt, done.prompt_ids)
-            ids, logprobs = done.token_ids * copies, done.logprobs * copies
-            group = make_group(self._policy, prompt, ids, logprobs, sampling.stop, self.policy_version)
-            yield int(done.request_id), group
+            index, position = map(int, done.request_id.split("-"))
+            check_prompt(prompts[index], done.prompt_ids)
+            (rollout,) = make_rollouts(self._policy, [done.token_ids], [done.logprobs], sampling.stop)
+            yield Draw(index, position, rollout)
 
     def _check_placeholders(self, prompts: Sequence[Prompt]) -> None:
         config, family = self._policy.model.config, self._policy.family
@@ -234,10 +231,10 @@ class VLLMRollout:
 
     def _ask(self, prompt: Prompt) -> tuple[list[int], list[float]]:
         """What the probe needs: a few greedy tokens."""
-        params = self._engine.params(1, SamplingConfig(max_completion_tokens=NUM_PROBE_TOKENS), None)
-        self._engine.submit("probe", prompt, params)
+        params = self._engine.params(SamplingConfig(max_completion_tokens=NUM_PROBE_TOKENS), None)
+        self._engine.submit("probe", self._engine.request(prompt), params)
         (done,) = list(self._engine.finished())
-        return done.token_ids[0], done.logprobs[0]
+        return done.token_ids, done.logprobs
 
     # --------------------------------------------------------------------------------------------------- the engine
 

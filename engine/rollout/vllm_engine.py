@@ -61,9 +61,8 @@ class Finished:
 
     request_id: str
     prompt_ids: list[int]
-    token_ids: list[list[int]]
-    """Of each completion, in the order asked for."""
-    logprobs: list[list[float]]
+    token_ids: list[int]
+    logprobs: list[float]
 
 
 class VLLMEngine:
@@ -138,17 +137,19 @@ class VLLMEngine:
 
     # --------------------------------------------------------------------------------------------------- requests
 
-    def submit(self, request_id: str, prompt: Prompt, params: Any) -> None:
-        """Queue one prompt with its expanded ids and its preprocessed image, as the trainer sees them."""
-        request: dict[str, Any] = {"type": "token", "prompt_token_ids": prompt.prompt_ids.tolist()}
+    def request(self, prompt: Prompt) -> dict[str, Any]:
+        """A prompt with its expanded ids and its preprocessed image, as the trainer sees them; for any number of ``submit``."""
         if prompt.image_inputs:
-            request = self._preprocessed(prompt) or self._raw(prompt)
+            return self._preprocessed(prompt) or self._raw(prompt)
+        return {"type": "token", "prompt_token_ids": prompt.prompt_ids.tolist()}
+
+    def submit(self, request_id: str, request: dict[str, Any], params: Any) -> None:
+        """Queue one completion."""
         self._llm.llm_engine.add_request(request_id, request, params)
 
-    def params(self, num_completions: int, sampling: SamplingConfig, seed: int | None) -> Any:
-        """vLLM's sampling parameters; greedy where ``seed`` is None."""
+    def params(self, sampling: SamplingConfig, seed: int | None) -> Any:
+        """vLLM's sampling parameters for one completion; greedy where ``seed`` is None."""
         return self._params_class(
-            n=num_completions,
             temperature=0.0 if seed is None else sampling.temperature,
             max_tokens=sampling.max_completion_tokens,
             stop_token_ids=list(self._policy.eos_token_ids),
@@ -293,15 +294,13 @@ def _base_tensors(policy: Policy) -> dict[str, Tensor]:
 
 
 def _to_finished(output: Any) -> Finished:
-    ordered = sorted(output.outputs, key=lambda completion: completion.index)
+    (completion,) = output.outputs
+    pairs = zip(completion.logprobs, completion.token_ids, strict=True)
     return Finished(
         request_id=output.request_id,
         prompt_ids=list(output.prompt_token_ids),
-        token_ids=[list(completion.token_ids) for completion in ordered],
-        logprobs=[
-            [step[token].logprob for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]
-            for completion in ordered
-        ],
+        token_ids=list(completion.token_ids),
+        logprobs=[step[token].logprob for step, token in pairs],
     )
 
 

@@ -1,4 +1,4 @@
-"""Groups reach the judge as they finish; with staleness a step is sampled while the last one is learnt from."""
+"""Completions reach the judge as they finish; with staleness a step is sampled while the last one is learnt from."""
 
 import threading
 
@@ -8,7 +8,8 @@ import torch
 from balcaprl.config import RolloutConfig, SamplingConfig, TrainConfig
 from balcaprl.metrics import PhaseTimer
 from balcaprl.pipeline import RolloutPipeline
-from balcaprl.types import Completion, Prompt, Rollout, RolloutGroup, Sample
+from balcaprl.rollout.sampler import Draw
+from balcaprl.types import Completion, Prompt, Rollout, Sample
 
 
 class CountingPrompts:
@@ -34,8 +35,11 @@ class RecordingScorer:
     def __init__(self, events):
         self.events = events
 
-    def submit(self, group):
-        self.events.append(f"judge {group.prompt.sample.sample_id}")
+    def add(self, number, sample, rollout):
+        self.events.append(f"judge {sample.sample_id}: {rollout.completion.text}")
+
+    def submit(self, group, number):
+        self.events.append(f"whole {number} {group.prompt.sample.sample_id}")
 
 
 class BackwardsSampler:
@@ -44,25 +48,24 @@ class BackwardsSampler:
     name = "backwards"
 
     def __init__(self, events):
-        self.events, self.go, self.version = events, threading.Semaphore(100), 0
+        self.events, self.go, self.policy_version = events, threading.Semaphore(100), 0
         self.fail = False
 
     def stream(self, prompts, group_size, sampling, *, seed, greedy=False):
         self.go.acquire()
-        version = self.version
         for index in reversed(range(len(prompts))):
             self.events.append(f"sampled {prompts[index].sample.sample_id}")
             if self.fail:
                 raise RuntimeError("engine died")
-            rollout = Rollout(Completion([seed], "text", [0.0], True))
-            yield index, RolloutGroup(prompts[index], [rollout] * group_size, version)
+            for position in reversed(range(group_size)):
+                yield Draw(index, position, Rollout(Completion([seed], f"text {position}", [0.0], True)))
 
 
-def make(staleness):
+def make(staleness, group_size=1):
     events = []
     sampler, prompts = BackwardsSampler(events), CountingPrompts()
     pipeline = RolloutPipeline(
-        RolloutConfig(prompts_per_step=2, group_size=1, max_staleness=staleness, sampling=SamplingConfig()),
+        RolloutConfig(prompts_per_step=2, group_size=group_size, max_staleness=staleness, sampling=SamplingConfig()),
         sampler,
         prompts,
         make_scorer=lambda: RecordingScorer(events),
@@ -72,11 +75,14 @@ def make(staleness):
     return pipeline, sampler, prompts, events
 
 
-def test_groups_are_judged_as_they_finish_and_returned_in_order():
-    pipeline, _, prompts, events = make(0)
+def test_completions_are_judged_as_they_finish_and_returned_in_order():
+    pipeline, _, prompts, events = make(0, group_size=2)
     sampled = pipeline.take(0)
-    assert events == ["sampled 1-1", "judge 1-1", "sampled 1-0", "judge 1-0"]
+    second = ["sampled 1-1", "judge 1-1: text 1", "judge 1-1: text 0"]
+    first = ["sampled 1-0", "judge 1-0: text 1", "judge 1-0: text 0"]
+    assert events == [*second, *first, "whole 0 1-0", "whole 1 1-1"]
     assert [g.prompt.sample.sample_id for g in sampled.groups] == ["1-0", "1-1"]
+    assert [r.completion.text for g in sampled.groups for r in g.rollouts] == ["text 0", "text 1"] * 2
     assert sampled.seconds > 0
     pipeline.start(1)  # on-policy: nothing happens
     pipeline.settle()
@@ -90,11 +96,10 @@ def test_with_staleness_the_next_step_is_sampled_meanwhile():
     sampler.go = threading.Semaphore(0)
     pipeline.start(1)
     assert (prompts.drawn, prompts.used) == (2, 1), "a checkpoint now must draw the second step again"
-    sampler.version = 0
-    assert len(events) == 4
+    assert len(events) == 6
     sampler.go.release()
     pipeline.settle()
-    sampler.version = 1  # the sync
+    sampler.policy_version = 1  # the sync
     second = pipeline.take(1)
     assert [g.policy_version for g in (*first.groups, *second.groups)] == [0, 0, 0, 0]
     assert second.groups[0].rollouts[0].completion.token_ids == [101]

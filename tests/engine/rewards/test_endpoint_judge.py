@@ -445,22 +445,48 @@ def test_an_interrupt_is_not_swallowed_and_leaves_nothing_running(judges):
 
 def test_groups_are_scored_while_others_are_sampled(judges, monkeypatch):
     """Every group that was handed over gets its scores before anyone asks for them."""
-    futures, submit = [], EndpointBatch.submit
-    monkeypatch.setattr(EndpointBatch, "submit", lambda *given: futures.append(submit(*given)) or futures[-1])
+    groups, open_group = [], EndpointBatch.open_group
+    monkeypatch.setattr(EndpointBatch, "open_group", lambda *given: groups.append(open_group(*given)) or groups[-1])
     with ScriptedServer(latency_s=0.05) as server:
         judge = judges(server)
         assert isinstance(judge, BackgroundJudge)
         scorer = GroupScorer(judge, RewardConfig(judge="endpoint"))
         for i in range(6):
             scorer.submit(group(sample(i), [f"A red cup {i} {j}." for j in range(4)]))
-        assert len(futures) == 6
-        assert not wait(futures, timeout=20).not_done
+        assert len(groups) == 6
+        assert not wait([each.future for each in groups], timeout=20).not_done
         requests = server.counts["requests"]
         stats = scorer.finish()
         assert server.counts["requests"] == requests
     assert stats.num_unscorable == 0
     assert stats.num_captions == 24
     adds_up(stats.metrics())
+
+
+def test_captions_are_scored_while_others_of_their_group_are_sampled(judges):
+    """In any order, equal ones once, and each score reaches its own rollout; the image and its units are asked for once."""
+    captions = ["A red cup.", "A blue cup on a table.", "A red cup.", "A dog."]
+    with ScriptedServer(latency_s=0.01) as server:
+        judge = judges(server)
+        whole, parts = group(sample(0), captions), group(sample(1), captions)
+        score_groups(judge, [whole], RewardConfig(judge="endpoint"))
+        asked = server.counts["requests"]
+        scorer = GroupScorer(judge, RewardConfig(judge="endpoint"))
+        for position in (3, 0, 2):
+            scorer.add(7, sample(1), parts.rollouts[position])
+            deadline = time.monotonic() + 20
+            before = server.counts["requests"]
+            while position != 2 and server.counts["requests"] < before + 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+        early = server.counts["requests"] - asked
+        assert 6 <= early < asked, "two of the three distinct captions are being judged"
+        scorer.submit(parts, 7)
+        stats = scorer.finish()
+        assert server.counts["requests"] == 2 * asked
+    assert stats.num_unscorable == 0
+    for one, other in zip(whole.rollouts, parts.rollouts, strict=True):
+        assert one.breakdown.rewards == other.breakdown.rewards
+    assert len({r.breakdown.rewards for r in parts.rollouts}) == 3
 
 
 def test_a_group_can_be_used_as_soon_as_it_is_scored(judges):

@@ -142,10 +142,10 @@ def test_eos_ends_a_completion(policy, prompts, monkeypatch):
     assert completion.finished
 
 
-def test_a_group_comes_as_soon_as_it_is_whole(policy, prompts, monkeypatch):
-    """Not when the last of all groups ends: the judge works on it meanwhile."""
+def test_a_completion_comes_as_soon_as_it_ends(policy, prompts, monkeypatch):
+    """Not when the last of all ends: the judge works on it meanwhile."""
     sampling = SamplingConfig(max_completion_tokens=10)
-    rows = [ids for (ids,) in token_ids(HFRollout(policy).generate(prompts, 1, sampling, seed=0))]
+    rows = [ids for group in token_ids(HFRollout(policy).generate(prompts, 2, sampling, seed=0)) for ids in group]
     end = rows[2][3]
     ends = [row.index(end) if end in row else 9 for row in rows]
     assert ends[2] < max(ends)
@@ -153,10 +153,11 @@ def test_a_group_comes_as_soon_as_it_is_whole(policy, prompts, monkeypatch):
     steps, advance = [], _Decoder.advance
     monkeypatch.setattr(_Decoder, "advance", lambda *given: steps.append(0) or advance(*given))
     arrived = []
-    for index, group in HFRollout(policy).stream(prompts, 1, sampling, seed=0):
-        arrived.append((len(steps), index))
-        assert group.rollouts[0].completion.token_ids == rows[index][: ends[index] + 1]
-    assert arrived == sorted((ends[index], index) for index in range(3))
+    for draw in HFRollout(policy).stream(prompts, 2, sampling, seed=0):
+        row = 2 * draw.prompt + draw.position
+        arrived.append((len(steps), row))
+        assert draw.rollout.completion.token_ids == rows[row][: ends[row] + 1]
+    assert arrived == sorted((ends[row], row) for row in range(6))
 
 
 def test_bad_requests(policy, prompts):

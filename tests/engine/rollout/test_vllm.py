@@ -17,6 +17,7 @@ from balcaprl.policy import Group, Policy
 from balcaprl.policy.tiny import build_tiny_qwen
 from balcaprl.rollout import HFRollout, Sampler, make_sampler, weights
 from balcaprl.rollout import vllm as vllm_rollout
+from balcaprl.rollout.sampler import gather
 from balcaprl.rollout.weights import StaleWeightsError
 from balcaprl.trainer import Trainer
 from balcaprl.types import Sample
@@ -198,10 +199,12 @@ def test_a_checkpoint_is_the_same_wherever_the_parameters_live(changed_policy, s
     assert all(name == other and torch.equal(p, q) for (name, p), (other, q) in pairs)
 
 
-def test_groups_stream_as_they_finish(sampler, prompts):
+def test_completions_stream_as_they_finish(sampler, prompts):
     whole = sampler.generate(prompts, 2, SAMPLING, seed=4)
-    streamed = dict(sampler.stream(prompts, 2, SAMPLING, seed=4))
-    assert token_ids([streamed[i] for i in range(3)]) == token_ids(whole)
+    draws = list(sampler.stream(prompts, 2, SAMPLING, seed=4))
+    lengths = [len(draw.rollout.completion.token_ids) for draw in draws]
+    assert lengths == sorted(lengths), "the shorter ends first"
+    assert token_ids(gather(prompts, draws, None)) == token_ids(whole)
     stream = sampler.stream(prompts, 2, SAMPLING, seed=4)
     next(stream)
     stream.close()  # the rest is forgotten, the engine stays usable
