@@ -65,7 +65,7 @@ class Op:
     name: str
     cases: tuple[Case, ...]
     make_inputs: Callable[[Case, torch.Generator], Inputs]
-    """On the CPU; the runner moves them."""
+    """On torch's default device, which is the generator's."""
     providers: Mapping[str, Provider]
     exact: Callable[[Inputs, Case], Tensor]
     """The reference, on float64 inputs: what every provider is held to before it is timed."""
@@ -427,9 +427,10 @@ OPS: dict[str, Op] = {
 
 
 def measure_inputs(op: Op, case: Case, device: torch.device) -> Inputs:
-    """The op's inputs for one case, the same at every call; the differentiable ones require a gradient."""
-    made = op.make_inputs(case, torch.Generator().manual_seed(0))
-    moved = {name: tensor.to(device) for name, tensor in made.items()}
+    """The op's inputs for one case, the same at every call; the differentiable ones require a gradient. Made on the device:
+    the logits of the largest cases take minutes on a CPU."""
+    with torch.device(device):
+        moved = op.make_inputs(case, torch.Generator(device).manual_seed(0))
     for name in op.differentiable:
         moved[name].requires_grad_()
     return moved

@@ -93,10 +93,12 @@ def provenance(results: Results, device: str) -> str:
     """One sentence on where the figures come from."""
     rows = [row for key, row in results.rows.items() if key[0] == device]
     first = rows[0]
-    packages = ", ".join(f"{name} {first[name]}" for name in ("torch", "trl", "liger-kernel") if first.get(name))
+    names = ("torch", "trl", "liger-kernel") if device == "cpu" else ("torch", "triton", "trl", "liger-kernel")
+    packages = ", ".join(f"{name} {first[name]}" for name in names if first.get(name))
     commits = sorted({str(row["commit"])[:7] for row in rows})
     place = f"{first['device']}, {first['threads']} threads" + (f", {first['simd']}" if first.get("simd") else "")
-    text = f"{place}; {packages}; commit {', '.join(commits)}, {first['time'][:10]}."
+    changed = " with changes" if any(row["modified"] for row in rows) else ""
+    text = f"{place}; {packages}; commit {', '.join(commits)}{changed}, {first['time'][:10]}."
     if len({row["sources"] for row in rows}) > 1:
         text += " The rows were not all taken on the same sources."
     return text

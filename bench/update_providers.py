@@ -46,8 +46,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "8m": {"hidden": 256, "inner": 704, "layers": 6, "heads": 4, "kv": 2, "vocabulary": 4096, "tower": 128, "blocks": 4},
     "33m": {"hidden": 512, "inner": 1408, "layers": 8, "heads": 8, "kv": 2, "vocabulary": 8192, "tower": 256, "blocks": 6},
     "120m": {"hidden": 768, "inner": 2048, "layers": 14, "heads": 12, "kv": 4, "vocabulary": 16384, "tower": 384, "blocks": 8},
+    "3b": {"hidden": 2048, "inner": 11008, "layers": 36, "heads": 16, "kv": 2, "vocabulary": 151_936, "tower": 1280,
+           "blocks": 32},
 }  # fmt: skip
-"""Qwen2.5-VL of about so many parameters, heads of 64, tied embeddings, windowed attention in most of the tower."""
+"""Qwen2.5-VL of about so many parameters, tied embeddings, windowed attention in most of the tower. 3b is Qwen2.5-VL-3B's
+own shape with heads of 128; the others have heads of 64."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,17 @@ def build_policy(size: str, device: torch.device, dtype: torch.dtype) -> Policy:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     s = SIZES[size]
+    head_dim = s["hidden"] // s["heads"]
+    sections = [head_dim // 8, 3 * head_dim // 16, 3 * head_dim // 16]
     text = {
         "vocab_size": s["vocabulary"], "hidden_size": s["hidden"], "intermediate_size": s["inner"],
         "num_hidden_layers": s["layers"], "num_attention_heads": s["heads"], "num_key_value_heads": s["kv"],
         "max_position_embeddings": 4096, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 1,
-        "pad_token_id": 0, "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e4},
+        "pad_token_id": 0, "rope_parameters": {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e4},
     }  # fmt: skip
     vision = {
-        "depth": s["blocks"], "hidden_size": s["tower"], "intermediate_size": s["tower"] * 11 // 4, "num_heads": 4,
+        "depth": s["blocks"], "hidden_size": s["tower"], "intermediate_size": s["tower"] * 11 // 4,
+        "num_heads": max(4, s["tower"] // 80),
         "out_hidden_size": s["hidden"], "patch_size": 14, "spatial_merge_size": 2, "window_size": 112,
         "fullatt_block_indexes": [s["blocks"] // 2 - 1, s["blocks"] - 1],
     }  # fmt: skip
@@ -115,7 +121,9 @@ def build_policy(size: str, device: torch.device, dtype: torch.dtype) -> Policy:
     }
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa").to(device)
+    with device:
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.to(device)
     return Policy.from_model(model, SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0)))
 
 

@@ -78,10 +78,10 @@ TABLES: dict[str, Table] = {
     "_token_sums_kernel": {(80, 8): Launch({"BLOCK_P": 128}, 4)},
     # Three stages on sm_90: with four the entropy's variant spills.
     "_head_stats_kernel": _products(
-        _tile(128, 128, 64, 8, 3), _tile(128, 128, 64, 8, 3), _tile(128, 128, 64, 8, 4), _tile(64, 64, 32, 4, 2)
+        _tile(128, 128, 64, 8, 3), _tile(256, 128, 64, 8, 4), _tile(128, 128, 64, 8, 4), _tile(64, 64, 32, 8, 2)
     ),
     "_head_grad_logits_kernel": _products(
-        _tile(128, 128, 64, 8, 3), _tile(128, 128, 64, 8, 4), _tile(128, 128, 64, 8, 4), _tile(64, 64, 32, 4, 2)
+        _tile(128, 128, 64, 8, 3), _tile(128, 256, 64, 8, 3), _tile(128, 128, 64, 8, 4), _tile(64, 64, 32, 4, 2)
     ),
     "_head_grad_hidden_kernel": _products(
         _tile(128, 64, 128, 8, 3), _tile(128, 64, 128, 8, 4), _tile(128, 64, 128, 8, 4), _tile(64, 32, 64, 4, 2)
@@ -89,18 +89,21 @@ TABLES: dict[str, Table] = {
     "_head_grad_weight_kernel": _products(
         _tile(64, 128, 128, 8, 3), _tile(64, 128, 128, 8, 4), _tile(64, 128, 128, 8, 4), _tile(32, 64, 64, 8, 2)
     ),
-    "_logits_stats_kernel": _streaming(Launch({"BLOCK_V": 8192}, 8), Launch({"BLOCK_V": 4096}, 8)),
-    "_logits_gradient_kernel": _streaming(Launch({"BLOCK_V": 4096}, 4), Launch({"BLOCK_V": 2048}, 4)),
-    # The largest tiles that keep a head of 128 in registers; without a GPU there was no other judge.
+    "_logits_stats_kernel": _streaming(Launch({"BLOCK_V": 2048}, 2), Launch({"BLOCK_V": 2048}, 4)),
+    "_logits_gradient_kernel": _streaming(Launch({"BLOCK_V": 2048}, 4), Launch({"BLOCK_V": 1024}, 4)),
+    # On sm_90 the fastest that spill nothing (bench/tune.py on an H200); elsewhere the largest that keep a head of 128 in
+    # registers.
     "_shared_prefix_fwd_kernel": {
         (80, 2): Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
-        (90, 2): Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
+        (90, 2): Launch({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3),
+        (100, 2): Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
         (80, 4): Launch({"BLOCK_M": 32, "BLOCK_N": 16}, 8),
     },
     "_shared_prefix_delta_kernel": _streaming(Launch({"BLOCK_T": 16}, 4), Launch({"BLOCK_T": 16}, 4)),
     "_shared_prefix_dq_kernel": {
         (80, 2): Launch({"BLOCK_M": 64, "BLOCK_N": 64}, 8, 2),
-        (90, 2): Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
+        (90, 2): Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
+        (100, 2): Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
         (80, 4): Launch({"BLOCK_M": 16, "BLOCK_N": 32}, 8),
     },
     "_shared_prefix_dkdv_kernel": {

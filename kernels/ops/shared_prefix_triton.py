@@ -1,5 +1,5 @@
 """``impl="triton"`` of ``shared_prefix_attention``: launches the kernels of ``shared_prefix_kernels.py``, and tells the
-compile suite what they must show. Imported only where ``impl="triton"`` runs. Compiled, not yet run on a GPU.
+compile suite what they must show. Imported only where ``impl="triton"`` runs.
 """
 
 from __future__ import annotations

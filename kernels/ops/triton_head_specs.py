@@ -9,6 +9,7 @@ import torch
 
 from balcaprl.kernels.launch import TRITON_TYPES, KernelSpec, Launch, Work, launch
 from balcaprl.kernels.triton_head import (
+    _TOKEN_TILES,
     _head_grad_hidden_kernel,
     _head_grad_logits_kernel,
     _head_grad_weight_kernel,
@@ -18,13 +19,12 @@ from balcaprl.kernels.triton_head import (
 _TOKENS, _HIDDEN, _VOCABULARY, _SLICE = 8192, 2048, 151936, 8192
 _SHAPE = f"T={_TOKENS} D={_HIDDEN} V="
 _PER_TOKEN = {
-    "targets_T": "*i64",
-    "max_T": "*fp32",
-    "sum_T": "*fp32",
-    "logprobs_T": "*fp32",
-    "grad_logprobs_T": "*fp32",
+    "targets_N": "*i64",
+    "max_N": "*fp32",
+    "sum_N": "*fp32",
+    "logprobs_N": "*fp32",
+    "grad_logprobs_N": "*fp32",
 }
-_LISTED = {"rows_N": "*i64", "num_rows": "*i32"}
 
 
 def _tiles(size: int, block: int) -> int:
@@ -46,7 +46,7 @@ def _stats_spec(dtype: torch.dtype, with_entropy: bool) -> KernelSpec:
         return _product_work(dtype, _VOCABULARY, weight + hidden, 0, moved)
 
     storage = f"*{TRITON_TYPES[dtype]}"
-    parts = dict.fromkeys(("max_ST", "sum_ST", "weighted_ST", "chosen_ST"), "*fp32")
+    parts = dict.fromkeys(("max_ST", "sum_ST", "weighted_ST", "chosen_T"), "*fp32")
     sizes = ("hidden_stride", "weight_stride", "num_tokens", "hidden_size", "vocabulary", "share")
     return KernelSpec(
         kernel=_head_stats_kernel,
@@ -59,7 +59,7 @@ def _stats_spec(dtype: torch.dtype, with_entropy: bool) -> KernelSpec:
             **dict.fromkeys(sizes, "i32"),
             "scale": "fp32",
         },
-        constexprs={"WITH_ENTROPY": with_entropy},
+        constexprs={"EVEN_D": True, "WITH_ENTROPY": with_entropy},
         work=work,
         variant="entropy" if with_entropy else "",
         divisible=frozenset(sizes),
@@ -74,22 +74,21 @@ def _grad_logits_spec(dtype: torch.dtype, filtered: bool) -> KernelSpec:
         return _product_work(dtype, _SLICE, weight + hidden, _TOKENS * _SLICE, moved)
 
     storage = f"*{TRITON_TYPES[dtype]}"
-    sizes = ("hidden_stride", "weight_stride", "hidden_size", "first_column", "num_columns", "out_stride")
+    sizes = ("hidden_stride", "weight_stride", "num_rows", "hidden_size", "first_column", "num_columns", "out_stride")
     return KernelSpec(
         kernel=_head_grad_logits_kernel,
         dtype=dtype,
         arguments={
-            "hidden_TD": storage,
+            "hidden_ND": storage,
             "weight_VD": storage,
             **_PER_TOKEN,
-            **_LISTED,
             "grad_logits_NV": storage,
             "active_tiles": "*i32",
             **dict.fromkeys(sizes, "i32"),
             "scale": "fp32",
             "filter_eps": "fp32",
         },
-        constexprs={"FILTER": filtered},
+        constexprs={"EVEN_D": True, "GROUP": _TOKEN_TILES, "FILTER": filtered},
         work=work,
         variant="filter" if filtered else "",
         divisible=frozenset(sizes),
@@ -97,10 +96,10 @@ def _grad_logits_spec(dtype: torch.dtype, filtered: bool) -> KernelSpec:
     )
 
 
-_SLICE_SIZES = ("hidden_size", "first_column", "num_columns", "tiles_per_row")
+_SLICE_SIZES = ("num_rows", "hidden_size", "first_column", "num_columns", "tiles_per_row")
 
 
-def _slice_spec(dtype: torch.dtype, filtered: bool, hidden: bool) -> KernelSpec:
+def _slice_spec(dtype: torch.dtype, hidden: bool) -> KernelSpec:
     """Of ``_head_grad_hidden_kernel`` (``hidden``) or ``_head_grad_weight_kernel``."""
 
     def work(row: Launch) -> Work:
@@ -112,17 +111,16 @@ def _slice_spec(dtype: torch.dtype, filtered: bool, hidden: bool) -> KernelSpec:
 
     storage = f"*{TRITON_TYPES[dtype]}"
     names = (
-        ("weight_VD", "grad_hidden_TD", "weight_stride") if hidden else ("hidden_TD", "grad_weight_VD", "hidden_stride")
+        ("weight_VD", "grad_hidden_ND", "weight_stride") if hidden else ("hidden_ND", "grad_weight_VD", "hidden_stride")
     )
     tile = launch("_head_grad_logits_kernel", 80, dtype).blocks
-    constants: dict[str, object] = {"TILE_T": tile["BLOCK_T"], "TILE_V": tile["BLOCK_V"], "FILTER": filtered}
+    constants: dict[str, object] = {"TILE_T": tile["BLOCK_T"], "TILE_V": tile["BLOCK_V"]}
     return KernelSpec(
         kernel=_head_grad_hidden_kernel if hidden else _head_grad_weight_kernel,
         dtype=dtype,
         arguments={
             "grad_logits_NV": storage,
             names[0]: storage,
-            **_LISTED,
             # Several slices are added up in float32.
             names[1]: "*fp32" if hidden else storage,
             "active_tiles": "*i32",
@@ -132,7 +130,6 @@ def _slice_spec(dtype: torch.dtype, filtered: bool, hidden: bool) -> KernelSpec:
         },
         constexprs={**constants, "ADD": True} if hidden else constants,
         work=work,
-        variant="filter" if filtered else "",
         divisible=frozenset({"grad_stride", names[2], *_SLICE_SIZES} - {"tiles_per_row"}),
         wide_store=True,
         tensor_core=dtype != torch.float32,
@@ -142,10 +139,5 @@ def _slice_spec(dtype: torch.dtype, filtered: bool, hidden: bool) -> KernelSpec:
 KERNEL_SPECS = [
     *(_stats_spec(dtype, with_entropy) for dtype in TRITON_TYPES for with_entropy in (False, True)),
     *(_grad_logits_spec(dtype, filtered) for dtype in TRITON_TYPES for filtered in (False, True)),
-    *(
-        _slice_spec(dtype, filtered, hidden)
-        for hidden in (True, False)
-        for dtype in TRITON_TYPES
-        for filtered in (False, True)
-    ),
+    *(_slice_spec(dtype, hidden) for hidden in (True, False) for dtype in TRITON_TYPES),
 ]

@@ -1,0 +1,189 @@
+"""On a GPU, with tensors there and the launch tables as they are: against the float64 reference, and what a trainer relies on.
+
+Edge cases are the interpreter's; ``conftest.py`` runs those tests on a GPU too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from balcaprl.kernels import (
+    SharedPrefixLayout,
+    grouped_advantages,
+    linear_logprobs,
+    linear_policy_loss,
+    logits_policy_loss,
+    policy_loss,
+    shared_prefix_attention,
+)
+from balcaprl.kernels.shared_prefix_reference import shared_prefix_attention_reference
+from balcaprl.kernels.testing import assert_as_accurate
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+HALF_AND_SINGLE = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 64, 100), (300, 256, 5000), (513, 896, 32_768), (130, 100, 1031)]
+
+
+def ragged(num_tokens: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Per-token inputs beside the log-probabilities of 8 completions; every fourth has advantage 0."""
+    cuts = torch.randint(0, num_tokens + 1, (7,), generator=generator).sort().values
+    advantages = torch.randn(8, generator=generator)
+    advantages[::4] = 0.0
+    return {
+        "advantages": advantages,
+        "cu_seqlens": torch.cat([torch.tensor([0]), cuts, torch.tensor([num_tokens])]).int(),
+    }
+
+
+def head(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs of the head's ops on the CPU; ratios lie away from the clip's bounds, on both sides."""
+    num_tokens, width, vocabulary = shape
+    generator = torch.Generator().manual_seed(num_tokens)
+    weight = (torch.randn(vocabulary, width, generator=generator) / math.sqrt(width)).to(dtype)
+    hidden = torch.randn(num_tokens, width, generator=generator).to(dtype)
+    targets = torch.randint(0, vocabulary, (num_tokens,), generator=generator)
+    logprobs = linear_logprobs(hidden.double(), weight.double(), targets, impl="reference").logprobs
+    steps = torch.tensor([-0.6, 0.0, 0.6])[torch.randint(0, 3, (num_tokens,), generator=generator)]
+    made = {"hidden": hidden, "weight": weight, "targets": targets, "old_logprobs": (logprobs + steps).float()}
+    return {**made, **ragged(num_tokens, generator)}
+
+
+def on_gpu(made: dict[str, Tensor], leaves: tuple[str, ...], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The same on the GPU; leaves in ``dtype`` and with a gradient."""
+    moved = {name: value.cuda() for name, value in made.items()}
+    for name in leaves:
+        moved[name] = moved[name].to(dtype or moved[name].dtype).requires_grad_()
+    return moved
+
+
+def outputs(
+    function: Callable[..., Any], made: dict[str, Tensor], leaves: tuple[str, ...], **options: Any
+) -> list[Tensor]:
+    """Loss, then gradients."""
+    loss = function(**made, **options).loss
+    return [loss.detach(), *torch.autograd.grad(loss, [made[name] for name in leaves])]
+
+
+def check(function: Callable[..., Any], made: dict[str, Tensor], leaves: tuple[str, ...], dtype: torch.dtype) -> None:
+    """``auto`` against the reference in float64 and in ``dtype``; and the same bits again."""
+    first, second = (outputs(function, on_gpu(made, leaves), leaves) for _ in range(2))
+    working = outputs(function, on_gpu(made, leaves), leaves, impl="reference")
+    exact = outputs(function, on_gpu(made, leaves, torch.float64), leaves, impl="reference")
+    for name, actual, plain, wanted, again in zip(("loss", *leaves), first, working, exact, second, strict=True):
+        assert torch.equal(actual, again), name
+        kind = "forward" if name == "loss" else "gradient"
+        assert_as_accurate(actual, plain, wanted.double(), kind=kind, name=name)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_policy_loss(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check(linear_policy_loss, head(shape, dtype), ("hidden", "weight"), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_logprobs_and_entropy(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    made = {k: v for k, v in head(shape, dtype).items() if k in ("hidden", "weight", "targets")}
+    upstream = torch.randn(shape[0], generator=torch.Generator().manual_seed(0)).cuda()
+    results = []
+    for impl, wanted in (("auto", dtype), ("reference", dtype), ("reference", torch.float64)):
+        moved = on_gpu(made, ("hidden", "weight"), wanted)
+        logprobs, entropy = linear_logprobs(**moved, impl=impl)
+        gradients = torch.autograd.grad((logprobs * upstream.to(logprobs)).sum(), (moved["hidden"], moved["weight"]))
+        results.append([logprobs.detach(), entropy, *gradients])
+    for index, name in enumerate(("logprobs", "entropy", "hidden", "weight")):
+        actual, plain, exact = (each[index] for each in results)
+        assert_as_accurate(actual, plain, exact, kind="forward" if index < 2 else "gradient", name=name)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize(("num_tokens", "vocabulary"), [(1, 100), (300, 5000), (257, 32_064)])
+def test_logits_policy_loss(num_tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = (2.0 * torch.randn(num_tokens, vocabulary, generator=generator)).to(dtype)
+    targets = torch.randint(0, vocabulary, (num_tokens,), generator=generator)
+    old = logits.double().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0].float()
+    steps = torch.tensor([-0.6, 0.0, 0.6])[torch.randint(0, 3, (num_tokens,), generator=generator)]
+    made = {"logits": logits, "targets": targets, "old_logprobs": old + steps, **ragged(num_tokens, generator)}
+    check(logits_policy_loss, made, ("logits",), dtype)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 1000, 200_000])
+def test_policy_loss(num_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    logprobs = -3.0 * torch.rand(num_tokens, generator=generator)
+    steps = torch.tensor([-0.6, 0.0, 0.6])[torch.randint(0, 3, (num_tokens,), generator=generator)]
+    made = {"logprobs": logprobs, "old_logprobs": logprobs + steps, **ragged(num_tokens, generator)}
+    check(policy_loss, made, ("logprobs",), torch.float32)
+
+
+@pytest.mark.parametrize("method", ["c-gdpo", "gdpo", "grpo"])
+def test_grouped_advantages(method: str) -> None:
+    rewards = torch.rand(512 * 8, 3, generator=torch.Generator().manual_seed(0))
+    rewards[::7, 1], rewards[:8] = torch.nan, 0.5
+    exact = grouped_advantages(rewards.double().cuda(), 8, method=method, impl="reference")
+    actual = grouped_advantages(rewards.cuda(), 8, method=method)
+    torch.testing.assert_close(actual, exact.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(16, 2, 128), (8, 2, 64), (4, 4, 80)])
+def test_shared_prefix_attention(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    layout = SharedPrefixLayout.from_lengths([281, 70], [[64, 33, 128, 1], [100, 20]], device="cuda")
+    generator = torch.Generator().manual_seed(head_dim)
+    shapes = [(layout.num_tokens, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)]
+    values = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    results = []
+    for function, wanted in (
+        (shared_prefix_attention, dtype),
+        (shared_prefix_attention_reference, dtype),
+        (shared_prefix_attention_reference, torch.float64),
+    ):
+        *inputs, upstream = (value.to("cuda", wanted) for value in values)
+        inputs = [x.requires_grad_() for x in inputs]
+        out = function(*inputs, layout)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, upstream)])
+    for index, name in enumerate(("out", "query", "key", "value")):
+        actual, plain, exact = (each[index] for each in results)
+        assert_as_accurate(actual, plain, exact, kind="forward" if index == 0 else "gradient", name=name)
+
+
+def test_compiled_as_one_graph() -> None:
+    made = head((300, 256, 5000), torch.bfloat16)
+    leaves = ("hidden", "weight")
+    compiled = torch.compile(linear_policy_loss, fullgraph=True)
+    expected = outputs(linear_policy_loss, on_gpu(made, leaves), leaves)
+    actual = outputs(compiled, on_gpu(made, leaves), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_autocast_casts_the_head() -> None:
+    made, leaves = head((300, 256, 5000), torch.float32), ("hidden", "weight")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss, *gradients = outputs(linear_policy_loss, on_gpu(made, leaves), leaves)
+    assert loss.dtype == torch.float32
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    exact = outputs(linear_policy_loss, on_gpu(made, leaves, torch.float64), leaves, impl="reference")
+    assert (gradients[1] - exact[2]).norm() < 2e-2 * exact[2].norm()
+
+
+def test_no_logits_are_stored() -> None:
+    """Forward and backward of 8192 tokens over 152,064 entries: the logits alone would take 2.3 GiB."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    tokens, vocabulary = 8192, 152_064
+    hidden = torch.randn(tokens, 512, generator=generator, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(vocabulary, 512, generator=generator, device="cuda").bfloat16().requires_grad_()
+    targets = torch.randint(0, vocabulary, (tokens,), generator=generator, device="cuda")
+    rollouts = (torch.ones(8, device="cuda"), torch.arange(0, tokens + 1, tokens // 8, device="cuda").int())
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_policy_loss(hidden, weight, targets, None, *rollouts).loss.backward()
+    gradients = 2 * (hidden.numel() + weight.numel())
+    assert torch.cuda.max_memory_allocated() - before - gradients < 400 << 20
