@@ -314,6 +314,7 @@ def _head_loss_liger(made: Inputs, case: Case, *, whole: bool) -> Tensor:
         loss_type="dapo",
         old_logprobs=old,
         chunk_size=hidden.shape[0] if whole else 1,
+        compiled=hidden.is_cuda,  # as it comes; the CPU figures are of its plain code
     )
 
 
