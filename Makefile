@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench gpu
 demo: $(VENV)/.cpu
 	$(BIN)/balcaprl demo --out demo-run
 
@@ -24,6 +24,13 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/pytest bench/ --benchmark-only
+
+# On a machine with a GPU, in an environment that has torch with CUDA and `pip install -e '.[gpu,test]'`.
+gpu:
+	python -m pytest tests/kernels/test_cuda.py
+	BALCAPRL_TEST_GPU=1 python -m pytest -m interpreter tests/kernels
+	python bench/run.py --device cuda
+	python bench/update_step.py --device cuda --dtype bfloat16
 
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -87,11 +87,18 @@ def advantage_inputs(groups: Sequence[RolloutGroup], config: RewardConfig) -> di
 
 
 def write_advantages(groups: Sequence[RolloutGroup], reward: RewardConfig, settings: AdvantageConfig) -> None:
-    """Writes its advantage to each rollout of groups of one size."""
+    """Writes its advantage to each rollout of groups of one size.
+
+    Raises:
+        ValueError: the groups are not of one size.
+    """
+    sizes = sorted({len(group.rollouts) for group in groups})
+    if len(sizes) != 1:
+        raise ValueError(f"groups: expected groups of one size, got sizes {sizes}")
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     advantages = grouped_advantages(
         **advantage_inputs(groups, reward),
-        group_size=len(groups[0].rollouts),
+        group_size=sizes[0],
         weights=reward.weights,
         method=settings.method,
         eps=settings.eps,

@@ -6,9 +6,16 @@ import math
 import pytest
 import torch
 
-from balcaprl.config import RewardConfig
+from balcaprl.config import AdvantageConfig, RewardConfig
 from balcaprl.kernels import grouped_advantages
-from balcaprl.rewards import LexicalJudge, advantage_inputs, make_judge, reward_matrix, score_groups
+from balcaprl.rewards import (
+    LexicalJudge,
+    advantage_inputs,
+    make_judge,
+    reward_matrix,
+    score_groups,
+    write_advantages,
+)
 from balcaprl.rewards.judge import redact
 from balcaprl.types import Completion, Prompt, RewardBreakdown, Rollout, RolloutGroup, Sample
 
@@ -195,3 +202,15 @@ def test_reward_matrix_keeps_the_order_of_groups():
     assert reward_matrix([]).shape == (0, 3)
     with pytest.raises(ValueError, match="not judged"):
         reward_matrix([group("a")])
+
+
+def test_advantages_of_groups_of_one_size_only():
+    groups = [group("a", "bb"), group("ccc", "d")]
+    score_groups(FakeJudge(lambda c: good(len(c) / 10)), groups, RewardConfig())
+    write_advantages(groups, RewardConfig(), AdvantageConfig())
+    of_lengths = [rollout.advantage for g in groups for rollout in g.rollouts]
+    assert of_lengths[1] > 0 > of_lengths[0]
+    assert of_lengths[2] > 0 > of_lengths[3]
+    groups[1].rollouts.pop()
+    with pytest.raises(ValueError, match=r"groups: expected groups of one size, got sizes \[1, 2\]"):
+        write_advantages(groups, RewardConfig(), AdvantageConfig())
