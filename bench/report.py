@@ -97,7 +97,7 @@ def provenance(results: Results, device: str) -> str:
     packages = ", ".join(f"{name} {first[name]}" for name in names if first.get(name))
     commits = sorted({str(row["commit"])[:7] for row in rows})
     place = f"{first['device']}, {first['threads']} threads" + (f", {first['simd']}" if first.get("simd") else "")
-    changed = " with changes" if any(row["modified"] for row in rows) else ""
+    changed = " with changes" if any(row.get("modified") for row in rows) else ""
     text = f"{place}; {packages}; commit {', '.join(commits)}{changed}, {first['time'][:10]}."
     if len({row["sources"] for row in rows}) > 1:
         text += " The rows were not all taken on the same sources."

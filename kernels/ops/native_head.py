@@ -224,7 +224,7 @@ def _write_stats_of_halves(halves: tuple[Tensor, Tensor], head: Head, rows: Soft
     rows.sum.copy_(total)
     # From a half to the whole: a probability shrinks to the half's share of it.
     logprobs = [part.logprobs + (each / total).log() for part, each in zip(parts, sums, strict=True)]
-    rows.logprobs.copy_(torch.where(head.targets < middle, *logprobs))
+    rows.logprobs.copy_(torch.where(head.targets < middle, logprobs[0], logprobs[1]))
 
 
 class _Buffer:
