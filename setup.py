@@ -29,7 +29,7 @@ PACKAGES = [
 
 # What `import balcaprl` and `balcaprl train` need; heavy packages are extras.
 INSTALL_REQUIRES = [
-    "torch>=2.6",
+    "torch>=2.8",  # torch.mm with out_dtype, for the head on a GPU
     "numpy>=1.26",
     "safetensors>=0.4",
     "transformers>=5.0",
