@@ -208,7 +208,7 @@ class VLLMRollout:
         self, prompts: Sequence[Prompt], owed: Sequence[tuple[int, int]], sampling: SamplingConfig, seed: int | None
     ) -> Iterator[Draw]:
         """Completions by the indices of their prompt and their place in its group, each as a request of its own."""
-        requests = {index: self._engine.request(prompts[index]) for index, _ in owed}
+        requests = {index: self._engine.request(prompts[index]) for index in {index for index, _ in owed}}
         for index, position in owed:
             each = None if seed is None else prompt_seed(seed, index) + position
             self._engine.submit(f"{index}-{position}", requests[index], self._engine.params(sampling, each))

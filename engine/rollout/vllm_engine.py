@@ -9,7 +9,7 @@ import os
 import random
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,6 +21,7 @@ from balcaprl.config import SamplingConfig
 from balcaprl.policy import Policy
 from balcaprl.rollout.adapters import merged_tensors, served_name
 from balcaprl.rollout.images import collapsed, image_spans, inputs_hash
+from balcaprl.rollout.vllm_cpu_ops import use_norms, use_rotation
 from balcaprl.rollout.weights import CopyRecorder, StaleWeightsError, WeightPlan, make_plan
 from balcaprl.torchvision_compat import ensure_importable
 from balcaprl.types import Prompt
@@ -156,6 +157,7 @@ class VLLMEngine:
             stop=list(sampling.stop) or None,
             seed=seed,
             logprobs=0,
+            flat_logprobs=True,  # arrays, not a dictionary of objects for each token
             detokenize=bool(sampling.stop),
         )
 
@@ -163,11 +165,12 @@ class VLLMEngine:
         """Run until every queued request is done, yielding each as it ends."""
         engine = self._llm.llm_engine
         while engine.has_unfinished_requests():
+            # Many steps to one saving of the generators: it costs as much as a layer of a small model.
             with untouched_random_state(self._policy.device):
-                outputs = engine.step()
-            for output in outputs:
-                if output.finished:
-                    yield _to_finished(output)
+                done: list[Any] = []
+                while not done and engine.has_unfinished_requests():
+                    done = [output for output in engine.step() if output.finished]
+            yield from map(_to_finished, done)
 
     def abort_all(self) -> None:
         """Forget every request that is not finished."""
@@ -254,6 +257,8 @@ class VLLMEngine:
             tensors = (_base_tensors if self._plain_weights else _named_tensors)(self._policy)
             known = {field.name for field in fields(EngineArgs)}
             optional: dict[str, Any] = {"mm_device_do_normalize": False} if "mm_device_do_normalize" in known else {}
+            if self._policy.device.type == "cpu":
+                optional |= _use_cpu_kernels(known)
             if self.limits.image_size is not None:
                 width, height = self.limits.image_size
                 optional["limit_mm_per_prompt"] = {"image": {"count": 1, "width": width, "height": height}}
@@ -295,12 +300,11 @@ def _base_tensors(policy: Policy) -> dict[str, Tensor]:
 
 def _to_finished(output: Any) -> Finished:
     (completion,) = output.outputs
-    pairs = zip(completion.logprobs, completion.token_ids, strict=True)
     return Finished(
         request_id=output.request_id,
         prompt_ids=list(output.prompt_token_ids),
         token_ids=list(completion.token_ids),
-        logprobs=[step[token].logprob for step, token in pairs],
+        logprobs=list(completion.logprobs.logprobs),
     )
 
 
@@ -395,6 +399,21 @@ def _plain_cpu_linear() -> Iterator[None]:
         yield
     finally:
         utils.dispatch_cpu_unquantized_gemm = original
+
+
+def _use_cpu_kernels(known_arguments: Container[str]) -> dict[str, Any]:
+    """Have vLLM use more of its own kernels on a CPU; the engine arguments that this takes. Older ones cannot choose norms."""
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    use_rotation(MRotaryEmbedding, op_registry_oot)
+    if "ir_op_priority" not in known_arguments:
+        return {}
+    from vllm import ir
+
+    return {"ir_op_priority": use_norms(ir.ops)}
 
 
 def _inspect_in_process(architecture: str) -> None:

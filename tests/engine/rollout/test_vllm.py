@@ -1,6 +1,7 @@
 """Real vLLM beside a tiny policy: the same distribution before and after every kind of weight change."""
 
 import gc
+import importlib
 import math
 import subprocess
 import sys
@@ -79,6 +80,29 @@ def test_group_structure_and_parity(policy, sampler, prompts):
         assert len(completion.sampling_logprobs) == len(completion.token_ids)
         assert completion.text == policy.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
     assert largest_difference(policy, groups, 0.8) < 1e-5
+
+
+def test_kernels_equal_the_operations_that_they_replace(sampler, prompts):
+    """vLLM runs its own C++ norms and rotations on a CPU: in this engine, on views as its layers pass them."""
+    sampler.generate(prompts, 1, SAMPLING, seed=0)
+    rotation = next(m for m in sampler._engine.model.modules() if hasattr(m, "mrope_section"))
+    heads, positions = 6, torch.randint(0, 200, (3, 7), generator=torch.Generator().manual_seed(0))
+    query, key, _ = torch.randn(7, heads * rotation.head_size).chunk(3, dim=-1)
+    expected = rotation.forward_native(positions, query.clone(), key.clone())
+    torch.testing.assert_close(rotation.forward_cpu(positions, query, key), expected, rtol=1e-5, atol=1e-6)
+    assert type(rotation).forward_cpu is not type(rotation).__mro__[1].forward_cpu
+
+    norms = importlib.import_module("vllm.ir").ops
+    x, residual, weight = torch.randn(7, 48), torch.randn(7, 48), torch.randn(48)
+    for norm, inputs in ((norms.rms_norm, [x]), (norms.fused_add_rms_norm, [x, residual])):
+        kernel, native = (norm.impls[name] for name in norm.get_priority())
+        assert (kernel.provider, native.provider) == ("balcaprl_cpu", "native")
+        found = kernel.impl_fn(*(each.clone() for each in inputs), weight, 1e-6)
+        torch.testing.assert_close(found, native.impl_fn(*inputs, weight, 1e-6), rtol=1e-5, atol=1e-6)
+        assert kernel.supports_args(*inputs, weight, 1e-6)
+        assert not kernel.supports_args(*inputs, weight, 1e-6, 16)
+        assert not kernel.supports_args(*(each[:, ::2] for each in inputs), weight, 1e-6)
+        assert not kernel.supports_args(*inputs, weight.double(), 1e-6)
 
 
 def test_seed_decides_and_the_global_state_stays(sampler, prompts):
