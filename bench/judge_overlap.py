@@ -1,11 +1,11 @@
 """How much of the judge's time a training run hides, as its own log of phases tells it.
 
-    python bench/judge_overlap.py [--steps 6] [--latency 0.03] [--slots 64] [--sampler vllm]
+    python bench/judge_overlap.py [--steps 6] [--latency 0.03] [--slots 64] [--sampler vllm] [--threads 1]
 
-An on-policy run of the demo's policy against a scripted judge on loopback. ``score_s`` is what a
-step still waits for scores once it is sampled, ``judge_alone_s`` what the same groups take if they are scored afterwards with
-nothing else to do; ``hidden`` is 1 - the one over the other, over all steps but the first. Completions are handed over as
-they end, so those that end last are never hidden.
+An on-policy run of the demo's policy against a scripted judge on loopback. ``score_s`` is what a step still waits for scores
+once it is sampled, ``judge_alone_s`` what the same groups take if they are scored afterwards with nothing else to do;
+``hidden`` is 1 - the one over the other, over all steps but the first. Completions are handed over as they end, so those that
+end last are never hidden. A real judge computes on another machine, the scripted one here: ``--threads`` leaves it a core.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.03, help="seconds that the judge takes for a request")
     parser.add_argument("--slots", type=int, default=64, help="requests that the judge works on at once")
     parser.add_argument("--sampler", default="vllm", choices=["vllm", "hf"])
+    parser.add_argument("--threads", type=int, default=0, help="of the run; 0: all")
     options = parser.parse_args()
     print(json.dumps(measure(options)))
 
@@ -86,6 +87,7 @@ def run_config(folder: str, url: str, options: argparse.Namespace) -> TrainConfi
         {
             "output_dir": folder,
             "steps": options.steps,
+            "threads": options.threads,
             "model": {"path": "demo"},
             "data": {"num_eval": 0},
             "rollout": {

@@ -214,9 +214,18 @@ def emit(worker: list[str], more: dict[str, Any], output: Path | None, name: str
     """Run a worker, and print and append the row that it prints last; a failure is a row, too."""
     done = subprocess.run(worker, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    failed = {"bench": name, "failed": reason, **stamp(())}
-    row = {**more, **(json.loads(lines[-1]) if done.returncode == 0 and lines else failed)}
+    row = json.loads(lines[-1]) if done.returncode == 0 and lines else failure(name, done.stderr, done.returncode)
+    append({**more, **row}, output, name)
+
+
+def failure(name: str, stderr: str, returncode: int | None) -> dict[str, Any]:
+    """The row of a worker that ended without one: the last line that it wrote to its errors."""
+    reason = (stderr.strip().splitlines() or [f"exit status {returncode}"])[-1]
+    return {"bench": name, "failed": reason, **stamp(())}
+
+
+def append(row: dict[str, Any], output: Path | None, name: str) -> None:
+    """Print a row, and add it to the results of this machine's processor, or to ``output``; ``-`` is neither."""
     print(json.dumps(row), flush=True)
     if output is not None and str(output) == "-":
         return

@@ -6,9 +6,9 @@ python bench/train_step.py --provider ours --pixels 112 --steps 4 --output -
 The model is a random Qwen2.5-VL, so that completions reach their limit on both sides; images are noise in PNG files, decoded
 by either side itself; the rewards are cheap formulas of the text. TRL samples with transformers' generate: its colocated vLLM
 fails on a CPU build (it calls ``load_weights`` on repacked weights), and its paged generation wants CUDA. Its batch is taken
-whole and in four accumulated parts; the faster counts. The first steps are warm-up. Each provider runs in a process of its own.
-A step of ours lasts from the end of the one before to its own, logging included; of TRL's, the loading of images, which comes
-before its own begins, is not counted.
+whole and in four accumulated parts; the faster counts. The first steps are warm-up. Each provider runs in a process of its own;
+they take turns, a step each, as a machine's speed wanders from minute to minute. A step of ours lasts a whole turn, logging
+included; of TRL's, the loading of images, which comes before its own begins, is not counted.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ import statistics
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
-from sync import emit, stamp
+from sync import append, failure, stamp
 
 SOURCES = ("engine/**/*.py", "kernels/ops/*.py", "kernels/csrc/**/*", "bench/train_step.py")
 PROVIDERS = ("ours", "ours-hf", "trl", "trl-accumulated")
 WARMUP = 2
+WAITING = "waiting for its turn"
 _CORPUS = ["There are two shapes on a white background. A large solid red circle is at the top left."] * 3
 
 
@@ -38,9 +39,20 @@ def rewards_of(text: str) -> tuple[float, float, float]:
     return (length % 97) / 96, (length % 31) / 30, min(1.0, length / 400)
 
 
-def measure_ours(folder: Path, options: argparse.Namespace, sampler: str) -> dict[str, Any]:
-    """Our trainer; phases as its own log tells them."""
+class Turn:
+    """A worker's own: it computes between two calls of ``next``, and the others wait."""
 
+    began = 0.0
+
+    def next(self) -> None:
+        """Give the turn away, and return when it comes round again."""
+        print(WAITING, flush=True)
+        sys.stdin.readline()
+        self.began = time.perf_counter()
+
+
+def measure_ours(folder: Path, options: argparse.Namespace, turn: Turn, sampler: str) -> dict[str, Any]:
+    """Our trainer; phases as its own log tells them."""
     from balcaprl.config import TrainConfig
     from balcaprl.metrics import read_jsonl
     from balcaprl.trainer import Trainer
@@ -72,8 +84,14 @@ def measure_ours(folder: Path, options: argparse.Namespace, sampler: str) -> dic
     )
     trainer = Trainer(config, judge=FormulaJudge())
     trainer.save = lambda: config.output_dir  # type: ignore[method-assign]  # the step is measured, not the disk
-    ends: list[float] = []
-    trainer.save_if_due = lambda: ends.append(time.perf_counter())  # type: ignore[method-assign]
+    seconds: list[float] = []
+
+    def end_step() -> None:
+        seconds.append(time.perf_counter() - turn.began)
+        turn.next()
+
+    trainer.save_if_due = end_step  # type: ignore[method-assign]
+    turn.next()
     try:
         trainer.train()
     finally:
@@ -81,15 +99,14 @@ def measure_ours(folder: Path, options: argparse.Namespace, sampler: str) -> dic
     lines = read_jsonl(config.output_dir / "metrics.jsonl")[WARMUP:]
     names = [key for key in lines[0] if key.startswith("time/") and key != "time/step"]
     phases = {name.removeprefix("time/"): statistics.median(line[name] for line in lines) for name in names}
-    seconds = [end - start for start, end in pairwise(ends[WARMUP - 1 :])]
     return {
-        "phases_s": phases | {"step": statistics.median(seconds)},
+        "phases_s": phases | {"step": statistics.median(seconds[WARMUP:])},
         "tokens": statistics.fmean(line["tokens"] for line in lines),
-        **row(seconds, options),
+        **row(seconds[WARMUP:], options),
     }
 
 
-def measure_trl(folder: Path, options: argparse.Namespace, accumulation: int) -> dict[str, Any]:
+def measure_trl(folder: Path, options: argparse.Namespace, turn: Turn, accumulation: int) -> dict[str, Any]:
     """TRL's trainer; sampling and scoring are timed around its own methods, the rest of a step is the update."""
     from balcaprl.torchvision_compat import ensure_importable
 
@@ -120,12 +137,12 @@ def measure_trl(folder: Path, options: argparse.Namespace, accumulation: int) ->
 
     class StepClock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
+            turn.next()
             for times in phases.values():
                 times.append(0.0)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.started)
+            seconds.append(time.perf_counter() - turn.began)
 
     def reward(place: int) -> Any:
         def function(completions: Any, **_: Any) -> list[float]:
@@ -229,19 +246,63 @@ def main() -> None:
     if options.worker:
         folder, provider = Path(options.worker[0]), options.worker[1]
         if provider.startswith("trl"):
-            result = measure_trl(folder, options, 4 if provider == "trl-accumulated" else 1)
+            result = measure_trl(folder, options, Turn(), 4 if provider == "trl-accumulated" else 1)
         else:
-            result = measure_ours(folder, options, "hf" if provider == "ours-hf" else "vllm")
+            result = measure_ours(folder, options, Turn(), "hf" if provider == "ours-hf" else "vllm")
         print(json.dumps(result), flush=True)
         os._exit(0)  # the row is out: a slow end of the interpreter must not count as a failure
     for pixels in options.pixels or (112, 448):
         with tempfile.TemporaryDirectory(prefix="balcaprl-bench-") as root:
             prepare(Path(root), pixels, options.prompts * (WARMUP + options.steps))
-            for provider in options.provider or PROVIDERS:
-                worker = [sys.executable, __file__, "--worker", root, provider, "--pixels", str(pixels)]
-                for name in ("prompts", "group_size", "tokens", "steps", "device"):
-                    worker += [f"--{name}", str(getattr(options, name))]
-                emit(worker, {"provider": provider, "pixels": pixels}, options.output, "train_step")
+            for provider, found in in_turns(Path(root), options, pixels).items():
+                append({"provider": provider, "pixels": pixels, **found}, options.output, "train_step")
+
+
+def in_turns(root: Path, options: argparse.Namespace, pixels: int) -> dict[str, dict[str, Any]]:
+    """Start a worker for each provider, and let them do a step each, round after round; their rows."""
+    workers = {}
+    for provider in options.provider or PROVIDERS:
+        command = [sys.executable, __file__, "--worker", str(root), provider, "--pixels", str(pixels)]
+        for name in ("prompts", "group_size", "tokens", "steps", "device"):
+            command += [f"--{name}", str(getattr(options, name))]
+        workers[provider] = Worker(command, root / f"{provider}.err")
+    running = list(workers.values())
+    while running:
+        running = [worker for worker in running if worker.take_turn()]
+    return {provider: worker.row for provider, worker in workers.items()}
+
+
+class Worker:
+    """A provider's process."""
+
+    def __init__(self, command: list[str], errors: Path) -> None:
+        """Start it, and wait until it is ready for its first step."""
+        self._errors = errors
+        self.row: dict[str, Any] = {}
+        with errors.open("w") as file:
+            self._process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=file, text=True)
+        self._running = self._wait()
+
+    def take_turn(self) -> bool:
+        """Let it do a step; whether there is one more."""
+        if self._running:
+            assert self._process.stdin is not None
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+            self._running = self._wait()
+        return self._running
+
+    def _wait(self) -> bool:
+        """Read what it prints until its turn, or it, is over; then its row is there, of a failure, too."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(WAITING):
+                return True
+            if line.startswith('{"'):  # TRL prints dictionaries of Python's
+                self.row = json.loads(line)
+        if self._process.wait() or not self.row:
+            self.row = failure("train_step", self._errors.read_text(), self._process.returncode)
+        return False
 
 
 if __name__ == "__main__":
