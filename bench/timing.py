@@ -3,7 +3,8 @@
 1. Every provider is checked first: outputs and gradients against the reference, in float64 where that is affordable.
    Ours being wrong stops the run; a peer that is wrong, missing, or fails is left out, with the reason in the results.
 2. All providers get the same tensors. In every round each of them runs once, the order rotating, so that a change of the
-   machine's speed hits all alike. A sample is the mean of enough calls to last ``MIN_SAMPLE_SECONDS``.
+   machine's speed hits all alike. Where slow ones leave time for few rounds, the others have some more, without
+   them. A sample is the mean of enough calls to last ``MIN_SAMPLE_SECONDS``.
 3. ``forward`` runs without gradients being asked for. ``both`` runs forward and gradients. ``backward`` is, round by round,
    what ``both`` takes beyond ``forward``: fair to ops that make their gradients in the forward. Medians and quartiles
    are over rounds.
@@ -36,6 +37,8 @@ Call = Callable[[], tuple[Tensor, ...]]
 MIN_SAMPLE_SECONDS = 5e-3
 MAX_CALLS = 200
 MIN_ROUNDS, MAX_ROUNDS = 5, 31
+ENOUGH_ROUNDS, SLOW_FACTOR = 15, 2
+"""Providers that take at most one part in ``SLOW_FACTOR`` of the slowest's time get ``ENOUGH_ROUNDS`` at least."""
 EXACT_FLOPS = 5e10
 """Work above which the yardstick is computed in float32 for half-precision inputs."""
 
@@ -271,22 +274,37 @@ def _measure_memory(op: Op, entries: dict[str, _Entry], device: torch.device, re
 def _run_rounds(
     entries: dict[str, _Entry], measured: tuple[Pass, ...], device: torch.device, seconds: float, result: Measurement
 ) -> None:
-    """Interleaves the providers until the time is spent, within the bounds on rounds."""
+    """Interleaves the providers until the time is spent, within the bounds on rounds; then those that are not slow go on."""
     result.samples = {(name, direction): [] for name in entries for direction in measured}
-    names = list(entries)
-    begin = time.perf_counter()
-    for index in range(MAX_ROUNDS if names else 0):
-        if index >= MIN_ROUNDS and time.perf_counter() - begin > seconds:
-            break
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
-            for direction in measured:
-                sample = _sample(entries[name].calls[direction], entries[name].repeats[direction], device)
-                result.samples[name, direction].append(sample)
+    begin, done = time.perf_counter(), 0
+    while entries and done < MAX_ROUNDS and (done < MIN_ROUNDS or time.perf_counter() - begin < seconds):
+        _run_round(entries, list(entries), measured, device, done, result)
+        done += 1
+    # A few rounds are too few for a ratio of medians that are close.
+    longest = {name: max(result.samples[name, direction][-1] for direction in measured) for name in entries}
+    quick = [name for name, longest_s in longest.items() if SLOW_FACTOR * longest_s <= max(longest.values())]
+    for further in range(done, ENOUGH_ROUNDS if quick else done):
+        _run_round(entries, quick, measured, device, further, result)
     if "both" in measured:
-        for name in names:
+        for name in entries:
             pairs = zip(result.samples[name, "both"], result.samples[name, "forward"], strict=True)
             result.samples[name, "backward"] = [both - forward for both, forward in pairs]
+
+
+def _run_round(
+    entries: dict[str, _Entry],
+    names: list[str],
+    measured: tuple[Pass, ...],
+    device: torch.device,
+    index: int,
+    result: Measurement,
+) -> None:
+    """Each of ``names`` once, another one first in every round."""
+    turn = index % len(names)
+    for name in names[turn:] + names[:turn]:
+        for direction in measured:
+            sample = _sample(entries[name].calls[direction], entries[name].repeats[direction], device)
+            result.samples[name, direction].append(sample)
 
 
 def _timing(name: str, entry: _Entry, direction: Pass, result: Measurement) -> Timing:

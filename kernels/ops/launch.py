@@ -74,6 +74,7 @@ TABLES: dict[str, Table] = {
         (80, 4): Launch({"BLOCK_VALUES": 512}, 8),
         (80, 8): Launch({"BLOCK_VALUES": 512}, 8),
     },
+    "_token_batch_kernel": {(80, 4): Launch({"BLOCK_T": 1024}, 8)},
     "_token_loss_kernel": {(80, 4): Launch({"BLOCK_T": 1024}, 8)},
     "_token_sums_kernel": {(80, 8): Launch({"BLOCK_P": 128}, 4)},
     # Three stages on sm_90: with four the entropy's variant spills.
@@ -239,7 +240,8 @@ class KernelSpec:
     """Tells variants of the same kernel and dtype apart."""
     divisible: frozenset[str] = field(default_factory=frozenset)
     """Integer arguments that are multiples of 16 at real shapes; pointers always are, as torch allocates them. Triton
-    specialises a launch on that, and only then proves wide access to be aligned."""
+    specialises a launch on that, and only then proves wide access to be aligned. What differs from one batch to the next
+    and aligns nothing is ``do_not_specialize``: else a step now and then would wait seconds for a compiler."""
     wide_load: bool = True
     """It must load 128 bits at once from global memory (or more, or by the tensor memory accelerator)."""
     wide_store: bool = False

@@ -287,15 +287,26 @@ def linear_logprobs_backward(
     rows = SoftmaxRows(row_max.contiguous(), row_sum.contiguous(), logprobs.contiguous())
     grad_logprobs = grad_logprobs.to(logprobs.dtype).contiguous()
     with torch.autocast(hidden.device.type, enabled=False):
-        if impl == "triton":
-            from balcaprl.kernels import triton_head
-
-            result = triton_head.head_gradients(head, rows, grad_logprobs, needs, filter_eps)
-        elif impl == "native":
-            result = native_head.head_gradients(head, rows, grad_logprobs, needs, filter_eps)
-        else:
-            result = reference_gradients(head, grad_logprobs, needs, filter_eps)
+        result = head_gradients(head, rows, grad_logprobs, needs, filter_eps, impl)
     return tuple(hidden.new_empty(0) if gradient is None else gradient for gradient in result)
+
+
+def head_gradients(
+    head: native_head.Head,
+    rows: SoftmaxRows,
+    grad_logprobs: Tensor,
+    needs: tuple[bool, bool],
+    filter_eps: float | None,
+    impl: str,
+) -> HeadGradients:
+    """The backward of an implementation, from its own forward's rows and the (T,) gradient of the log-probabilities."""
+    if impl == "triton":
+        from balcaprl.kernels import triton_head
+
+        return triton_head.head_gradients(head, rows, grad_logprobs, needs, filter_eps)
+    if impl == "native":
+        return native_head.head_gradients(head, rows, grad_logprobs, needs, filter_eps)
+    return reference_gradients(head, grad_logprobs, needs, filter_eps)
 
 
 @linear_logprobs_backward.register_fake

@@ -4,9 +4,11 @@
 its log-probability, and its gradient with respect to that, g_t, is known as soon as that is. Hence:
 
 - The backward leaves out tokens whose g_t is exactly zero: no advantage, stopped by the clip. That is exact.
-- On a CPU the gradients of hidden and weight are made in the forward, while the logits of a chunk of tokens are there: three
+- The gradients of hidden and weight are made in the forward, while the logits of a chunk of tokens are there: three
   matrix products, not four. They are made if an input requires a gradient, and the backward hands them out.
-- On a GPU (``triton``) the backward computes the logits again, tile by tile.
+- On a GPU (``triton``) the logits are computed again, tile by tile, where the chunks would be too many
+  (``triton_head_chunks``), for ``filter_eps``, and for float16: that in the backward, as a scaled loss must reach such
+  gradients before they are rounded.
 
 ``filter_eps`` makes the backward cheaper and approximate, as cut cross-entropy does (arXiv 2411.09009): a vocabulary column
 whose softmax stays below it for a whole block of tokens, and that is the target of none of them, *may* be left out
@@ -30,10 +32,10 @@ from balcaprl.kernels.linear_logprobs import (
     check_head,
     check_logprobs,
     check_targets,
+    head_gradients,
     head_rows,
     linear_logprobs_backward,
     linear_logprobs_reference,
-    reference_gradients,
     resolve_impl,
 )
 from balcaprl.kernels.native_head import Head, HeadGradients
@@ -149,7 +151,7 @@ def linear_policy_loss_reference(
 
 def _gradients_in_forward(hidden: Tensor, impl: str) -> bool:
     """Whether the op's forward makes the gradients; told without resolving ``impl``, so that it can be traced."""
-    return hidden.device.type == "cpu" and impl != "triton"
+    return hidden.dtype != torch.float16 or (hidden.device.type == "cpu" and impl != "triton")
 
 
 @torch.library.custom_op(
@@ -194,12 +196,20 @@ def _forward(
         rows, gradients = native_head.logprobs_and_gradients(head, add, needs, filter_eps)
         check_logprobs(head, rows.logprobs)
         return parts, rows, gradients
+    if impl == "triton" and num_tokens and any(needs) and filter_eps is None:
+        from balcaprl.kernels import triton_head_chunks as chunks
+
+        size = chunks.chunk_size(num_tokens, head.weight.shape[0], head.hidden.element_size())
+        if size is not None:
+            rows, gradients = chunks.logprobs_and_gradients(head, add, needs, size)
+            check_logprobs(head, rows.logprobs)
+            return parts, rows, gradients
     rows, _ = head_rows(head, impl, with_entropy=False)
     check_logprobs(head, rows.logprobs)
     add(rows.logprobs, 0, num_tokens)
     gradients = HeadGradients(None, None)
     if any(needs):
-        gradients = reference_gradients(head, parts[0].grad_logprobs, needs, filter_eps)
+        gradients = head_gradients(head, rows, parts[0].grad_logprobs, needs, filter_eps, impl)
     return parts, rows, gradients
 
 

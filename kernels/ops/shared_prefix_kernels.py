@@ -154,7 +154,7 @@ def _online_softmax(scores, v0, v1, out0, out1, highest, total, D1: tl.constexpr
     return out0, out1, higher, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
 def _shared_prefix_fwd_kernel(
     query,
     key,
@@ -224,7 +224,7 @@ def _shared_prefix_fwd_kernel(
     tl.store(lse_HT + rows, (highest + tl.log2(total)) * _LN2, mask=rows < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _shared_prefix_delta_kernel(
     out,
     grad_out,
@@ -252,7 +252,7 @@ def _shared_prefix_delta_kernel(
     tl.store(delta_HT + head.to(tl.int64) * num_tokens + rows, delta, mask=rows < num_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
 def _shared_prefix_dq_kernel(
     query,
     key,
@@ -351,7 +351,7 @@ def _key_tile(pid, cu_groups, cu_prompts, ends_T, num_tiles, num_kv_heads, BLOCK
     return kv_head, begin, end, is_prompt, tl.where(is_prompt, group_end, own_end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
 def _shared_prefix_dkdv_kernel(
     query,
     key,

@@ -44,7 +44,8 @@ def forward(
     for prompt, completions in calls.groups:
         q, k, v = _prompt_call(query, key, value, prompt, completions)
         part, part_lse = _fused(q, k, v, 0.0, False, scale=scale)
-        _join(out[completions], lse_TH[completions], _tokens_first(part), _tokens_first(part_lse))
+        own, own_lse = (_heads_apart(x[completions], key.shape[1]) for x in (out, lse_TH))
+        _join(own, own_lse, part, part_lse)
     return out, lse_TH.T.contiguous()
 
 
@@ -80,7 +81,7 @@ def backward(
         g, o = (_heads_apart(x[completions], num_kv_heads) for x in (grad_out, out))
         joint = _heads_apart(lse_TH[completions], num_kv_heads)
         grads = _fused_backward(g, q, k, v, o, joint, 0.0, False, scale=scale)
-        grad_query[completions] += _tokens_first(grads[0])
+        _heads_apart(grad_query[completions], num_kv_heads).add_(grads[0])
         grad_key[prompt] += grads[1].sum(0).transpose(0, 1)
         grad_value[prompt] += grads[2].sum(0).transpose(0, 1)
     return grad_query, grad_key, grad_value
@@ -97,14 +98,20 @@ class _Bucket(NamedTuple):
     """LongTensor: the places that are no padding; all others repeat."""
     padding: Tensor | None
     """BoolTensor (N, 1, L, 1): True at padding; None where there is none."""
+    run: slice | None
+    """The packed tokens, where they lie one after the other: nothing has to be gathered then."""
 
     def gather(self, x: Tensor, num_heads: int | None = None) -> Tensor:
-        """(T, H, ...) to (N, H, L, ...), heads repeated to ``num_heads``."""
-        rows = x.index_select(0, self.tokens).unflatten(0, self.shape).transpose(1, 2)
+        """(T, H, ...) to (N, H, L, ...), heads repeated to ``num_heads``; a view where that can be."""
+        flat = x.index_select(0, self.tokens) if self.run is None else x[self.run]
+        rows = flat.unflatten(0, self.shape).transpose(1, 2)
         return rows if num_heads in (None, x.shape[1]) else rows.repeat_interleave(num_heads // x.shape[1], 1)
 
     def scatter(self, x: Tensor, rows: Tensor) -> None:
         """(N, H, L, ...) into x (T, H, ...)."""
+        if self.run is not None:
+            self.gather(x).copy_(rows)
+            return
         flat, tokens = rows.transpose(1, 2).flatten(0, 1), self.tokens
         if self.padding is not None:
             flat, tokens = flat.index_select(0, self.places), tokens.index_select(0, self.places)
@@ -146,7 +153,7 @@ def _calls_of(prompts: tuple[int, ...], sizes: tuple[int, ...], completions: tup
 def _by_length(segments: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     """(length, begin) of segments that are not empty, the longest first, in lists of similar length."""
     lists: list[list[tuple[int, int]]] = []
-    for segment in sorted((s for s in segments if s[0]), reverse=True):
+    for segment in sorted((s for s in segments if s[0]), key=lambda each: (-each[0], each[1])):
         if not lists or lists[-1][0][0] > max(_SHORT_SEGMENT, _MAX_STRETCH * segment[0]):
             lists.append([])
         lists[-1].append(segment)
@@ -159,8 +166,10 @@ def _bucket(segments: list[tuple[int, int]]) -> _Bucket:
     is_token = place < lengths[:, None]
     tokens = begins[:, None] + place.minimum(lengths[:, None] - 1)
     padding = None if is_token.all() else ~is_token[:, None, :, None]
-    shape = (tokens.shape[0], tokens.shape[1])
-    return _Bucket(shape, tokens.flatten(), is_token.flatten().nonzero()[:, 0], padding)
+    shape, flat = (tokens.shape[0], tokens.shape[1]), tokens.flatten()
+    first, last = int(flat[0]), int(flat[-1]) + 1
+    run = slice(first, last) if torch.equal(flat, torch.arange(first, first + len(flat))) else None
+    return _Bucket(shape, flat, is_token.flatten().nonzero()[:, 0], padding, run)
 
 
 def _prompt_call(
@@ -178,14 +187,12 @@ def _heads_apart(x: Tensor, num_kv_heads: int) -> Tensor:
     return apart.movedim((2, 1, 0), (0, 1, 2))
 
 
-def _tokens_first(x: Tensor) -> Tensor:
-    """(repeats, H_kv, L, ...) back to (L, H, ...)."""
-    return x.movedim((0, 1, 2), (2, 1, 0)).flatten(1, 2)
-
-
 def _join(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Joins a part (L, H, head_dim) into what ``out`` and ``lse`` (L, H) hold of the other, in place."""
+    """Joins a part (..., head_dim) into what ``out`` and ``lse`` (...) hold of the other, in place."""
     joint = torch.logaddexp(lse, part_lse)
     ours, theirs = (lse - joint).exp_().unsqueeze(-1), (part_lse - joint).exp_().unsqueeze(-1)
-    out.copy_(out * ours + part * theirs)
+    if out.dtype == joint.dtype:
+        out.mul_(ours).addcmul_(part, theirs)
+    else:  # rounded once
+        out.copy_(out * ours + part * theirs)
     lse.copy_(joint)

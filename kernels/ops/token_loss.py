@@ -217,10 +217,24 @@ def token_batch(
     Raises:
         ValueError: a value is not finite, or ``cu_seqlens`` are no offsets; starts with the argument's name.
     """
-    if impl == "native":
-        return _token_batch_native(arguments, num_tokens, logprobs)
+    if impl == "native" or (impl == "triton" and dtype == torch.float32):
+        return _checked_batch(arguments, num_tokens, logprobs, impl)
     _check_values(arguments, num_tokens, logprobs)
     return spread(arguments, num_tokens, dtype)
+
+
+def _checked_batch(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None, impl: str) -> TokenBatch:
+    """By the implementations that check and spread in one go."""
+    if impl == "native":
+        batch = _token_batch_native(arguments, num_tokens, logprobs)
+    else:
+        from balcaprl.kernels import triton_token_loss
+
+        batch = triton_token_loss.token_batch(arguments, num_tokens, logprobs)
+    if batch is None:
+        _check_values(arguments, num_tokens, logprobs)  # says what it was
+        raise ValueError("advantages or log-probabilities: a value that float32 cannot hold")
+    return batch
 
 
 def _check_values(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None) -> None:
@@ -228,8 +242,8 @@ def _check_values(arguments: LossArguments, num_tokens: int, logprobs: Tensor | 
     check_finite(logprobs=logprobs, advantages=arguments.advantages, **arguments.per_token)
 
 
-def _token_batch_native(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None) -> TokenBatch:
-    """``balcaprl_token_batch`` of ``kernels/csrc/policy_loss.cpp``."""
+def _token_batch_native(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None) -> TokenBatch | None:
+    """``balcaprl_token_batch`` of ``kernels/csrc/policy_loss.cpp``; None if a value is not as it should be."""
     # Named, so that converted copies live until the call returns.
     offsets, advantages_R = arguments.cu_seqlens.contiguous(), _plain_float(arguments.advantages)
     per_token = (logprobs, arguments.old_logprobs, arguments.sampling_logprobs, arguments.reference_logprobs)
@@ -246,10 +260,7 @@ def _token_batch_native(arguments: LossArguments, num_tokens: int, logprobs: Ten
         advantages_T.data_ptr(),
         scale_T.data_ptr(),
     )
-    if status != native.OK:
-        _check_values(arguments, num_tokens, logprobs)  # says what it was
-        raise ValueError("cu_seqlens or log-probabilities: a value that float32 cannot hold")
-    return TokenBatch(floats[1], advantages_T, scale_T, floats[2], floats[3])
+    return None if status != native.OK else TokenBatch(floats[1], advantages_T, scale_T, floats[2], floats[3])
 
 
 def _plain_float(tensor: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from balcaprl.kernels.launch import Launch, launch, on_device
 from balcaprl.kernels.native_head import Head, HeadGradients
 from balcaprl.kernels.native_softmax import SoftmaxRows
 from balcaprl.kernels.triton_math import expm1_float32
-from balcaprl.kernels.triton_products import narrowed, product
+from balcaprl.kernels.triton_products import float32_product, narrowed, product
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _SLICE_BYTES = 128 << 20
@@ -69,7 +69,7 @@ def _logits_tile(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "share"])
 def _head_stats_kernel(
     hidden_TD,
     weight_VD,
@@ -202,7 +202,7 @@ def _head_grad_logits_kernel(
         tl.store(out, narrowed(values, grad_logits_NV.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _head_grad_hidden_kernel(
     grad_logits_NV,
     weight_VD,
@@ -246,7 +246,7 @@ def _head_grad_hidden_kernel(
     tl.store(out, narrowed(total, grad_hidden_ND.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _head_grad_weight_kernel(
     grad_logits_NV,
     hidden_ND,
@@ -432,7 +432,7 @@ class _Backward:
         """``total`` (None: 0) and the part of columns [first, last); float32 unless they are the whole vocabulary."""
         weight = self.weight[first:last]
         if self.filter_eps is None:
-            return grad_logits @ weight if whole else _added_product(total, grad_logits, weight)
+            return grad_logits @ weight if whole else float32_product(grad_logits, weight, total)
         num_rows, hidden_size = self.hidden.shape
         out = total
         if out is None:
@@ -457,17 +457,6 @@ class _Backward:
         sizes = (num_rows, hidden_size, first, last - first, active.shape[1])
         constants = {"TILE_T": self.tile_t, "TILE_V": self.tile_v}
         _head_grad_weight_kernel[grid](*pointers, *sizes, **constants, **row.kwargs())
-
-
-def _added_product(total: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
-    """total (None: 0) + x y in float32."""
-    if x.dtype != torch.float32 and x.device.type == "cpu":  # interpreted: torch has this product on GPUs only
-        x, y = x.float(), y.float()
-    if x.dtype == torch.float32:
-        return x @ y if total is None else total.addmm_(x, y)
-    if total is None:
-        return torch.mm(x, y, out_dtype=torch.float32)
-    return torch.addmm(total, x, y, out_dtype=torch.float32)
 
 
 def _wanted_programs(device: torch.device) -> int:

@@ -62,7 +62,7 @@ def _stats_spec(dtype: torch.dtype, with_entropy: bool) -> KernelSpec:
         constexprs={"EVEN_D": True, "WITH_ENTROPY": with_entropy},
         work=work,
         variant="entropy" if with_entropy else "",
-        divisible=frozenset(sizes),
+        divisible=frozenset({"hidden_stride", "weight_stride", "hidden_size", "vocabulary"}),
         tensor_core=dtype != torch.float32,
     )
 
@@ -130,7 +130,7 @@ def _slice_spec(dtype: torch.dtype, hidden: bool) -> KernelSpec:
         },
         constexprs={**constants, "ADD": True} if hidden else constants,
         work=work,
-        divisible=frozenset({"grad_stride", names[2], *_SLICE_SIZES} - {"tiles_per_row"}),
+        divisible=frozenset({"grad_stride", names[2], *_SLICE_SIZES} - {"tiles_per_row", "num_rows"}),
         wide_store=True,
         tensor_core=dtype != torch.float32,
     )

@@ -1,5 +1,6 @@
-"""Triton kernels of ``logits_policy_loss``: statistics of each row of logits in one read, its gradient in one more read and one
-write. Between the two, ``token_loss`` turns log-probabilities into their gradient. All arithmetic is in float32.
+"""Triton kernels over logits: statistics of each row in one read, its gradient in one more read and one write. Between the
+two, ``token_loss`` turns log-probabilities into their gradient. All arithmetic is in float32. For ``logits_policy_loss``,
+and for the head's chunks (``triton_head_chunks``), whose logits are float32 and their gradient narrower.
 
 Both are bound by memory: a program streams tiles of one row, each thread 16 bytes at a time. Rows are addressed with 64-bit
 offsets. Imported only where ``impl="triton"`` runs.
@@ -21,6 +22,12 @@ _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _finite(highest):
+    """``highest``, 0 where it is -inf, the maximum of nothing finite: with it sums are 0 and not NaN."""
+    return tl.where(highest == float("-inf"), 0.0, highest)
+
+
+@triton.jit
 def _logits_stats_kernel(
     logits_TV,
     targets_T,
@@ -35,25 +42,32 @@ def _logits_stats_kernel(
     """One program per row: its maximum, the sum of exp((x - max) * scale), the target's log-probability."""
     token = tl.program_id(0).to(tl.int64)
     row = logits_TV + token * row_stride
-    columns = tl.arange(0, BLOCK_V)
-    highest = float("-inf")
-    # One partial sum per lane: only the maximum is reduced over the block in every tile.
-    sums = tl.zeros((BLOCK_V,), tl.float32)
+    # A lane has its own maximum and sum, of the 16 bytes that its thread loads at once: nothing is exchanged between threads
+    # before the end.
+    PACK: tl.constexpr = 128 // logits_TV.dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = BLOCK_V // PACK
+    columns = tl.arange(0, LANES)[:, None] * PACK + tl.arange(0, PACK)[None, :]
+    to_exp2 = scale * _LOG2E
+    highest = tl.full((LANES,), float("-inf"), tl.float32)
+    sums = tl.zeros((LANES,), tl.float32)
     for begin in range(0, vocabulary, BLOCK_V):
         tile = tl.load(row + begin + columns, mask=begin + columns < vocabulary, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(highest, tl.max(tile, axis=0))
-        # Only -inf so far: any finite number in its place makes the sums 0 and not NaN.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        sums = sums * tl.exp2((highest - base) * scale * _LOG2E) + tl.exp2((tile - base) * scale * _LOG2E)
+        higher = tl.maximum(highest, tl.max(tile, axis=1))
+        base = _finite(higher)
+        exps = tl.exp2((tile - base[:, None]) * to_exp2)
+        sums = sums * tl.exp2((highest - base) * to_exp2) + tl.sum(exps, axis=1)
         highest = higher
-    total = tl.sum(sums, axis=0)
+    row_max = tl.max(highest, axis=0)
+    total = tl.sum(sums * tl.exp2((highest - _finite(row_max)) * to_exp2), axis=0)
     target = tl.load(targets_T + token)
     # A target outside is not read; the caller finds the NaN and raises.
     inside = (target >= 0) & (target < vocabulary)
     chosen = tl.load(row + target, mask=inside, other=float("nan")).to(tl.float32)
-    tl.store(max_T + token, highest)
+    tl.store(max_T + token, row_max)
     tl.store(sum_T + token, total)
-    tl.store(logprobs_T + token, (chosen - highest) * scale - tl.log(total))
+    # Rounded once: the loss sees its error as one of the ratio's.
+    logprob = (chosen - row_max).to(tl.float64) * scale - tl.log(total.to(tl.float64))
+    tl.store(logprobs_T + token, logprob.to(tl.float32))
 
 
 @triton.jit
@@ -66,25 +80,28 @@ def _logits_gradient_kernel(
     logprobs_T,
     grad_logprobs_T,
     grad_loss,
+    tokens_N,
     row_stride,
     grad_row_stride,
     vocabulary,
     scale,
     BLOCK_V: tl.constexpr,
 ):
-    """One program per tile of a row. ``grad_logits_TV`` may be ``logits_TV``: a value is read by the thread that writes it."""
-    token = tl.program_id(0).to(tl.int64)
+    """One program per tile of a row. ``grad_logits_TV`` may be ``logits_TV``: a value is read by the thread that writes it.
+    With ``tokens_N`` row n is that of token tokens_N[n]."""
+    row = tl.program_id(0).to(tl.int64)
+    token = row if tokens_N is None else tl.load(tokens_N + row)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = columns < vocabulary
-    out = grad_logits_TV + token * grad_row_stride + columns
+    out = grad_logits_TV + row * grad_row_stride + columns
     gradient = tl.load(grad_logprobs_T + token) * tl.load(grad_loss).to(tl.float32) * scale
     if gradient == 0.0:
         # Clipped or without advantage: the logits are not read.
         tl.store(out, tl.zeros((BLOCK_V,), grad_logits_TV.dtype.element_ty), mask=mask)
     else:
         tile = tl.load(logits_TV + token * row_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        coefficient = -gradient / tl.load(sum_T + token)
-        values = tl.exp2((tile - tl.load(max_T + token)) * scale * _LOG2E) * coefficient
+        coefficient = tl.div_rn(-gradient, tl.load(sum_T + token))  # the row shares its error
+        values = tl.exp2((tile - tl.load(max_T + token)) * (scale * _LOG2E)) * coefficient
         # 1 - p by way of expm1: near p = 1 it keeps its digits.
         at_target = -gradient * expm1_float32(tl.load(logprobs_T + token))
         values = tl.where(columns == tl.load(targets_T + token), at_target, values)
@@ -118,6 +135,7 @@ def gradient(
     grad_loss: Tensor,
     scale: float,
     out: Tensor,
+    tokens: Tensor | None = None,
 ) -> None:
     """One read of the logits of rows that have a gradient, one write of all.
 
@@ -128,13 +146,14 @@ def gradient(
         grad_logprobs: (T,) float32, contiguous.
         grad_loss: one value, float32 or float64, on the device; it multiplies ``grad_logprobs``.
         scale: 1 / temperature.
-        out: like ``logits``, or they themselves; written.
+        out: (T, V), columns contiguous, or ``logits`` themselves; written.
+        tokens: (N,) int64: the tokens that ``out`` (N, V) has rows for. None: all, in order.
     """
-    num_tokens, vocabulary = logits.shape
-    if not logits.numel():
+    vocabulary = logits.shape[1]
+    if not out.numel():
         return
     row = launch("_logits_gradient_kernel", logits.device, logits.dtype)
-    grid = (num_tokens, triton.cdiv(vocabulary, row.blocks["BLOCK_V"]))
+    grid = (out.shape[0], triton.cdiv(vocabulary, row.blocks["BLOCK_V"]))
     with on_device(logits.device):
         _logits_gradient_kernel[grid](
             logits,
@@ -143,6 +162,7 @@ def gradient(
             *rows,
             grad_logprobs,
             grad_loss,
+            tokens,
             logits.stride(0),
             out.stride(0),
             vocabulary,
@@ -174,31 +194,40 @@ def _stats_spec(dtype: torch.dtype) -> KernelSpec:
     )
 
 
-def _gradient_spec(dtype: torch.dtype) -> KernelSpec:
+def _gradient_spec(dtype: torch.dtype, chunk: bool = False) -> KernelSpec:
+    """``chunk``: of float32 logits of listed tokens, into bfloat16, as ``triton_head_chunks`` launches it."""
+    out = torch.bfloat16 if chunk else dtype
+
     def work(launch_row: Launch) -> Work:
         size = _TOKENS * _VOCABULARY
-        moved = 2 * size * dtype.itemsize + 24 * _TOKENS
+        moved = size * (dtype.itemsize + out.itemsize) + 24 * _TOKENS
         repeated = 24 * _TOKENS * (-(-_VOCABULARY // launch_row.blocks["BLOCK_V"]) - 1)
         # Per logit: difference, two products, exp2, product.
         return Work(f"T={_TOKENS} V={_VOCABULARY}", moved, moved + repeated, 5 * size)
 
-    pointers = {"logits_TV": f"*{TRITON_TYPES[dtype]}", "grad_logits_TV": f"*{TRITON_TYPES[dtype]}"}
+    tokens = {"tokens_N": "*i64"} if chunk else {}
     return KernelSpec(
         kernel=_logits_gradient_kernel,
         dtype=dtype,
         arguments={
-            **pointers,
+            "logits_TV": f"*{TRITON_TYPES[dtype]}",
+            "grad_logits_TV": f"*{TRITON_TYPES[out]}",
             **_ROWS,
             "grad_logprobs_T": "*fp32",
             "grad_loss": "*fp32",
+            **tokens,
             **_SIZES,
             "grad_row_stride": "i32",
         },
-        constexprs={},
+        constexprs={} if chunk else {"tokens_N": None},
         work=work,
+        variant="chunk" if chunk else "",
         divisible=frozenset({"row_stride", "grad_row_stride", "vocabulary"}),
         wide_store=True,
     )
 
 
-KERNEL_SPECS = [make(dtype) for make in (_stats_spec, _gradient_spec) for dtype in TRITON_TYPES]
+KERNEL_SPECS = [
+    *(make(dtype) for make in (_stats_spec, _gradient_spec) for dtype in TRITON_TYPES),
+    _gradient_spec(torch.float32, chunk=True),
+]

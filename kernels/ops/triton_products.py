@@ -1,4 +1,5 @@
-"""Matrix products and rounding in Triton kernels, right on a GPU and under the interpreter. Imported with triton only.
+"""Matrix products and rounding in and around Triton kernels, right on a GPU and under the interpreter. Imported with triton
+only.
 
 Triton 3.9's interpreter multiplies the bit patterns of bfloat16 operands of ``tl.dot`` as if they were integers, and
 rounds float32 to bfloat16 towards zero. Interpreted, products are therefore of operands widened to float32, which holds
@@ -7,8 +8,10 @@ their exact values, and rounding is done on the bits. Compiled, each of the two 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from balcaprl.kernels.launch import interpreting
 
@@ -32,3 +35,14 @@ def narrowed(x, dtype: tl.constexpr):
         # NaN's bits would overflow; an infinity's are its own.
         x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+def float32_product(x: Tensor, y: Tensor, total: Tensor | None = None) -> Tensor:
+    """total (None: 0) + x @ y in float32, by torch; ``total`` may be written."""
+    if x.dtype != torch.float32 and x.device.type == "cpu":  # interpreted: torch has this product on GPUs only
+        x, y = x.float(), y.float()
+    if x.dtype == torch.float32:
+        return x @ y if total is None else total.addmm_(x, y)
+    if total is None:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return torch.addmm(total, x, y, out_dtype=torch.float32)

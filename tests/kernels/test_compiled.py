@@ -107,6 +107,13 @@ def test_the_tables_show_the_committed_rows() -> None:
     assert text == compile_report.render(list(COMMITTED.values()), compiler)
 
 
+def test_what_is_divisible_is_specialised_on(specs: dict[str, KernelSpec]) -> None:
+    """Else the report would show wider access than a launch has."""
+    for name, spec in specs.items():
+        plain = {p.name for p in spec.kernel.params if p.do_not_specialize}  # type: ignore[attr-defined]
+        assert not plain & spec.divisible, name
+
+
 def test_every_kernel_is_registered(specs: dict[str, KernelSpec]) -> None:
     defined = {
         node.name

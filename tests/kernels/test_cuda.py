@@ -174,10 +174,11 @@ def test_autocast_casts_the_head() -> None:
     assert (gradients[1] - exact[2]).norm() < 2e-2 * exact[2].norm()
 
 
-def test_no_logits_are_stored() -> None:
-    """Forward and backward of 8192 tokens over 152,064 entries: the logits alone would take 2.3 GiB."""
+@pytest.mark.parametrize("tokens", [8192, 65_536])
+def test_memory_does_not_grow_with_tokens(tokens: int) -> None:
+    """Forward and backward over 152,064 entries: the logits alone would take 2.3 or 18.6 GiB in bfloat16."""
     generator = torch.Generator("cuda").manual_seed(0)
-    tokens, vocabulary = 8192, 152_064
+    vocabulary = 152_064
     hidden = torch.randn(tokens, 512, generator=generator, device="cuda").bfloat16().requires_grad_()
     weight = torch.randn(vocabulary, 512, generator=generator, device="cuda").bfloat16().requires_grad_()
     targets = torch.randint(0, vocabulary, (tokens,), generator=generator, device="cuda")
@@ -186,4 +187,4 @@ def test_no_logits_are_stored() -> None:
     before = torch.cuda.memory_allocated()
     linear_policy_loss(hidden, weight, targets, None, *rollouts).loss.backward()
     gradients = 2 * (hidden.numel() + weight.numel())
-    assert torch.cuda.max_memory_allocated() - before - gradients < 400 << 20
+    assert torch.cuda.max_memory_allocated() - before - gradients < 1200 << 20

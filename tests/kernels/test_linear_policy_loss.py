@@ -452,8 +452,11 @@ def test_strided_and_overlapping_tensors(impl: str) -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiles of 16, so that small problems take several of them, and several slices of the vocabulary."""
+    """Tiles of 16 and chunks of few tokens, so that small problems take several, and several slices of the vocabulary."""
     triton_head = importlib.import_module("balcaprl.kernels.triton_head")
+    chunks = importlib.import_module("balcaprl.kernels.triton_head_chunks")
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 6000)
+    monkeypatch.setattr(chunks, "_TILE_TOKENS", 4)
     monkeypatch.setattr(triton_head, "_SLICE_BYTES", 4000)
     monkeypatch.setattr(triton_head, "_WANTED_PROGRAMS", 6)
     tiles = {
@@ -469,9 +472,26 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=["in chunks", "recomputed"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of a chunk kept, or computed again as if there were too many chunks."""
+    if request.param == "recomputed":
+        chunks = importlib.import_module("balcaprl.kernels.triton_head_chunks")
+        monkeypatch.setattr(chunks, "_MAX_CHUNKS", 0)
+
+
 TRITON_SHAPES = [(t, d, v) for t in (1, 5, 17, 40) for d, v in ((3, 4), (5, 17), (16, 31), (20, 64), (33, 75))]
 TRITON_SHAPES += [(t, d, v) for t in (2, 16, 31, 33) for d, v in ((1, 2), (7, 33), (15, 49), (17, 16), (34, 63))]
 TRITON_SHAPES += [(1, 1, 1), (64, 2, 5), (3, 65, 129)]
+
+
+def test_size_of_chunks() -> None:
+    size = importlib.import_module("balcaprl.kernels.triton_head_chunks").chunk_size
+    assert size(100, 32_064, 2) == 128
+    assert size(8192, 152_064, 2) == 1024, "equal, of whole tiles, within a GiB"
+    assert size(8193, 152_064, 2) == 1152
+    assert size(65_536, 152_064, 2) is None, "rounded too often"
+    assert size(3, 1 << 30, 4) == 1
 
 
 @pytest.mark.interpreter
@@ -484,7 +504,7 @@ def test_triton_is_as_accurate_as_the_reference(dtype: torch.dtype, shape: tuple
 
 
 @pytest.mark.interpreter
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("small_tiles", "both_ways")
 def test_triton_leaves_out_tokens_without_gradient() -> None:
     data = problem(50, 16, 40, dtype=torch.float32)
     data["advantages"][::2] = 0.0
@@ -519,8 +539,9 @@ def test_triton_filter_skips_tiles() -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.usefixtures("small_tiles")
-def test_triton_poisoned_memory_scaling_and_strides() -> None:
+@pytest.mark.usefixtures("small_tiles", "both_ways")
+@pytest.mark.parametrize("filter_eps", [None, 1e-9])
+def test_triton_poisoned_memory_scaling_and_strides(filter_eps: float | None) -> None:
     data = problem(24, 6, 37, dtype=torch.float32)
     expected = loss_and_gradients(linear_policy_loss_reference, data)
     strided = {
@@ -530,7 +551,7 @@ def test_triton_poisoned_memory_scaling_and_strides() -> None:
     }
     torch.use_deterministic_algorithms(True)
     try:
-        loss = linear_policy_loss(**{**data, **strided}, impl="triton", filter_eps=1e-9).loss
+        loss = linear_policy_loss(**{**data, **strided}, impl="triton", filter_eps=filter_eps).loss
     finally:
         torch.use_deterministic_algorithms(False)
     for _ in range(2):
@@ -550,7 +571,7 @@ def test_triton_poisoned_memory_scaling_and_strides() -> None:
         ("impl", {"hidden": torch.randn(4, 3).double(), "weight": torch.randn(5, 3).double()}),
     ],
 )
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("small_tiles", "both_ways")
 def test_triton_bad_argument_is_named(argument: str, changes: Problem) -> None:
     with pytest.raises(ValueError, match=f"^{argument}: "):
         linear_policy_loss(**{**problem(4, 3, 5, dtype=torch.float32), "impl": "triton", **changes})

@@ -162,11 +162,12 @@ EXTRAS = [{}, {**FULL, "temperature": 0.6, "reduction": "sequence-mean"}]
 @pytest.mark.parametrize(("lengths", "vocabulary"), SHAPES)
 def test_accuracy(impl: str, dtype: torch.dtype, lengths: tuple[int, ...], vocabulary: int) -> None:
     """The rule over several batches: of a few numbers the plain version's error is small by luck now and then."""
+    num_seeds = 12 if impl != "triton" else 2 if sum(lengths) > 6 else 5  # the interpreter is slow
     for extra in EXTRAS:
         # Actual, working, exact; of each the gradients and the scalars of all batches.
         gradients: list[list[Tensor]] = [[], [], []]
         scalars: list[list[Tensor]] = [[], [], []]
-        for seed in range(2 if impl == "triton" else 12):  # the interpreter is slow
+        for seed in range(num_seeds):
             data = batch(lengths, vocabulary, dtype, seed=seed, temperature=extra.get("temperature", 1.0))
             results = (
                 run(logits_policy_loss, data, impl=impl, **extra),
