@@ -292,7 +292,7 @@ def rendered(results: Results, root: Path = ROOT) -> dict[Path, str]:
         path = root / file
         texts[path] = with_block(texts.get(path) or path.read_text("utf-8"), name, render(results))
     updates, path = updates_measured(), root / "README.md"
-    links = [update_plot_path(device).relative_to(ROOT).as_posix() for device in updates.devices]
+    links = [update_plot_path(device).relative_to(ROOT).as_posix() for device in update_report.swept_devices(updates)]
     syncs, steps = Table.load(RESULTS / "sync", "size", "way"), Table.load(RESULTS / "train_step", "pixels", "provider")
     more = {
         "update_step": update_report.block(updates, links),
@@ -378,7 +378,7 @@ def differences(results: Results, root: Path = ROOT) -> list[str]:
         if rows and _drawn_digest(plot_path(device)) != digest(rows):
             found.append(f"{plot_path(device).name}: not drawn from bench/results; run python bench/report.py")
     updates = updates_measured()
-    for device in updates.devices:
+    for device in update_report.swept_devices(updates):
         path = update_plot_path(device)
         if _drawn_digest(path) != digest(update_report.drawn_points(updates, device)):
             found.append(f"{path.name}: not drawn from bench/results; run python bench/report.py")
@@ -409,7 +409,7 @@ def main() -> None:
         if drawn_rows(results, device):
             draw(results, device)
     updates = updates_measured()
-    for device in updates.devices:
+    for device in update_report.swept_devices(updates):
         metadata = {PLOT_KEY: digest(update_report.drawn_points(updates, device))}
         update_report.draw(updates, device, update_plot_path(device), metadata)
 

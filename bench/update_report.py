@@ -109,6 +109,7 @@ def goals(results: UpdateResults) -> list[tuple[str, float, str, float]]:
     """(what, value, "at most" or "at least", bound) of each goal whose rows are there."""
     found: list[tuple[str, float, str, float]] = []
     for device in results.devices:
+        goals_here: list[tuple[str, float, str, float]] = []
         shares: list[tuple[float, str]] = []
         for case in results.cases(device):
             rows = results.timed(device, case)
@@ -116,14 +117,16 @@ def goals(results: UpdateResults) -> list[tuple[str, float, str, float]]:
             if measured is None:
                 continue
             if rows["ours"]["acceptance"]:
-                found += _acceptance(rows, case)
+                goals_here += _acceptance(rows, case)
             if rows["ours"]["predicted_ratio"] > WORTH_PREDICTING:
                 shares.append((measured / rows["ours"]["predicted_ratio"], case))
         if shares:
             least, case = min(shares)
             what = f"least share of the predicted ratio above {WORTH_PREDICTING:g}, over {len(shares)} cases ({case})"
-            found.append((what, least, "at least", LEAST_SHARE))
-        found += _choices(results, device)
+            goals_here.append((what, least, "at least", LEAST_SHARE))
+        goals_here += _choices(results, device)
+        where = f", {device}" if len(results.devices) > 1 else ""
+        found += [(f"{what}{where}", *rest) for what, *rest in goals_here]
     return found
 
 
@@ -194,6 +197,11 @@ def drawn_points(results: UpdateResults, device: str) -> list[tuple[str, str, fl
             if "ours" in rows:
                 found.append((swept, "predicted", row[swept], rows["ours"]["predicted_ratio"]))
     return sorted(found)
+
+
+def swept_devices(results: UpdateResults) -> list[str]:
+    """Those with something to draw."""
+    return [device for device in results.devices if drawn_points(results, device)]
 
 
 def draw(results: UpdateResults, device: str, path: Path, metadata: dict[str, str]) -> None:

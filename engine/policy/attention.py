@@ -7,16 +7,21 @@ packed batch reaches it without a change of the model. For a name without a mask
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from balcaprl.kernels import SharedPrefixLayout, shared_prefix_attention
 
 SHARED_PREFIX = "balcaprl_shared_prefix"
 """The name under which the attention of packed groups is registered."""
+IMAGE_SEGMENTS = "balcaprl_flash_image_segments"
+"""That of the image towers' attention. transformers hands the segments' offsets to names with "flash" in them alone."""
 
 
 def shared_prefix_forward(
@@ -44,23 +49,81 @@ def shared_prefix_forward(
     return out[None], None
 
 
+def image_segments_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """A tower's attention within images or windows: one call for all segments of a length, where transformers' own code calls
+    once for each segment. (1, H, T, head_dim) in, (1, T, H, head_dim) out."""
+    parts, places = [], []
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    for length, at in _segments_of(cu_seq_lens_q):
+        q_part, k_part, v_part = (x[at].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+        part = F.scaled_dot_product_attention(q_part, k_part, v_part, dropout_p=dropout, scale=scaling)
+        parts.append(part.transpose(1, 2).flatten(0, 1))
+        places.append(at)
+    if len(parts) == 1:
+        return parts[0][None], None
+    tokens = torch.arange(q.shape[0], device=q.device)
+    order = torch.cat([tokens[at] for at in places])
+    return torch.cat(parts).index_select(0, order.argsort())[None], None
+
+
+def _segments_of(offsets: Tensor) -> list[tuple[int, slice | Tensor]]:
+    """(length, its segments' tokens in order) for each length; a slice where they lie one after the other.
+
+    Kept with the offsets, which all blocks of a tower share: they are read from the device once.
+    """
+    found: list[tuple[int, slice | Tensor]] | None = getattr(offsets, "balcaprl_segments", None)
+    if found is None:
+        bounds = offsets.tolist()
+        begins: dict[int, list[int]] = {}
+        for begin, end in itertools.pairwise(bounds):
+            if end > begin:
+                begins.setdefault(end - begin, []).append(begin)
+        found = [(length, _tokens_of(length, firsts, offsets.device)) for length, firsts in begins.items()]
+        offsets.balcaprl_segments = found  # type: ignore[attr-defined]
+    return found
+
+
+def _tokens_of(length: int, begins: list[int], device: torch.device) -> slice | Tensor:
+    if begins == list(range(begins[0], begins[0] + length * len(begins), length)):
+        return slice(begins[0], begins[-1] + length)
+    return (torch.tensor(begins)[:, None] + torch.arange(length)).flatten().to(device)
+
+
 @functools.cache
 def register() -> None:
-    """Make the function known to transformers."""
+    """Make the functions known to transformers."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(SHARED_PREFIX, shared_prefix_forward)
+    AttentionInterface.register(IMAGE_SEGMENTS, image_segments_forward)
 
 
 @contextmanager
 def using_attention(config: Any, name: str) -> Iterator[None]:
-    """The text model of ``config`` attends by the function of that name."""
+    """The text model or tower of ``config`` attends by the function of that name."""
     before = config._attn_implementation
     config._attn_implementation = name
     try:
         yield
     finally:
         config._attn_implementation = before
+
+
+def calling_once_for_segments(tower_config: Any) -> AbstractContextManager:
+    """A tower that takes ``sdpa`` attends by ``image_segments_forward``; one that was given another function keeps it."""
+    plain = tower_config._attn_implementation == "sdpa"
+    return using_attention(tower_config, IMAGE_SEGMENTS) if plain else nullcontext()
 
 
 def sharing_obstacle(config: Any, longest: int) -> str | None:
@@ -75,16 +138,25 @@ def sharing_obstacle(config: Any, longest: int) -> str | None:
     return None
 
 
-def enable_checkpointing(model: Any, config: Any) -> None:
+def enable_checkpointing(model: Any, *configs: Any) -> None:
     """Keep only layer inputs in the forward, and compute the rest again in the backward.
 
-    The recomputation runs after ``using_attention`` has been left: it enters it again under the name that the forward had.
+    The recomputation runs after ``using_attention`` has been left: it enters it again under the names that ``configs``
+    (text model, tower) had in the forward.
     """
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), using_attention(config, config._attn_implementation)
+        return nullcontext(), _using_all([(config, config._attn_implementation) for config in configs])
 
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+
+
+@contextmanager
+def _using_all(names: list[tuple[Any, str]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for config, name in names:
+            stack.enter_context(using_attention(config, name))
+        yield
 
 
 @contextmanager

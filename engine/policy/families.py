@@ -14,6 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from balcaprl.policy.attention import calling_once_for_segments
+
 logger = logging.getLogger(__name__)
 
 
@@ -110,9 +112,10 @@ class QwenVL(Family):
 
     def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
         """See ``Family``."""
-        output = model.model.get_image_features(
-            image_inputs["pixel_values"], image_inputs["image_grid_thw"], return_dict=True
-        )
+        with calling_once_for_segments(model.model.visual.config):
+            output = model.model.get_image_features(
+                image_inputs["pixel_values"], image_inputs["image_grid_thw"], return_dict=True
+            )
         deepstack = tuple(torch.cat(list(each)) for each in getattr(output, "deepstack_features", None) or ())
         return ImageFeatures(torch.cat(list(output.pooler_output)), deepstack)
 

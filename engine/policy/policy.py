@@ -349,7 +349,8 @@ class Policy:
 
     def enable_gradient_checkpointing(self) -> None:
         """Let ``hidden_states`` keep only the inputs of layers for its backward, and compute the rest again in it."""
-        enable_checkpointing(self.stock_model, self.text_model.config)
+        tower = getattr(self.stock_model.config, "vision_config", None)
+        enable_checkpointing(self.stock_model, self.text_model.config, *([] if tower is None else [tower]))
 
     def compile_layers(self) -> None:
         """Compile each decoder layer with ``torch.compile``, for batches of any size."""

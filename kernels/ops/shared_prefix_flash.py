@@ -1,5 +1,6 @@
 """``impl="flash"`` of ``shared_prefix_attention``: two calls of flash-attn's variable-length kernels, joined. CUDA, half
-precision. Tested against a stand-in of the same signatures in plain PyTorch; not yet run on a GPU.
+precision. Tested against a stand-in of the same signatures in plain PyTorch. FlashAttention 4 ran on an H200, heads of 64 and
+128, as accurate as the plain formulation; 2 and 3 have not yet run.
 
 *Formulation.* Call 1: every segment causally on itself, prompts and completions alike. Call 2: all completion tokens of
 a group, as one sequence of queries, on the group's prompt without a mask. With lse = log(exp lse_1 + exp lse_2)::

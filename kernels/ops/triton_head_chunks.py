@@ -65,6 +65,7 @@ def logprobs_and_gradients(
         # The products of the chunk before keep the GPU busy until the host knows how many tokens this one has to list.
         if waiting is not None:
             sums.add(*waiting)
+            waiting = None  # so that this chunk's gradient takes its memory
         tokens = listed.tokens()
         grad_logits = _empty_rows(head.hidden, len(logits if tokens is None else tokens), logits.shape[1])
         triton_logits.gradient(logits, targets, parts[-1], grad_logprobs, one, head.scale, grad_logits, tokens)

@@ -66,7 +66,7 @@ def _logits_stats_kernel(
     tl.store(max_T + token, row_max)
     tl.store(sum_T + token, total)
     # Rounded once: the loss sees its error as one of the ratio's.
-    logprob = (chosen - row_max).to(tl.float64) * scale - tl.log(total.to(tl.float64))
+    logprob = (chosen.to(tl.float64) - row_max.to(tl.float64)) * scale - tl.log(total.to(tl.float64))
     tl.store(logprobs_T + token, logprob.to(tl.float32))
 
 
