@@ -117,6 +117,8 @@ class Trainer:
                 self.timer.start_step()
                 with self._saved_if_the_judge_stops():
                     sampled = self.sample_groups()
+                    if sampled.scorer.works_in_background:
+                        self.begin_update(sampled.groups)
                     stats = self.score_groups(sampled)
                 groups = sampled.groups
                 write_advantages(groups, config.reward, config.advantage)
@@ -143,6 +145,11 @@ class Trainer:
         """Wait until every completion is judged; one that cannot be scored is counted and left out."""
         with self.timer("score"):
             return sampled.scorer.finish()
+
+    def begin_update(self, groups: list[RolloutGroup]) -> None:
+        """What the update can do before the last completions are judged."""
+        with self.timer("update"):
+            self.update.begin(groups)
 
     def update_policy(self, groups: list[RolloutGroup]) -> dict[str, float]:
         """``epochs_per_batch`` updates from one batch of rollouts; returns the loss metrics of the last."""

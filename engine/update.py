@@ -50,14 +50,20 @@ class WithoutAdapter:
             return self._policy.logprobs(packed, temperature)
 
 
+Members = list[tuple[int, list[int]]]
+"""(group, its rollouts) of a part, as ``Plan`` has them."""
+
+
 @dataclass
 class UpdatePart:
-    """One part of a batch, packed, with its slice of everything the loss needs."""
+    """One part of a batch, packed, with its slice of what the loss needs."""
 
+    members: Members
     packed: PackedBatch
-    advantages: Tensor
     sampling_logprobs: Tensor
     num_tokens: int
+    hidden: Tensor | None = None
+    """Of a forward that is made and waits for its loss."""
     old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
 
@@ -83,51 +89,76 @@ class PolicyUpdate:
     ) -> None:
         self.policy, self.optimizer, self.config = policy, optimizer, config
         self.reference, self._on_first_logprobs = reference, on_first_logprobs
+        self._begun: UpdatePart | None = None
+
+    def begin(self, groups: Sequence[RolloutGroup]) -> None:
+        """Make the first part's forward while the batch is still being judged; ``run`` goes on from there.
+
+        Which of its rollouts will have an advantage of 0 is not known yet: those of this part take part.
+        """
+        plan, sharing = self._plan(groups, [_places_with_tokens(group) for group in groups])
+        if plan.parts:
+            self._begun = self._pack(groups, plan.parts[0], sharing)
+            self._add_reference(self._begun)
+            self._begun.hidden = self.policy.hidden_states(self._begun.packed)
 
     def run(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
         """``epochs_per_batch`` updates from one batch; the metrics of the last, and of the batch."""
         peak = PeakMemory(self.policy.device)
-        parts, batch_metrics = self.pack_parts(groups)
+        begun, self._begun = self._begun, None
         epochs = self.config.optim.epochs_per_batch
-        if not parts:  # nothing to learn from: an update would only follow old momentum
+        if not any(self._places(group) for group in groups):
+            # Nothing to learn from: an update would only follow old momentum.
             unknown = dict.fromkeys((*LOSS_METRICS, "grad_norm", "lr"), math.nan)
             return {**unknown, "num_skipped_updates": float(epochs), "num_nonfinite_updates": 0.0}
+        parts, batch_metrics = self.pack_parts(groups, begun)
         normalizer = self._normalizer(groups)
-        updates = [self._accumulate(parts, normalizer) | self.optimizer.step() for _ in range(epochs)]
+        updates = [self._accumulate(groups, parts, normalizer) | self.optimizer.step() for _ in range(epochs)]
         num_nonfinite = sum(update["num_nonfinite_updates"] for update in updates)
         counts = {"num_skipped_updates": 0.0, "num_nonfinite_updates": num_nonfinite}
         return {**updates[-1], **counts, **batch_metrics, "memory/update_peak_gib": peak.gib()}
 
-    def pack_parts(self, groups: Sequence[RolloutGroup]) -> tuple[list[UpdatePart], dict[str, float]]:
+    def pack_parts(
+        self, groups: Sequence[RolloutGroup], begun: UpdatePart | None = None
+    ) -> tuple[list[UpdatePart], dict[str, float]]:
         """The batch in parts, and what they say of it: how many, and the tokens that go through the model.
 
         Rollouts that carry no gradient are left out: empty ones, and, unless the divergence term is on, those whose advantage
-        is exactly 0. Their tokens still count in the global denominator.
+        is exactly 0. Their tokens still count in the global denominator. ``begun`` is the first part if there is one.
         """
-        plan, sharing = self._plan(groups)
-        parts = [self._pack(groups, members, sharing) for members in plan.parts]
+        taken = {index: set(places) for index, places in begun.members} if begun else {}
+        left = [
+            [place for place in self._places(group) if place not in taken.get(index, ())]
+            for index, group in enumerate(groups)
+        ]
+        plan, sharing = self._plan(groups, left, num_begun=int(begun is not None))
+        first = [] if begun is None else [begun]
+        parts = first + [self._pack(groups, members, sharing) for members in plan.parts]
         metrics = {
             "num_parts": float(len(parts)),
-            "num_split_groups": float(plan.num_split_groups),
-            "shared_prompts": float(sharing == "shared"),
+            "num_split_groups": float(Plan([part.members for part in parts]).num_split_groups),
+            "shared_prompts": float(all(part.packed.prefix_layout is not None for part in parts)),
             "forward_tokens": float(sum(part.packed.num_forward_tokens for part in parts)),
         }
         return parts, metrics
 
-    def _plan(self, groups: Sequence[RolloutGroup]) -> tuple[Plan, Sharing]:
-        """How the batch is cut, and in which layout its parts are packed."""
+    def _places(self, group: RolloutGroup) -> list[int]:
+        """The rollouts of a group that have a gradient, once their advantages are known."""
+        every = _places_with_tokens(group)
+        return [j for j in every if self.reference is not None or group.rollouts[j].advantage != 0.0]
+
+    def _plan(
+        self, groups: Sequence[RolloutGroup], places: Sequence[Sequence[int]], *, num_begun: int = 0
+    ) -> tuple[Plan, Sharing]:
+        """How the given rollouts of each group are cut, beside parts that have begun, and in which layout they are packed."""
         settings = self.config.optim
         lengths = [
             GroupLengths(
                 prompt=len(group.prompt.prompt_ids),
-                completions={
-                    place: len(rollout.completion.token_ids)
-                    for place, rollout in enumerate(group.rollouts)
-                    if rollout.completion.token_ids and (self.reference is not None or rollout.advantage != 0.0)
-                },
+                completions={place: len(group.rollouts[place].completion.token_ids) for place in of_group},
                 name=group.prompt.sample.sample_id,
             )
-            for group in groups
+            for group, of_group in zip(groups, places, strict=True)
         ]
         shares = self.policy.shares_prompts(
             [each.prompt for each in lengths],
@@ -135,30 +166,36 @@ class PolicyUpdate:
             settings.prompt_sharing,
         )
         cut = plan_shared if shares else plan_repeated
-        return cut(lengths, settings.accumulation_steps, settings.token_budget), "shared" if shares else "repeated"
+        count = max(1, settings.accumulation_steps - num_begun)
+        return cut(lengths, count, settings.token_budget), "shared" if shares else "repeated"
 
-    def _pack(
-        self, groups: Sequence[RolloutGroup], members: Sequence[tuple[int, list[int]]], sharing: Sharing
-    ) -> UpdatePart:
-        """One part: the rollouts at the given (group, places), in order."""
-        device = self.policy.device
+    def _pack(self, groups: Sequence[RolloutGroup], members: Members, sharing: Sharing) -> UpdatePart:
+        """One part: the given rollouts, in order."""
         by_group = [(groups[i].prompt, [groups[i].rollouts[j] for j in places]) for i, places in members]
         rollouts = [rollout for _, each in by_group for rollout in each]
         sampling = [value for rollout in rollouts for value in rollout.completion.sampling_logprobs]
         return UpdatePart(
+            members=members,
             packed=self.policy.pack([to_policy_group(prompt, each) for prompt, each in by_group], sharing),
-            advantages=torch.tensor([rollout.advantage for rollout in rollouts], dtype=torch.float32, device=device),
-            sampling_logprobs=torch.tensor(sampling, dtype=torch.float32, device=device),
+            sampling_logprobs=torch.tensor(sampling, dtype=torch.float32, device=self.policy.device),
             num_tokens=len(sampling),
         )
 
-    def _accumulate(self, parts: list[UpdatePart], normalizer: float) -> dict[str, float]:
+    def _add_reference(self, part: UpdatePart) -> None:
+        """The reference's log-probabilities, if the part has none yet."""
+        if self.reference is not None and part.reference_logprobs is None:
+            with torch.no_grad():
+                part.reference_logprobs = self.reference.logprobs(part.packed, self.config.rollout.sampling.temperature)
+
+    def _accumulate(
+        self, groups: Sequence[RolloutGroup], parts: list[UpdatePart], normalizer: float
+    ) -> dict[str, float]:
         """Gradients of all parts; returns the loss and the token-weighted means of its metrics."""
         num_tokens = sum(part.num_tokens for part in parts)
         shares = [part.num_tokens / num_tokens for part in parts]
         rows = []
         for part in parts:
-            result = self._loss(part, normalizer)
+            result = self._loss(part, self._advantages(groups, part), normalizer)
             result.loss.backward()
             rows.append(torch.stack([getattr(result, name).detach() for name in LOSS_METRICS]))
         # One read for all parts: on a GPU each would wait for what is queued.
@@ -166,22 +203,27 @@ class PolicyUpdate:
         means = {name: sum(s * v for s, v in zip(shares, columns[name], strict=True)) for name in _MEANS}
         return {"loss": sum(columns["loss"]), **means, "ratio_max": max(columns["ratio_max"])}
 
-    def _loss(self, part: UpdatePart, normalizer: float) -> PolicyLoss:
+    def _advantages(self, groups: Sequence[RolloutGroup], part: UpdatePart) -> Tensor:
+        """(R,) of the part's rollouts."""
+        values = [groups[i].rollouts[j].advantage for i, places in part.members for j in places]
+        return torch.tensor(values, dtype=torch.float32, device=self.policy.device)
+
+    def _loss(self, part: UpdatePart, advantages: Tensor, normalizer: float) -> PolicyLoss:
         """The loss of one part; its first forward leaves behind what later epochs need."""
-        settings, temperature = self.config.loss, self.config.rollout.sampling.temperature
-        if self.reference is not None and part.reference_logprobs is None:
-            with torch.no_grad():
-                part.reference_logprobs = self.reference.logprobs(part.packed, temperature)
+        settings = self.config.loss
+        self._add_reference(part)
         is_first = part.old_logprobs is None
         logprobs = torch.empty_like(part.sampling_logprobs)
-        hidden = self.policy.hidden_states(part.packed)
+        hidden, part.hidden = part.hidden, None
+        if hidden is None:
+            hidden = self.policy.hidden_states(part.packed)
         with self.policy.autocast():
             result = linear_policy_loss(
                 hidden,
                 self.policy.lm_head_weight,
                 part.packed.targets,
                 part.old_logprobs,
-                part.advantages,
+                advantages,
                 part.packed.cu_seqlens,
                 clip_low=settings.clip_low,
                 clip_high=settings.clip_high,
@@ -191,7 +233,7 @@ class PolicyUpdate:
                 kl_coef=settings.kl_coef,
                 reduction=settings.reduction,
                 normalizer=normalizer,
-                temperature=temperature,
+                temperature=self.config.rollout.sampling.temperature,
                 logprobs_out=logprobs,
             )
         if is_first and self._on_first_logprobs is not None:
@@ -208,6 +250,10 @@ class PolicyUpdate:
         if self.config.loss.reduction == "sequence-mean":
             return float(len(lengths))
         return float(len(lengths) * self.config.rollout.sampling.max_completion_tokens)
+
+
+def _places_with_tokens(group: RolloutGroup) -> list[int]:
+    return [place for place, rollout in enumerate(group.rollouts) if rollout.completion.token_ids]
 
 
 def to_policy_group(prompt: Prompt, rollouts: Sequence[Rollout]) -> Group:

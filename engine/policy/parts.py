@@ -5,6 +5,7 @@ The loss has a global denominator, so that no cut changes the result; it only bo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,8 +30,12 @@ class Plan:
 
     parts: list[list[tuple[int, list[int]]]]
     """For each part its (group, completions), both ascending."""
-    num_split_groups: int = 0
-    """Groups whose prompt goes through the model in more than one part."""
+
+    @property
+    def num_split_groups(self) -> int:
+        """Groups whose prompt goes through the model in more than one part."""
+        homes = Counter(group for part in self.parts for group, _ in part)
+        return sum(count > 1 for count in homes.values())
 
 
 def shared_tokens(prompt: int, lengths: Sequence[int]) -> int:
@@ -55,10 +60,8 @@ def plan_shared(groups: Sequence[GroupLengths], num_parts: int, token_budget: in
         ValueError: A prompt with a single completion exceeds the budget; names the group.
     """
     items: list[tuple[int, int, list[int]]] = []  # tokens, group, completions
-    num_split = 0
     for index, group in enumerate(groups):
         pieces = _pieces(index, group, token_budget) if group.completions else []
-        num_split += len(pieces) > 1
         items += [
             (shared_tokens(group.prompt, [group.completions[j] for j in piece]), index, sorted(piece))
             for piece in pieces
@@ -72,7 +75,7 @@ def plan_shared(groups: Sequence[GroupLengths], num_parts: int, token_budget: in
             break
         count += 1
     # Pieces of one group that meet in a part become one again.
-    return Plan([_merged(each) for each in bins], num_split)
+    return Plan([_merged(each) for each in bins])
 
 
 def plan_repeated(groups: Sequence[GroupLengths], num_parts: int, token_budget: int | None) -> Plan:
@@ -92,12 +95,7 @@ def plan_repeated(groups: Sequence[GroupLengths], num_parts: int, token_budget: 
         if token_budget is None or all(len(part) * part[-1][0] <= token_budget for part in parts):
             break
         count += 1
-    plan = [_merged([(tokens, i, [j]) for tokens, i, j in part]) for part in parts]
-    homes: dict[int, set[int]] = {}
-    for number, part in enumerate(plan):
-        for i, _ in part:
-            homes.setdefault(i, set()).add(number)
-    return Plan(plan, sum(len(each) > 1 for each in homes.values()))
+    return Plan([_merged([(tokens, i, [j]) for tokens, i, j in part]) for part in parts])
 
 
 def _pieces(index: int, group: GroupLengths, budget: int | None) -> list[list[int]]:

@@ -139,6 +139,11 @@ class GroupScorer:
         self._pool = ThreadPoolExecutor(1, "custom-rewards") if self._custom.names else None
         self._extra: list[Future[list[dict[str, float]]]] = []
 
+    @property
+    def works_in_background(self) -> bool:
+        """Whether scores are made while the caller does something else."""
+        return self._batch is not None or self._pool is not None
+
     def add(self, number: int, sample: Sample, rollout: Rollout) -> None:
         """Hand over one rollout of a group that is still being sampled; ``number`` names the group, also to ``submit``."""
         if self._batch is None:

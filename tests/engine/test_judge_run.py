@@ -14,8 +14,10 @@ from balcaprl.cli import main
 from balcaprl.config import TrainConfig
 from balcaprl.metrics import read_jsonl
 from balcaprl.policy.tiny import build_tiny_qwen
+from balcaprl.rewards import GroupScorer
 from balcaprl.trainer import Trainer
 from balcaprl.types import JudgeStoppedError
+from balcaprl.update import PolicyUpdate
 
 CORPUS = ["There are two shapes on a white background. A large solid red circle is at the top left."] * 3
 KEY = "sk-planted-4c0ffee5-0123456789abcdef"
@@ -110,6 +112,21 @@ def test_fifty_steps_learn_while_every_fault_is_drawn_at_a_fifth(tiny_model, tmp
     assert all(torch.isfinite(value).all() for value in after.values())
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert all(torch.isfinite(p).all() for p in trainer.policy.model.parameters())
+
+
+@pytest.mark.parametrize("judge", ["endpoint", "scene"])
+def test_the_update_begins_while_a_judge_still_works(tiny_model, tmp_path, monkeypatch, judge):
+    """One that works in the background; else nothing would be gained."""
+    order = []
+    for owner, name in ((PolicyUpdate, "begin"), (GroupScorer, "finish"), (PolicyUpdate, "run")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, name=name, original=original: (order.append(name), original(*a))[1])
+    with ScriptedServer() as server:
+        plain = plain_config(tiny_model, tmp_path / "run", server, steps=2)
+        plain["reward"]["judge"] = judge
+        run(plain)
+    expected = {"endpoint": ["begin", "finish", "run"], "scene": ["finish", "run"]}
+    assert order == 2 * expected[judge]
 
 
 def test_the_key_is_not_told_by_errors(tiny_model, tmp_path, capfd):

@@ -51,7 +51,7 @@ def batches(tiny_model):
     return steps
 
 
-def train(tiny_model, batches, *, adapter=False, policy=None, loss=None, model=None, **optim):
+def train(tiny_model, batches, *, adapter=False, begin=False, policy=None, loss=None, model=None, **optim):
     """Weights after the given steps, and the metrics of each."""
     options = {"lr": 1e-3, "warmup_steps": 0, "eps": 1e-4, **optim}
     config = TrainConfig.model_validate(
@@ -72,8 +72,21 @@ def train(tiny_model, batches, *, adapter=False, policy=None, loss=None, model=N
         policy.model.named_parameters(), config.optim, len(batches) * config.optim.epochs_per_batch
     )
     update = PolicyUpdate(policy, optimizer, config, reference)
-    metrics = [update.run(copy.deepcopy(groups)) for groups in batches]
+    metrics = []
+    for groups in batches:
+        if begin:
+            update.begin(unscored(groups))
+        metrics.append(update.run(copy.deepcopy(groups)))
     return {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}, metrics
+
+
+def unscored(groups):
+    """As they come from the sampler: no advantage is known."""
+    groups = copy.deepcopy(groups)
+    for group in groups:
+        for rollout in group.rollouts:
+            rollout.advantage = math.nan
+    return groups
 
 
 def assert_same(first, second, *, weights=2e-6):
@@ -117,6 +130,40 @@ def test_the_learning_curve_is_that_of_repeated_prompts(tiny_model, batches):
     start = dict(Policy.from_pretrained(tiny_model, device="cpu").model.named_parameters())
     moved = max((value - start[name]).abs().max() for name, value in shared[0].items())
     assert moved > 1e-3, "the policy must have learnt something"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *CASES.values(),
+        {"accumulation_steps": 3},
+        {"token_budget": 150},
+        {"prompt_sharing": "repeated", "accumulation_steps": 2},
+    ],
+    ids=str,
+)
+def test_a_forward_made_before_the_scores_changes_nothing(tiny_model, batches, options):
+    """Rollouts whose advantage turns out to be 0 take part in it, and add nothing."""
+    plain = train(tiny_model, batches[:2], **options)
+    begun = train(tiny_model, batches[:2], begin=True, **options)
+    assert (begun[1][0]["forward_tokens"] > plain[1][0]["forward_tokens"]) == ("kl_coef" not in options.get("loss", {}))
+    for a, b in zip(plain[1], begun[1], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    for name, value in plain[0].items():
+        assert (begun[0][name] - value).abs().max() < 2e-6, name
+
+
+def test_a_forward_made_for_a_batch_without_advantages_is_dropped(tiny_model, batches):
+    flat = copy.deepcopy(batches[0])
+    for group in flat:
+        for rollout in group.rollouts:
+            rollout.advantage = 0.0
+    weights, (skipped, after) = train(tiny_model, [flat, batches[0]], begin=True)
+    assert skipped["num_skipped_updates"] == 1
+    assert after["num_skipped_updates"] == 0
+    expected, _ = train(tiny_model, [flat, batches[0]])
+    assert all((weights[name] - value).abs().max() < 2e-6 for name, value in expected.items())
 
 
 @pytest.mark.parametrize("prompt_sharing", ["shared", "repeated"])

@@ -70,11 +70,13 @@ SHAPES = [
 
 
 @pytest.fixture(autouse=True)
-def small_tiles() -> Iterator[None]:
-    """Several tiles to a row under the interpreter."""
+def small_tiles(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Several tiles to a row, but not many: the interpreter is slow."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    tile = 64 if parameters.get("vocabulary", 0) < 700 else 512
     with (
-        launch.overridden("_logits_stats_kernel", BLOCK_V=64),
-        launch.overridden("_logits_gradient_kernel", BLOCK_V=128),
+        launch.overridden("_logits_stats_kernel", BLOCK_V=tile),
+        launch.overridden("_logits_gradient_kernel", BLOCK_V=2 * tile),
     ):
         yield
 
