@@ -20,7 +20,8 @@ using balcaprl::softmax_table;
 using balcaprl::SoftmaxRow;
 using balcaprl::SoftmaxStats;
 
-constexpr int64_t kStripe = 1024;  // columns
+constexpr int64_t kStripe = 1024;    // columns
+constexpr int64_t kRowPart = 16384;  // columns
 constexpr int64_t kRowBlock = 8;
 
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -102,13 +103,24 @@ BALCAPRL_EXPORT int32_t balcaprl_softmax_gradient(int32_t type, void* logits, in
   const auto& table = softmax_table();
   const Logits all{static_cast<char*>(logits), type, row_stride, num_columns};
   const RowValues values{static_cast<float>(scale), targets, row_max, row_sum, logprobs, grad_logprobs};
+  const auto write = [&](int64_t i, int64_t begin, int64_t size) {
+    const int64_t t = rows[i];
+    table.gradient[type](all.at(t, begin), all.at(i, begin), size, values.row(t), targets[t] - first_column - begin);
+  };
+  if (num_rows == 0) return balcaprl::kOk;
+  if (rows[num_rows - 1] == num_rows - 1) {
+    // No row moves, so each is written from its start to its end, as memory likes it best.
+    const int64_t parts = blocks_of(num_columns, kRowPart);
+    parallel_for(num_rows * parts, [&](int64_t block) {
+      const int64_t begin = block % parts * kRowPart;
+      write(block / parts, begin, std::min(kRowPart, num_columns - begin));
+    });
+    return balcaprl::kOk;
+  }
   // Stripes of columns, each from the first row to the last: a row then never moves onto one that is still to be read.
   parallel_for(blocks_of(num_columns, kStripe), [&](int64_t block) {
-    const int64_t begin = block * kStripe, size = std::min(kStripe, num_columns - begin);
-    for (int64_t i = 0; i < num_rows; ++i) {
-      const int64_t t = rows[i];
-      table.gradient[type](all.at(t, begin), all.at(i, begin), size, values.row(t), targets[t] - first_column - begin);
-    }
+    const int64_t begin = block * kStripe;
+    for (int64_t i = 0; i < num_rows; ++i) write(i, begin, std::min(kStripe, num_columns - begin));
   });
   return balcaprl::kOk;
 }

@@ -41,9 +41,32 @@ struct Float16 {
 constexpr float kInfinity = __builtin_inff();
 
 BALCAPRL_INLINE Floats splat(float x) { return Floats{} + x; }
-// Of a NaN and a number this is `b`: put what must not be lost there.
+// Of a NaN and a number these are `b`: put what must not be lost there. Compilers do not find AVX-512's instructions for
+// them, nor for the power of two, in vector extensions; the builtins' last two operands are "all lanes" and "round as usual".
+#if defined(__AVX512F__)
+BALCAPRL_INLINE Floats max(Floats a, Floats b) { return __builtin_ia32_maxps512_mask(a, b, a, -1, 4); }
+BALCAPRL_INLINE Floats min(Floats a, Floats b) { return __builtin_ia32_minps512_mask(a, b, a, -1, 4); }
+#else
 BALCAPRL_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 BALCAPRL_INLINE Floats min(Floats a, Floats b) { return a < b ? a : b; }
+#endif
+
+// v * 2^n with one rounding, for v in [0.5, 2] and whole n in [-151, 129]; n = shifted - rounder.
+BALCAPRL_INLINE Floats times_power_of_two(Floats v, Floats n, Floats shifted, float rounder) {
+#if defined(__AVX512F__)
+  (void)shifted;
+  (void)rounder;
+  return __builtin_ia32_scalefps512_mask(v, n, v, -1, 4);
+#else
+  (void)n;
+  // The last bits of `shifted` are n. Two factors, so that each is a normal number.
+  const Ints exponent = (Ints)shifted - (Ints)splat(rounder);
+  const Ints first = exponent >> 1;
+  const Floats low = (Floats)((first + 127) << 23);
+  const Floats high = (Floats)((exponent - first + 127) << 23);
+  return v * low * high;
+#endif
+}
 
 // Reductions over the lanes, always in the same order.
 
@@ -162,8 +185,8 @@ BALCAPRL_INLINE void store_one(Half* to, float value) {
 BALCAPRL_INLINE Floats exp(Floats x) {
   constexpr float kRounder = 0x1.8p23f;
   // Outside these bounds the result is 0 or infinity anyway, and 2^n would not fit in two factors.
-  x = x < -104.0f ? splat(-104.0f) : x;
-  x = x > 89.0f ? splat(89.0f) : x;
+  x = max(splat(-104.0f), x);
+  x = min(splat(89.0f), x);
   const Floats shifted = x * 0x1.715476p0f + kRounder;
   const Floats n = shifted - kRounder;
   // log 2 in two parts: n times the first is exact.
@@ -173,13 +196,8 @@ BALCAPRL_INLINE Floats exp(Floats x) {
   q = q * r + 0x1.5558f2p-5f;
   q = q * r + 0x1.555492p-3f;
   q = q * r + 0x1.fffffcp-2f;
-  const Floats value = (q * r) * r + r + 1.0f;
-  // Two factors, so that each is a normal number.
-  const Ints exponent = (Ints)shifted - (Ints)splat(kRounder);
-  const Ints first = exponent >> 1;
-  const Floats low = (Floats)((first + 127) << 23);
-  const Floats high = (Floats)((exponent - first + 127) << 23);
-  return value * low * high;
+  const Floats value = (q * r + 1.0f) * r + 1.0f;
+  return times_power_of_two(value, n, shifted, kRounder);
 }
 
 }  // namespace

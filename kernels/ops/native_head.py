@@ -43,6 +43,7 @@ _TILE_BYTES = 12 << 20
 _TILE_COLUMNS = 4096
 _POOL_BYTES = 8 << 20
 _MAX_HALF_SUMS = 2
+_PAGE_BYTES = 4096
 # Above this share of the columns gathering costs more than it saves.
 _MAX_KEPT_SHARE = 0.4
 
@@ -188,17 +189,17 @@ def _gradients_by_halves(
         needs_hidden: whether hidden wants a gradient.
         look: sees both halves of the logits before their gradient is written over them; then ``tokens`` has to be filled in.
     """
-    middle = head.weight.shape[0] // 2
+    num_tokens, middle = head.hidden.shape[0], head.weight.shape[0] // 2
     grad_weight = torch.empty_like(head.weight)
-    spare = grad_weight[middle:].view(-1)[: head.hidden.shape[0] * middle].view(-1, middle)
+    spare = _room_for_logits(num_tokens, grad_weight[:middle], grad_weight[middle:].view(-1))
     first = torch.mm(head.hidden, head.weight[:middle].T, out=spare)
-    second = torch.mm(head.hidden, head.weight[middle:].T)
+    second = torch.mm(head.hidden, head.weight[middle:].T, out=_room_for_logits(num_tokens, head.weight[middle:]))
     look((first, second))
     active = tokens.grad_logprobs.nonzero()[:, 0]
     write_gradient(first, 0, active, tokens, head.scale)
     write_gradient(second, middle, active, tokens, head.scale)
     first, second = first[: active.shape[0]], second[: active.shape[0]]
-    every = active.shape[0] == head.hidden.shape[0]
+    every = active.shape[0] == num_tokens
     hidden, grad_hidden = head.hidden if every else head.hidden[active], None
     if needs_hidden:
         grad_hidden = torch.mm(first, head.weight[:middle]).addmm_(second, head.weight[middle:])
@@ -227,6 +228,23 @@ def _write_stats_of_halves(halves: tuple[Tensor, Tensor], head: Head, rows: Soft
     rows.logprobs.copy_(torch.where(head.targets < middle, logprobs[0], logprobs[1]))
 
 
+def _room_for_logits(num_tokens: int, weight: Tensor, spare: Tensor | None = None) -> Tensor:
+    """(num_tokens, V), uninitialised, for logits of ``weight`` (V, D); in ``spare``, one-dimensional, where that is given.
+
+    Rows of whole pages are kept a little apart if there is room: products of such a matrix take a twentieth longer, as
+    a column's numbers then all compete for the same few lines of the cache.
+    """
+    vocabulary = weight.shape[0]
+    distance = vocabulary
+    if vocabulary * weight.element_size() % _PAGE_BYTES == 0:
+        distance += _PAGE_BYTES // (16 * weight.element_size())
+    if spare is None:
+        spare = weight.new_empty(num_tokens * distance)
+    elif num_tokens * distance > spare.shape[0]:
+        distance = vocabulary
+    return spare[: num_tokens * distance].view(num_tokens, distance)[:, :vocabulary]
+
+
 class _Buffer:
     """Room for the logits of a chunk, behind gradients of earlier logits that wait to be multiplied.
 
@@ -238,7 +256,7 @@ class _Buffer:
         num_tokens, vocabulary, itemsize = head.hidden.shape[0], head.weight.shape[0], head.weight.element_size()
         self.chunk = chunk_size(num_tokens, vocabulary, itemsize)
         room = min(self.chunk + 3 * self.chunk // 4, _BUFFER_BYTES // max(1, vocabulary * itemsize), num_tokens)
-        self.rows = head.weight.new_empty(max(self.chunk, room), vocabulary)
+        self.rows = _room_for_logits(max(self.chunk, room), head.weight)
         self.waiting = 0
         """Rows at the front that are taken."""
 
