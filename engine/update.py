@@ -89,7 +89,7 @@ class PolicyUpdate:
     ) -> None:
         self.policy, self.optimizer, self.config = policy, optimizer, config
         self.reference, self._on_first_logprobs = reference, on_first_logprobs
-        self._begun: UpdatePart | None = None
+        self._begun: tuple[Sequence[RolloutGroup], UpdatePart] | None = None
 
     def begin(self, groups: Sequence[RolloutGroup]) -> None:
         """Make the first part's forward while the batch is still being judged; ``run`` goes on from there.
@@ -98,14 +98,24 @@ class PolicyUpdate:
         """
         plan, sharing = self._plan(groups, [_places_with_tokens(group) for group in groups])
         if plan.parts:
-            self._begun = self._pack(groups, plan.parts[0], sharing)
-            self._add_reference(self._begun)
-            self._begun.hidden = self.policy.hidden_states(self._begun.packed)
+            part = self._pack(groups, plan.parts[0], sharing)
+            self._add_reference(part)
+            part.hidden = self.policy.hidden_states(part.packed)
+            self._begun = groups, part
 
     def run(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        """``epochs_per_batch`` updates from one batch; the metrics of the last, and of the batch."""
+        """``epochs_per_batch`` updates from one batch; the metrics of the last, and of the batch.
+
+        Raises:
+            RuntimeError: ``begin`` was given another batch.
+        """
         peak = PeakMemory(self.policy.device)
-        begun, self._begun = self._begun, None
+        begun_of, begun = self._begun or (groups, None)
+        self._begun = None
+        if begun_of is not groups:
+            raise RuntimeError(
+                "groups: the forward that was begun is of another batch; begin and run take the same list"
+            )
         epochs = self.config.optim.epochs_per_batch
         if not any(self._places(group) for group in groups):
             # Nothing to learn from: an update would only follow old momentum.

@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,33 +63,39 @@ def image_segments_forward(
 ) -> tuple[Tensor, None]:
     """A tower's attention within images or windows: one call for all segments of a length, where transformers' own code calls
     once for each segment. (1, H, T, head_dim) in, (1, T, H, head_dim) out."""
-    parts, places = [], []
+    segments, parts = _segments_of(cu_seq_lens_q), []
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    for length, at in _segments_of(cu_seq_lens_q):
+    for length, at in segments.by_length:
         q_part, k_part, v_part = (x[at].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
         part = F.scaled_dot_product_attention(q_part, k_part, v_part, dropout_p=dropout, scale=scaling)
         parts.append(part.transpose(1, 2).flatten(0, 1))
-        places.append(at)
-    if len(parts) == 1:
+    if segments.places is None:
         return parts[0][None], None
-    tokens = torch.arange(q.shape[0], device=q.device)
-    order = torch.cat([tokens[at] for at in places])
-    return torch.cat(parts).index_select(0, order.argsort())[None], None
+    return torch.cat(parts).index_select(0, segments.places)[None], None
 
 
-def _segments_of(offsets: Tensor) -> list[tuple[int, slice | Tensor]]:
-    """(length, its segments' tokens in order) for each length; a slice where they lie one after the other.
+class _Segments(NamedTuple):
+    """An image's windows, or images."""
 
-    Kept with the offsets, which all blocks of a tower share: they are read from the device once.
-    """
-    found: list[tuple[int, slice | Tensor]] | None = getattr(offsets, "balcaprl_segments", None)
+    by_length: list[tuple[int, slice | Tensor]]
+    """(length, its segments' tokens in order) for each length; a slice where they lie one after the other."""
+    places: Tensor | None
+    """(T,): where each token is once the lengths are put one after the other; None where there is one length."""
+
+
+def _segments_of(offsets: Tensor) -> _Segments:
+    """Kept with the offsets, which all blocks of a tower share: they are read from the device once."""
+    found: _Segments | None = getattr(offsets, "balcaprl_segments", None)
     if found is None:
         bounds = offsets.tolist()
         begins: dict[int, list[int]] = {}
         for begin, end in itertools.pairwise(bounds):
             if end > begin:
                 begins.setdefault(end - begin, []).append(begin)
-        found = [(length, _tokens_of(length, firsts, offsets.device)) for length, firsts in begins.items()]
+        by_length = [(length, _tokens_of(length, firsts, offsets.device)) for length, firsts in begins.items()]
+        tokens = torch.arange(bounds[-1], device=offsets.device)
+        order = torch.cat([tokens[at] for _, at in by_length])
+        found = _Segments(by_length, None if len(by_length) == 1 else order.argsort())
         offsets.balcaprl_segments = found  # type: ignore[attr-defined]
     return found
 

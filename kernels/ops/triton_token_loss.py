@@ -1,7 +1,7 @@
 """Triton kernels of ``token_batch`` and ``token_loss``.
 
 The first checks all values and spreads them over the tokens, in one launch, and one flag is read back: in torch's ops
-that took 25 launches and a millisecond. The second: one pass over the tokens gives gradients and a row of partial
+that took about 25 launches and a millisecond. The second: one pass over the tokens gives gradients and a row of partial
 sums per program; another kernel adds the rows up, always in the same order, so that the same input gives the same
 bits. Nothing is read back.
 

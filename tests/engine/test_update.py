@@ -73,19 +73,23 @@ def train(tiny_model, batches, *, adapter=False, begin=False, policy=None, loss=
     )
     update = PolicyUpdate(policy, optimizer, config, reference)
     metrics = []
-    for groups in batches:
+    for scored in batches:
+        groups = with_advantages(scored, lambda rollout: math.nan)
         if begin:
-            update.begin(unscored(groups))
-        metrics.append(update.run(copy.deepcopy(groups)))
+            update.begin(groups)
+        for group, known in zip(groups, scored, strict=True):
+            for rollout, of in zip(group.rollouts, known.rollouts, strict=True):
+                rollout.advantage = of.advantage
+        metrics.append(update.run(groups))
     return {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}, metrics
 
 
-def unscored(groups):
-    """As they come from the sampler: no advantage is known."""
+def with_advantages(groups, advantage_of):
+    """A copy; as they come from the sampler no advantage is known."""
     groups = copy.deepcopy(groups)
     for group in groups:
         for rollout in group.rollouts:
-            rollout.advantage = math.nan
+            rollout.advantage = advantage_of(rollout)
     return groups
 
 
@@ -155,15 +159,22 @@ def test_a_forward_made_before_the_scores_changes_nothing(tiny_model, batches, o
 
 
 def test_a_forward_made_for_a_batch_without_advantages_is_dropped(tiny_model, batches):
-    flat = copy.deepcopy(batches[0])
-    for group in flat:
-        for rollout in group.rollouts:
-            rollout.advantage = 0.0
+    flat = with_advantages(batches[0], lambda rollout: 0.0)
     weights, (skipped, after) = train(tiny_model, [flat, batches[0]], begin=True)
     assert skipped["num_skipped_updates"] == 1
     assert after["num_skipped_updates"] == 0
     expected, _ = train(tiny_model, [flat, batches[0]])
     assert all((weights[name] - value).abs().max() < 2e-6 for name, value in expected.items())
+
+
+def test_a_forward_of_another_batch_is_refused(tiny_model, batches):
+    config = TrainConfig.model_validate({"steps": 1})
+    policy = Policy.from_pretrained(tiny_model, device="cpu")
+    update = PolicyUpdate(policy, PolicyOptimizer(policy.model.named_parameters(), config.optim, 1), config)
+    update.begin(batches[0])
+    with pytest.raises(RuntimeError, match="another batch"):
+        update.run(copy.deepcopy(batches[0]))
+    assert not math.isnan(update.run(batches[0])["loss"]), "what was begun is forgotten"
 
 
 @pytest.mark.parametrize("prompt_sharing", ["shared", "repeated"])

@@ -46,9 +46,11 @@ def test_equals_one_call_for_each_segment(lengths: list[int]) -> None:
 
 def test_segments_are_read_once_and_equal_ones_are_not_gathered() -> None:
     equal = offsets([4, 4, 4])
-    assert _segments_of(equal) == [(4, slice(0, 12))]
+    assert _segments_of(equal) == ([(4, slice(0, 12))], None)
     assert _segments_of(equal) is _segments_of(equal)
-    (first, rows), (second, row) = _segments_of(offsets([2, 3, 2]))
+    ((first, rows), (second, row)), places = _segments_of(offsets([2, 3, 2]))
+    assert places is not None
+    assert places.tolist() == [0, 1, 4, 5, 6, 2, 3]
     assert (first, rows.tolist(), second, row) == (2, [0, 1, 5, 6], 3, slice(2, 5))
 
 
