@@ -11,8 +11,8 @@
 4. Peak memory is what one call takes beyond what was there before and beyond the tensors that it returns (outputs and
    gradients). On a GPU it is the allocator's peak. On a CPU it is the peak of the process's resident memory, which sees
    native code too: the heap is trimmed, the kernel's high-water mark is reset through ``/proc/self/clear_refs``, and read
-   as ``VmHWM`` after the call; it is null where the system has neither. Scratch that a library keeps from an earlier call
-   is not counted.
+   as ``VmHWM`` after the call; it is null where the system has neither. Scratch that a peer's library keeps from an
+   earlier call is not counted; ours is given back before, and is.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ from inputs import Case, Inputs
 from registry import Op, Provider, applicable, measure_inputs
 from torch import Tensor
 
+from balcaprl.kernels import native_head
+
 Pass = Literal["forward", "backward", "both"]
 Call = Callable[[], tuple[Tensor, ...]]
 MIN_SAMPLE_SECONDS = 5e-3
 MAX_CALLS = 200
-MIN_ROUNDS, MAX_ROUNDS = 5, 31
+MIN_ROUNDS, MAX_ROUNDS = 3, 31
 ENOUGH_ROUNDS, SLOW_FACTOR = 15, 2
 """Providers that take at most one part in ``SLOW_FACTOR`` of the slowest's time get ``ENOUGH_ROUNDS`` at least."""
 EXACT_FLOPS = 5e10
@@ -371,6 +373,7 @@ def _bytes_of(tensors: tuple[Tensor, ...]) -> int:
 
 def _reset_high_water_mark() -> bool:
     """Gives free memory back to the system, then makes the peak of resident memory what it is now. False: not here."""
+    native_head.release_scratch()
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -10,12 +10,14 @@ at once: three matrix products in all. Work that gives nothing is left out:
 
 A batch of twice as many tokens as fit is taken whole, in two halves of the vocabulary (``_gradients_by_halves``).
 ``_WeightSum`` says how the gradient of the weight is summed over chunks. Memory beyond inputs and results does not grow
-with the number of tokens, but for a few numbers per token.
+with the number of tokens, but for a few numbers per token. The room for logits is kept for the next call
+(``release_scratch``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
@@ -44,6 +46,7 @@ _TILE_COLUMNS = 4096
 _POOL_BYTES = 8 << 20
 _MAX_HALF_SUMS = 2
 _PAGE_BYTES = 4096
+_MOST_SCRATCH_BYTES = 64 << 20
 # Above this share of the columns gathering costs more than it saves.
 _MAX_KEPT_SHARE = 0.4
 
@@ -93,8 +96,9 @@ def logprobs_and_entropy(head: Head) -> tuple[SoftmaxRows, Tensor]:
     """The forward alone: the rows, and the (T,) float32 entropies."""
     num_tokens = head.hidden.shape[0]
     rows, entropy = SoftmaxRows.empty(num_tokens), torch.empty(num_tokens)
-    for chunk, logits in _logits_of_chunks(head, _Buffer(head)):
-        write_stats(logits, head.targets[chunk], head.scale, rows.take(chunk), entropy[chunk])
+    with closing(_Buffer(head)) as buffer:
+        for chunk, logits in _logits_of_chunks(head, buffer):
+            write_stats(logits, head.targets[chunk], head.scale, rows.take(chunk), entropy[chunk])
     return rows, entropy
 
 
@@ -192,8 +196,11 @@ def _gradients_by_halves(
     num_tokens, middle = head.hidden.shape[0], head.weight.shape[0] // 2
     grad_weight = torch.empty_like(head.weight)
     spare = _room_for_logits(num_tokens, grad_weight[:middle], grad_weight[middle:].view(-1))
+    scratch = _take_scratch(head.weight, _numbers_of_logits(num_tokens, head.weight[middle:]))
     first = torch.mm(head.hidden, head.weight[:middle].T, out=spare)
-    second = torch.mm(head.hidden, head.weight[middle:].T, out=_room_for_logits(num_tokens, head.weight[middle:]))
+    second = torch.mm(
+        head.hidden, head.weight[middle:].T, out=_room_for_logits(num_tokens, head.weight[middle:], scratch)
+    )
     look((first, second))
     active = tokens.grad_logprobs.nonzero()[:, 0]
     write_gradient(first, 0, active, tokens, head.scale)
@@ -207,6 +214,7 @@ def _gradients_by_halves(
             grad_hidden = torch.zeros_like(head.hidden).index_copy_(0, active, grad_hidden)
     torch.mm(first.T, hidden, out=grad_weight[:middle])
     torch.mm(second.T, hidden, out=grad_weight[middle:])
+    _keep_scratch(scratch)
     return HeadGradients(grad_hidden, grad_weight)
 
 
@@ -228,21 +236,53 @@ def _write_stats_of_halves(halves: tuple[Tensor, Tensor], head: Head, rows: Soft
     rows.logprobs.copy_(torch.where(head.targets < middle, logprobs[0], logprobs[1]))
 
 
-def _room_for_logits(num_tokens: int, weight: Tensor, spare: Tensor | None = None) -> Tensor:
-    """(num_tokens, V), uninitialised, for logits of ``weight`` (V, D); in ``spare``, one-dimensional, where that is given.
+def _numbers_of_logits(num_tokens: int, weight: Tensor) -> int:
+    """How many numbers ``_room_for_logits`` wants."""
+    return num_tokens * _row_distance(weight)
 
-    Rows of whole pages are kept a little apart if there is room: products of such a matrix take a twentieth longer, as
-    a column's numbers then all compete for the same few lines of the cache.
-    """
-    vocabulary = weight.shape[0]
-    distance = vocabulary
-    if vocabulary * weight.element_size() % _PAGE_BYTES == 0:
-        distance += _PAGE_BYTES // (16 * weight.element_size())
-    if spare is None:
-        spare = weight.new_empty(num_tokens * distance)
-    elif num_tokens * distance > spare.shape[0]:
+
+def _row_distance(weight: Tensor) -> int:
+    """Rows of whole pages are kept a little apart: products of such a matrix take a twentieth longer, as a column's numbers
+    then all compete for the same few lines of the cache."""
+    vocabulary, itemsize = weight.shape[0], weight.element_size()
+    return vocabulary + (_PAGE_BYTES // (16 * itemsize) if vocabulary * itemsize % _PAGE_BYTES == 0 else 0)
+
+
+def _room_for_logits(num_tokens: int, weight: Tensor, spare: Tensor) -> Tensor:
+    """(num_tokens, V), uninitialised, for logits of ``weight`` (V, D); in ``spare``, a row of at least as many."""
+    vocabulary, distance = weight.shape[0], _row_distance(weight)
+    if num_tokens * distance > spare.shape[0]:
         distance = vocabulary
     return spare[: num_tokens * distance].view(num_tokens, distance)[:, :vocabulary]
+
+
+_kept_scratch: list[Tensor] = []
+
+
+def release_scratch() -> None:
+    """Gives the room for logits back to the system; the next call takes new."""
+    _kept_scratch.clear()
+
+
+def _take_scratch(like: Tensor, count: int) -> Tensor:
+    """(count,) numbers of a tensor's dtype, uninitialised: where an earlier call had its logits, if there is enough.
+
+    To touch new pages costs as much as the softmax of all that they hold.
+    """
+    num_bytes = count * like.element_size()
+    try:
+        scratch = _kept_scratch.pop()  # and not just looked at: another thread may be here
+    except IndexError:
+        scratch = None
+    if scratch is None or scratch.untyped_storage().nbytes() < num_bytes:
+        return like.new_empty(count)
+    return like.new_empty(0).set_(scratch.untyped_storage(), 0, (count,))
+
+
+def _keep_scratch(scratch: Tensor) -> None:
+    """For the next call; one is kept."""
+    if scratch.untyped_storage().nbytes() <= _MOST_SCRATCH_BYTES:
+        _kept_scratch[:] = [scratch]
 
 
 class _Buffer:
@@ -256,7 +296,9 @@ class _Buffer:
         num_tokens, vocabulary, itemsize = head.hidden.shape[0], head.weight.shape[0], head.weight.element_size()
         self.chunk = chunk_size(num_tokens, vocabulary, itemsize)
         room = min(self.chunk + 3 * self.chunk // 4, _BUFFER_BYTES // max(1, vocabulary * itemsize), num_tokens)
-        self.rows = _room_for_logits(max(self.chunk, room), head.weight)
+        most = max(self.chunk, room)
+        self._scratch = _take_scratch(head.weight, _numbers_of_logits(most, head.weight))
+        self.rows = _room_for_logits(most, head.weight, self._scratch)
         self.waiting = 0
         """Rows at the front that are taken."""
 
@@ -264,6 +306,10 @@ class _Buffer:
     def room(self) -> int:
         """Rows that are free."""
         return self.rows.shape[0] - self.waiting
+
+    def close(self) -> None:
+        """No row is needed any more."""
+        _keep_scratch(self._scratch)
 
 
 def _logits_of_chunks(head: Head, buffer: _Buffer) -> Iterator[tuple[slice, Tensor]]:
@@ -368,6 +414,8 @@ class _Sums:
 
     def finish(self, tokens: Tokens) -> HeadGradients:
         """The gradients, once all chunks are in; ``tokens`` are all of them."""
+        if self.weight is None or not self.weight.by_tiles:  # that pass needs the memory
+            self.buffer.close()
         del self.buffer
         return HeadGradients(self.hidden, None if self.weight is None else self.weight.finish(tokens))
 
