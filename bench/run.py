@@ -116,10 +116,12 @@ def selected(arguments: argparse.Namespace) -> list[tuple[Op, Case]]:
         op = OPS[name]
         if arguments.provider:
             op = replace(op, providers={n: p for n, p in op.providers.items() if n in arguments.provider})
+        names = {case.name for case in op.cases}
         for case in op.cases:
             if arguments.device.type not in case.devices or (arguments.quick and not case.small):
                 continue
-            if all(part in case.name for part in arguments.case or ()):
+            # A whole name means that case alone, though others may begin with it.
+            if all(part == case.name if part in names else part in case.name for part in arguments.case or ()):
                 found.append((op, case))
     return found
 
@@ -137,6 +139,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--list", action="store_true", help="what would be measured and about how long it takes; stop there"
     )
+    parser.add_argument("--repeat", type=int, default=1, help="so many runs, one after the other; implies --fresh")
     parser.add_argument("--fresh", action="store_true", help="measure again what the output file has")
     parser.add_argument("--output", help="JSON lines are appended here; '-': printed only; default: by device")
     return parser.parse_args()
@@ -150,10 +153,11 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     where = provenance(device)
     output = None if arguments.output == "-" else Path(arguments.output or RESULTS / f"{device.type}.jsonl")
-    done = set() if output is None or arguments.fresh else measured_already(output, where)
+    again = arguments.fresh or arguments.repeat > 1
+    done = set() if output is None or again else measured_already(output, where)
     bandwidth = copy_bandwidth(device)
     budget = 0.2 if arguments.quick else arguments.seconds
-    for op, case in selected(arguments):
+    for op, case in selected(arguments) * arguments.repeat:
         label = f"{op.name} {case.name}"
         guess = expected_seconds(op, case, device, budget, bandwidth)
         if (op.name, case.name) in done:

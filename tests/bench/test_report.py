@@ -61,6 +61,18 @@ def test_goals_are_ratios_of_medians_and_misses_are_named() -> None:
     assert "backward over the full one's | 0.9 | at most 0.6 | **missed** |" in text
 
 
+def test_a_goal_with_little_room_is_held_against_the_median_of_all_runs() -> None:
+    runs = {"b": (120.0, 100.0, "x"), "c": (104.0, 100.0, "x"), "d": (1.0, 100.0, "older sources")}
+    repeats = [
+        row(provider, median, time=time, sources=sources)
+        for time, (*medians, sources) in runs.items()
+        for provider, median in zip(("native", "gemms"), medians, strict=True)
+    ]
+    results = report.Results(some_rows(), [*repeats, row("native", 500.0, time="e")])  # one that was broken off
+    assert results.ratios("cpu", HEAD, MIDDLE, "native", "gemms") == pytest.approx([1.08, 1.2, 1.04])
+    assert "GEMMs', median of 3 runs from 1.04 to 1.2 | 1.08 | at most 1.1 | holds |" in report.acceptance(results)
+
+
 def test_tables_mark_the_fastest_and_list_who_was_left_out() -> None:
     text = report.tables(report.Results(some_rows()))
     assert "| **108** |" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -53,6 +54,20 @@ def test_quick_run_prints_complete_rows_and_resumes(op: str, tmp_path: Path) -> 
     assert run.measured_already(output, rows[0]) == {(op, case.name) for case in cases}
     for name in run.SAME:
         assert run.measured_already(output, {**rows[0], name: "another"}) == set()
+
+
+def test_a_whole_name_means_that_case_alone() -> None:
+    base = {"op": ["linear_policy_loss"], "provider": None, "device": CPU, "quick": False}
+
+    def names(*parts: str) -> list[str]:
+        return [case.name for _, case in run.selected(argparse.Namespace(**base, case=list(parts)))]
+
+    whole = "512x896x32768x8 float32"
+    assert names(whole) == [whole]
+    assert names("512x896x32768x8 float3") == [
+        whole,
+        *(f"{whole} {more}" for more in ("peaked", "peaked eps0.000244", "zero0.5")),
+    ]
 
 
 def test_ours_being_wrong_stops_the_run() -> None:
