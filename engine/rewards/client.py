@@ -291,15 +291,19 @@ class JudgeClient:
                 if kind != "application/json":
                     raise _AttemptError("content_type", "the reply is not of type application/json")
                 data = bytearray()
+                self._check_size(response.content_length or 0)  # what it announces need not be read
                 async for chunk in response.content.iter_chunked(_CHUNK):
                     data += chunk
-                    if len(data) > self._endpoint.max_reply_bytes:
-                        raise _AttemptError("too_large", "the reply exceeds endpoint.max_reply_bytes")
+                    self._check_size(len(data))
         except (TimeoutError, asyncio.TimeoutError):
             raise _AttemptError("timeout", f"no reply within {self._endpoint.timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, EOFError) as error:
             raise _AttemptError("connection", f"the connection failed ({type(error).__name__})") from None
         return self._read_envelope(call, server.config, bytes(data))
+
+    def _check_size(self, num_bytes: int) -> None:
+        if num_bytes > self._endpoint.max_reply_bytes:
+            raise _AttemptError("too_large", "the reply exceeds endpoint.max_reply_bytes")
 
     def _read_envelope(self, call: Call, server: ServerConfig, data: bytes) -> Reply:
         """The reply inside the API's envelope; books what it cost whether or not it is valid."""
