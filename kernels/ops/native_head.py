@@ -276,7 +276,7 @@ def _take_scratch(like: Tensor, count: int) -> Tensor:
         scratch = None
     if scratch is None or scratch.untyped_storage().nbytes() < num_bytes:
         return like.new_empty(count)
-    return like.new_empty(0).set_(scratch.untyped_storage(), 0, (count,))
+    return like.new_empty(0).set_(scratch.untyped_storage(), 0, (count,), (1,))
 
 
 def _keep_scratch(scratch: Tensor) -> None:
