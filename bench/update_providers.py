@@ -1,10 +1,11 @@
 """The ways from the same rollouts to the same gradients that ``update_step.py`` compares.
 
 ==================  ==================================================================================================
-ours                the prompt once per group, hidden states at predicting positions, ``linear_policy_loss``
-repeated            stock transformers: a padded row per completion, each with its own image through the tower; our loss, so
-                    that only the repetition differs
-repeated-one-tower  our layout for models that cannot share: padded rows, the tower once per image
+ours                the prompt once per group, the last layer and the head at predicting positions, fused small layers,
+                    ``linear_policy_loss``
+repeated            stock transformers, its own layers included: a padded row per completion, each with its own image
+                    through the tower; our loss
+repeated-one-tower  our layout for models that cannot share: padded rows, the tower once per image; our fused layers
 trl                 TRL 1.16's ``_compute_loss`` and ``_get_per_token_logps_and_entropies``, taken from its source and run
                     as they are, on a model with TRL's own fused head. Off Triton devices that head scores every
                     position of every row, prompts included; so it does for TRL's users there
@@ -35,6 +36,7 @@ from torch import Tensor
 from balcaprl.kernels import linear_policy_loss, policy_loss
 from balcaprl.policy import Group, Policy
 from balcaprl.policy.attention import using_attention
+from balcaprl.policy.layers import stock_layers
 
 PREFIX_GROUPER = "bench_prefix_grouper"
 TEXT_TOKENS = 25
@@ -399,10 +401,29 @@ def _cumulated(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int().to(device)
 
 
-PROVIDERS: dict[str, Callable[[Policy, Rollouts], Forward]] = {
+Provider = Callable[[Policy, Rollouts], Forward]
+
+
+def _on_stock_layers(provider: Provider) -> Provider:
+    """Without our fused layers, which its users do not have."""
+
+    def prepare(policy: Policy, rollouts: Rollouts) -> Forward:
+        with stock_layers(policy.model):
+            forward = provider(policy, rollouts)
+
+        def on_stock_layers() -> Tensor:
+            with stock_layers(policy.model):
+                return forward()
+
+        return on_stock_layers
+
+    return prepare
+
+
+PROVIDERS: dict[str, Provider] = {
     "ours": ours,
-    "repeated": repeated,
+    "repeated": _on_stock_layers(repeated),
     "repeated-one-tower": repeated_one_tower,
-    "trl": trl,
-    "prefix-grouper": prefix_grouper,
+    "trl": _on_stock_layers(trl),
+    "prefix-grouper": _on_stock_layers(prefix_grouper),
 }

@@ -41,6 +41,9 @@ class ModelConfig(_Section):
     """Keep only the inputs of layers in the forward of an update, and compute the rest again in its backward."""
     autocast: bool = False
     """Compute the update's matrix products in bfloat16, whatever ``dtype`` weights and optimiser have."""
+    fused_layers: bool = True
+    """Run RMSNorm, SwiGLU and rotary positions on fused kernels where there are some: the native library's in float32 on the
+    CPU; on CUDA Liger's, if liger-kernel is installed. Image patches go through one matrix product."""
     compile: bool = False
     """Compile the decoder layers with ``torch.compile``."""
 

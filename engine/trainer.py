@@ -355,6 +355,7 @@ def load_policy(config: TrainConfig, checkpoint: Path | None) -> Policy:
         device=config.model.device,
         attention=config.model.attention,
         freeze_vision=config.model.freeze_vision,
+        fused_layers=config.model.fused_layers,
     )
     if config.model.autocast:
         policy.autocast_dtype = torch.bfloat16

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from balcaprl.kernels import SharedPrefixLayout, shared_prefix_attention
+from balcaprl.policy.last_layer import as_now
 
 SHARED_PREFIX = "balcaprl_shared_prefix"
 """The name under which the attention of packed groups is registered."""
@@ -147,19 +148,19 @@ def sharing_obstacle(config: Any, longest: int) -> str | None:
 def enable_checkpointing(model: Any, *configs: Any) -> None:
     """Keep only layer inputs in the forward, and compute the rest again in the backward.
 
-    The recomputation runs after ``using_attention`` has been left: it enters it again under the names that ``configs``
-    (text model, tower) had in the forward.
+    The recomputation runs after ``using_attention`` and ``reading_only`` have been left: it enters them again, as they were
+    in the forward of ``configs`` (text model, tower).
     """
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), _using_all([(config, config._attn_implementation) for config in configs])
+        return nullcontext(), _again([(config, config._attn_implementation) for config in configs], as_now())
 
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
 
 @contextmanager
-def _using_all(names: list[tuple[Any, str]]) -> Iterator[None]:
-    with ExitStack() as stack:
+def _again(names: list[tuple[Any, str]], last_layer: AbstractContextManager[None]) -> Iterator[None]:
+    with last_layer, ExitStack() as stack:
         for config, name in names:
             stack.enter_context(using_attention(config, name))
         yield

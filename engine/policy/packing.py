@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from balcaprl.kernels import SharedPrefixLayout
+from balcaprl.policy.last_layer import ReadTokens
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class PackedBatch:
     """LongTensor (N, L), repeated layout only: 1 at tokens, 0 at padding."""
     prefix_layout: SharedPrefixLayout | None = None
     """Shared layout only: where prompts and completions begin."""
+    read: ReadTokens | None = None
+    """Shared layout only: the tokens of ``predict_index``, each once."""
     tower_cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What a frozen image tower made of ``image_inputs``, for the next use of this batch."""
 
@@ -150,7 +153,7 @@ def pack_shared(
         image_token_id: Placeholder id; only those in prompts count.
         device: Of the result.
     """
-    tokens, positions, predict, image, inputs = [], [], [], [], []
+    tokens, positions, predict, read, image, inputs = [], [], [], [], [], []
     prompts: list[int] = []
     lengths: list[list[int]] = []
     start = 0
@@ -170,6 +173,7 @@ def pack_shared(
             positions.append((first + place).expand(prompt_position.shape[0], -1))
             predict += [last_of_prompt, start + place]
             start += len(place)
+        read.append(torch.arange(int(last_of_prompt), start))
         prompts.append(len(prompt))
         lengths.append([len(c) - 1 for c in live])
     index = _cat(image)
@@ -182,6 +186,7 @@ def pack_shared(
         feature_index=torch.arange(len(index), device=device),
         image_inputs=merge_image_inputs(inputs, device),
         prefix_layout=SharedPrefixLayout.from_lengths(prompts, lengths, device) if prompts else None,
+        read=ReadTokens(slice(prompts[0] - 1, start) if len(read) == 1 else _cat(read).to(device), start),
     )
 
 

@@ -22,6 +22,8 @@ from balcaprl.policy.attention import (
     using_attention,
 )
 from balcaprl.policy.families import Family, ImageFeatures, family_of
+from balcaprl.policy.last_layer import reading_only
+from balcaprl.policy.layers import fuse_layers, unfuse_layers
 from balcaprl.policy.packing import Group, PackedBatch, check_group, check_same_dtypes, label, pack_rows, pack_shared
 from balcaprl.policy.parts import saved_tokens
 from balcaprl.policy.tower import frozen_tower_features, is_frozen
@@ -64,6 +66,7 @@ class Policy:
         device: str | torch.device = "auto",
         attention: str = "sdpa",
         freeze_vision: bool = False,
+        fused_layers: bool = True,
     ) -> Policy:
         """Load a stock checkpoint.
 
@@ -73,6 +76,7 @@ class Policy:
             device: ``auto`` takes the first CUDA device, else the CPU.
             attention: transformers' attention implementation.
             freeze_vision: Keep the image tower fixed (its projection into the text model stays trainable).
+            fused_layers: See ``layers.py``.
 
         Raises:
             UnsupportedFamilyError: For a family that ``families.py`` does not know.
@@ -86,11 +90,14 @@ class Policy:
             path_or_id, dtype=_torch_dtype(dtype), attn_implementation=attention
         )
         processor = transformers.AutoProcessor.from_pretrained(path_or_id)
-        return cls.from_model(model.to(_torch_device(device)), processor, freeze_vision=freeze_vision)
+        model.to(_torch_device(device))
+        return cls.from_model(model, processor, freeze_vision=freeze_vision, fused_layers=fused_layers)
 
     @classmethod
-    def from_model(cls, model: Any, processor: Any, *, freeze_vision: bool = False) -> Policy:
-        """Wrap a stock model that is already in memory; it is used, not copied.
+    def from_model(
+        cls, model: Any, processor: Any, *, freeze_vision: bool = False, fused_layers: bool = True
+    ) -> Policy:
+        """Wrap a stock model that is already in memory; it is used, not copied. See ``from_pretrained``.
 
         Raises:
             UnsupportedFamilyError: For a family that ``families.py`` does not know.
@@ -99,6 +106,8 @@ class Policy:
         if freeze_vision:
             for module in policy.family.vision_modules(policy.stock_model):
                 module.requires_grad_(False)
+        if fused_layers:
+            fuse_layers(policy.stock_model)
         return policy
 
     @property
@@ -304,7 +313,7 @@ class Policy:
         inputs |= {"position_ids": self.family.position_ids(packed.positions), "use_cache": False}
         if packed.prefix_layout is None:
             return text_model(**inputs, attention_mask=packed.attention_mask).last_hidden_state
-        with using_attention(text_model.config, SHARED_PREFIX):
+        with using_attention(text_model.config, SHARED_PREFIX), reading_only(text_model.layers[-1], packed.read):
             return text_model(**inputs, attention_mask=None, prefix_layout=packed.prefix_layout).last_hidden_state
 
     def _whole_forward(self, packed: PackedBatch) -> Tensor:
@@ -353,8 +362,9 @@ class Policy:
         enable_checkpointing(self.stock_model, self.text_model.config, *([] if tower is None else [tower]))
 
     def compile_layers(self) -> None:
-        """Compile each decoder layer with ``torch.compile``, for batches of any size."""
+        """Compile each decoder layer with ``torch.compile``, for batches of any size: the stock code, which it fuses itself."""
         for layer in self.text_model.layers:
+            unfuse_layers(layer)
             layer.compile(dynamic=True)
 
     def share_frozen_tower(self, other: Policy) -> None:

@@ -15,7 +15,7 @@
 namespace balcaprl {
 
 // Raise it with every change of a signature, a status code or an enumeration, here and in kernels/ops/native.py.
-constexpr int32_t kAbiVersion = 2;
+constexpr int32_t kAbiVersion = 3;
 
 enum Status : int32_t {
   kOk = 0,

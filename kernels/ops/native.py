@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 LIBRARY_NAME = "libbalcaprl_native.so"
-ABI_VERSION = 2  # as kAbiVersion in kernels/csrc/native.h
+ABI_VERSION = 3  # as kAbiVersion in kernels/csrc/native.h
 
 # Status codes of kernels/csrc/native.h.
 OK = 0
@@ -39,6 +39,11 @@ _CODE = ctypes.c_int32
 _GROUPED_ADVANTAGES = [_PTR, _INT, _INT, _INT, _PTR, _PTR, _PTR, _INT, _REAL, _REAL, _CODE, _REAL, _PTR]
 _SOFTMAX_ROWS = [_CODE, _PTR, _INT]  # type of the logits, logits, row stride
 _SIGNATURES = {
+    "balcaprl_rotate": [_INT, _INT, _INT, *[_PTR] * 3, _CODE, _PTR],
+    "balcaprl_rms_norm": [_INT, _INT, _PTR, _PTR, _REAL, _PTR, _PTR],
+    "balcaprl_rms_norm_backward": [_INT, _INT, *[_PTR] * 6],
+    "balcaprl_silu_mul": [_INT, *[_PTR] * 3],
+    "balcaprl_silu_mul_backward": [_INT, *[_PTR] * 5],
     "balcaprl_token_batch": [_INT, _INT, *[_PTR] * 6, _CODE, _REAL, _PTR, _PTR],
     "balcaprl_token_loss": [_INT, *[_PTR] * 6, *[_REAL] * 4, _PTR, _PTR],
     "balcaprl_probe_threads": [_INT, _PTR, _PTR],

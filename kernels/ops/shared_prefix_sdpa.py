@@ -6,8 +6,9 @@ Parts are joined by their logsumexp. The backward calls the kernel's own backwar
 and logsumexp: it then computes that part of the gradient exactly, since p = exp(s - lse) and delta = g . out are those
 of the joint softmax, and the parts add up.
 
-The kernel wants as many key heads as query heads. The prompt's part gives it the query heads that share a key head as
-another batch axis, along which keys have stride 0: none is copied. The causal part copies, since it gathers anyway.
+The kernel wants as many key heads as query heads. Where all queries of a call see the same keys (the prompt's part, and a
+segment on its own) it is given the query heads that share a key head as another batch axis, along which keys have
+stride 0: none is copied. Several segments at once are copied, since they are gathered anyway.
 """
 
 from __future__ import annotations
@@ -41,8 +42,12 @@ def forward(
         part, part_lse = _fused(q, k, v, 0.0, True, scale=scale)
         bucket.scatter(out, part)
         bucket.scatter(lse_TH, part_lse)
+    for alone in calls.alone:
+        part, part_lse = _fused(*_call_of(query, key, value, alone, alone), 0.0, True, scale=scale)
+        _heads_apart(out[alone], key.shape[1]).copy_(part)
+        _heads_apart(lse_TH[alone], key.shape[1]).copy_(part_lse)
     for prompt, completions in calls.groups:
-        q, k, v = _prompt_call(query, key, value, prompt, completions)
+        q, k, v = _call_of(query, key, value, completions, prompt)
         part, part_lse = _fused(q, k, v, 0.0, False, scale=scale)
         own, own_lse = (_heads_apart(x[completions], key.shape[1]) for x in (out, lse_TH))
         _join(own, own_lse, part, part_lse)
@@ -76,19 +81,20 @@ def backward(
         bucket.scatter(grad_query, grads[0])
         for gradient, part in zip((grad_key, grad_value), grads[1:], strict=True):
             bucket.scatter(gradient, part.unflatten(1, (num_kv_heads, -1)).sum(2))
+    for alone in calls.alone:
+        grads = _gradients_of_call(grad_out, query, key, value, out, lse_TH, alone, alone, scale)
+        _heads_apart(grad_query[alone], num_kv_heads).copy_(grads[0])
+        grad_key[alone], grad_value[alone] = grads[1:]
     for prompt, completions in calls.groups:
-        q, k, v = _prompt_call(query, key, value, prompt, completions)
-        g, o = (_heads_apart(x[completions], num_kv_heads) for x in (grad_out, out))
-        joint = _heads_apart(lse_TH[completions], num_kv_heads)
-        grads = _fused_backward(g, q, k, v, o, joint, 0.0, False, scale=scale)
+        grads = _gradients_of_call(grad_out, query, key, value, out, lse_TH, completions, prompt, scale)
         _heads_apart(grad_query[completions], num_kv_heads).add_(grads[0])
-        grad_key[prompt] += grads[1].sum(0).transpose(0, 1)
-        grad_value[prompt] += grads[2].sum(0).transpose(0, 1)
+        grad_key[prompt] += grads[1]
+        grad_value[prompt] += grads[2]
     return grad_query, grad_key, grad_value
 
 
 class _Bucket(NamedTuple):
-    """N segments of similar length, padded to the longest, L tokens. Padding repeats a segment's last token."""
+    """N > 1 segments of similar length, padded to the longest, L tokens. Padding repeats a segment's last token."""
 
     shape: tuple[int, int]
     """(N, L)."""
@@ -122,7 +128,9 @@ class _Calls(NamedTuple):
     """What the kernel is called for."""
 
     buckets: list[_Bucket]
-    """The causal part: all segments that are not empty, by length."""
+    """The causal part: segments that share a call, by length. Empty ones are left out."""
+    alone: list[slice]
+    """The causal part: packed tokens of each other segment."""
     groups: list[tuple[slice, slice]]
     """The prompt's part: packed tokens of the prompt and of all completions, for each group that has completion tokens."""
 
@@ -147,7 +155,9 @@ def _calls_of(prompts: tuple[int, ...], sizes: tuple[int, ...], completions: tup
         if end > middle:
             groups.append((slice(start, middle), slice(middle, end)))
         start, first = end, first + size
-    return _Calls([_bucket(each) for each in _by_length(segments)], groups)
+    lists = _by_length(segments)
+    alone = [slice(begin, begin + length) for ((length, begin), *others) in lists if not others]
+    return _Calls([_bucket(each) for each in lists if len(each) > 1], alone, groups)
 
 
 def _by_length(segments: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
@@ -172,13 +182,29 @@ def _bucket(segments: list[tuple[int, int]]) -> _Bucket:
     return _Bucket(shape, flat, is_token.flatten().nonzero()[:, 0], padding, run)
 
 
-def _prompt_call(
-    query: Tensor, key: Tensor, value: Tensor, prompt: slice, completions: slice
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (repeats, H_kv, L, head_dim) of the completions; keys and values of the prompt, expanded to them."""
-    q = _heads_apart(query[completions], key.shape[1])
-    k, v = (x[prompt].transpose(0, 1)[None].expand(q.shape[0], -1, -1, -1) for x in (key, value))
+def _call_of(query: Tensor, key: Tensor, value: Tensor, queries: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Some tokens' queries (repeats, H_kv, L, head_dim); keys and values of others, expanded to them."""
+    q = _heads_apart(query[queries], key.shape[1])
+    k, v = (x[keys].transpose(0, 1)[None].expand(q.shape[0], -1, -1, -1) for x in (key, value))
     return q, k, v
+
+
+def _gradients_of_call(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse_TH: Tensor,
+    queries: slice,
+    keys: slice,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the queries, as ``_call_of`` has them, and of keys and values, (keys, H_kv, head_dim). Causal where both are one."""
+    q, k, v = _call_of(query, key, value, queries, keys)
+    g, o, joint = (_heads_apart(x[queries], key.shape[1]) for x in (grad_out, out, lse_TH))
+    grads = _fused_backward(g, q, k, v, o, joint, 0.0, queries == keys, scale=scale)
+    return grads[0], grads[1].sum(0).transpose(0, 1), grads[2].sum(0).transpose(0, 1)
 
 
 def _heads_apart(x: Tensor, num_kv_heads: int) -> Tensor:

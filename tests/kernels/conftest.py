@@ -1,6 +1,7 @@
-"""``BALCAPRL_TEST_GPU=1 pytest -m interpreter tests/kernels``: the tests of the Triton kernels, compiled and run on a GPU.
+"""Fixtures of the kernels' tests.
 
-The tests stay as they are, with tensors on the CPU. Only launches change: what a kernel is given is copied to the GPU, storage
+``BALCAPRL_TEST_GPU=1 pytest -m interpreter tests/kernels``: the tests of the Triton kernels, compiled and run on a GPU. They
+stay as they are, with tensors on the CPU. Only launches change: what a kernel is given is copied to the GPU, storage
 by storage, so that strides, offsets and aliases are kept, and copied back afterwards. It is what Triton's interpreter
 does for tensors on a GPU, the other way round. Launch tables are the GPU's own.
 """
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from balcaprl.kernels import launch
+from balcaprl.kernels import launch, native
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -32,6 +33,16 @@ def launches_on_gpu() -> Iterator[None]:
         patch.setattr(launch, "table_architecture", lambda _: launch._cuda_table_architecture(device.index))
         patch.setattr(JITFunction, "run", _run_on(device, JITFunction.run))
         yield
+
+
+@pytest.fixture(params=native.SIMD_LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test at one instruction set; those that the machine lacks are not there to be tested."""
+    if native.set_simd_level(request.param) != request.param:
+        native.set_simd_level(None)
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    native.set_simd_level(None)
 
 
 def _run_on(device: torch.device, run: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,16 +18,6 @@ from balcaprl.kernels.native_softmax import (
     write_gradient,
     write_stats,
 )
-
-
-@pytest.fixture(params=native.SIMD_LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test at one instruction set; those that the machine lacks are not there to be tested."""
-    if native.set_simd_level(request.param) != request.param:
-        native.set_simd_level(None)
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    native.set_simd_level(None)
 
 
 def tokens_of(logits: Tensor, scale: float, seed: int = 0) -> Tokens:

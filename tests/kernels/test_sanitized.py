@@ -20,7 +20,7 @@ import itertools, sys
 from pathlib import Path
 import torch
 import balcaprl.kernels as kernels
-from balcaprl.kernels import native
+from balcaprl.kernels import native, native_layers
 native._LIBRARY_PATH = Path(sys.argv[1])
 library = native.library()
 torch.set_num_threads(2)
@@ -68,8 +68,16 @@ def heads():
             arguments = {**ragged(tokens), "filter_eps": filter_eps, "impl": "native"}
             kernels.linear_policy_loss(hidden, weight, targets, **arguments).loss.backward()
 
+def layers():
+    for rows, size in ((1, 1), (2, 3), (3, 15), (5, 17), (65, 63), (64, 130), (129, 1025)):
+        x, gate, up = (rand(rows, size).requires_grad_() for _ in range(3))
+        native_layers.rms_norm(x, rand(size).requires_grad_(), 1e-6).sum().backward()
+        native_layers.silu_mul(gate, up).sum().backward()
+        native_layers.rotate(rand(rows, 3, 2 * size).requires_grad_(), *rand(2, rows, 2 * size)).sum().backward()
+
 for level in range(3):
     library.balcaprl_set_simd_level(level)
+    layers()
     losses()
     advantages()
     heads()

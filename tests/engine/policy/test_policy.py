@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from balcaprl.policy import Group, Policy, UnsupportedFamilyError
+from balcaprl.policy.layers import stock_layers
 from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
 from balcaprl.types import Sample
 
@@ -74,7 +75,8 @@ def stock_logprobs(policy, groups):
             extra = dict(each.image_inputs)
             if policy.model.config.model_type != "llava" and extra:
                 extra["mm_token_type_ids"] = (ids == policy.model.config.image_token_id).int()
-            logits = policy.model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0]
+            with stock_layers(policy.model):
+                logits = policy.model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0]
             start = len(each.prompt_ids) - 1
             logprobs = logits[start : start + len(completion)].log_softmax(-1)
             parts.append(logprobs.gather(-1, completion[:, None])[:, 0])

@@ -9,6 +9,7 @@ import torch
 
 from balcaprl.config import SamplingConfig
 from balcaprl.policy import Group, Policy
+from balcaprl.policy.layers import stock_layers
 from balcaprl.rollout.hf import HFRollout
 from balcaprl.torchvision_compat import ensure_importable
 from balcaprl.types import Prompt
@@ -144,7 +145,8 @@ def stock_logprobs(policy, groups):
             extra = dict(each.image_inputs)
             if "image_grid_thw" in extra:
                 extra["mm_token_type_ids"] = (ids == IMAGE).int()
-            logits = policy.model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0]
+            with stock_layers(policy.model):
+                logits = policy.model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0]
             start = len(each.prompt_ids) - 1
             logprobs = logits[start : start + len(completion)].log_softmax(-1)
             parts.append(logprobs.gather(-1, completion[:, None])[:, 0])
@@ -326,6 +328,9 @@ def test_layout_of_the_shared_batch():
     assert packed.group_index.tolist() == [0, 0, 1, 2]
     assert packed.prefix_layout.groups() == [(0, 3, [1, 0]), (4, 2, [2])]
     assert packed.num_forward_tokens == 8
+    assert packed.read.tokens.tolist() == [2, 3, 5, 6, 7]
+    assert policy.pack(groups[:1], "shared").read.tokens == slice(2, 4)
+    assert policy.pack(groups, "repeated").read is None
 
 
 def test_order_and_split_of_groups_change_nothing():
@@ -354,6 +359,54 @@ def test_auto_shares_where_it_saves_tokens():
     assert policy.pack([one, make_group(policy, [], [90], 0)]).prefix_layout is not None, "padding is saved, too"
     assert policy.pack([one], "shared").prefix_layout is not None
     assert policy.pack([many], "repeated").prefix_layout is None
+
+
+# ---------------------------------------------------------------------------------------------------- the last layer
+
+
+def tokens_seen(policy, packed, part):
+    """How many tokens a part of each decoder layer is given, in the forward and whatever is computed again."""
+    seen = {index: [] for index in range(len(policy.text_model.layers))}
+    handles = [
+        layer.get_submodule(part).register_forward_hook(lambda _m, args, _o, i=i: seen[i].append(args[0].shape[1]))
+        for i, layer in enumerate(policy.text_model.layers)
+    ]
+    run(policy, lambda: policy.logprobs(packed))
+    for handle in handles:
+        handle.remove()
+    return list(seen.values())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("num_groups", [1, 5])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_last_layer_computes_the_tokens_that_are_read(name, num_groups, checkpointed):
+    policy = make_policy(name)
+    packed = policy.pack(make_groups(policy)[:num_groups], "shared")
+    read, whole = len(packed.predict_index.unique()), packed.num_forward_tokens
+    assert read < whole
+    if checkpointed:
+        policy.enable_gradient_checkpointing()
+    for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp"):
+        seen = tokens_seen(policy, packed, part)
+        assert [set(each) for each in seen] == [{whole}, {whole}, {read}], part
+    assert len(tokens_seen(policy, packed, "self_attn.q_proj")[2]) == (2 if checkpointed else 1)
+    assert all(set(each) == {whole} for each in tokens_seen(policy, packed, "self_attn.k_proj"))
+    repeated = policy.pack(make_groups(policy)[:num_groups], "repeated")
+    assert all(set(each) == {repeated.tokens.shape[1]} for each in tokens_seen(policy, repeated, "mlp"))
+
+
+def test_nothing_is_left_on_the_model_when_a_forward_fails():
+    policy = make_policy("llama")
+    packed = policy.pack(make_groups(policy), "shared")
+    expected = policy.logprobs(packed)
+    torn = replace(
+        packed, prefix_layout=packed.prefix_layout._replace(cu_seqlens=packed.prefix_layout.cu_seqlens[None])
+    )
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        policy.logprobs(torn)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in policy.text_model.layers.modules())
+    assert torch.equal(policy.logprobs(packed), expected)
 
 
 # ---------------------------------------------------------------------------------------------------- what it cannot

@@ -1,0 +1,126 @@
+"""Which kernels the small layers of a model run on: the native library's on the CPU, Liger's on CUDA where they prove right."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from balcaprl.kernels import native_layers
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCE = 1e-4
+"""Of a fused result against the stock one: another formula is further away."""
+_EPS = 1e-6
+
+
+class LayerKernels(NamedTuple):
+    """All differentiable."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    """x (..., D), weight (D,), eps."""
+    silu_mul: Callable[[Tensor, Tensor], Tensor]
+    """gate, up (...)."""
+    rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """q, k (N, H, L, head_dim), cos, sin (N, L, head_dim), which have no gradient."""
+
+
+def _rotate_on_cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    q, k = (native_layers.rotate(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k))
+    return q, k
+
+
+NATIVE = LayerKernels(native_layers.rms_norm, native_layers.silu_mul, _rotate_on_cpu)
+
+
+def kernels_for(*tensors: Tensor) -> LayerKernels | None:
+    """What runs on all of these; None: nothing but the stock code."""
+    if len({(x.device, x.dtype) for x in tensors}) > 1:
+        return None
+    if tensors[0].is_cuda:
+        return _liger(tensors[0].device)
+    return NATIVE if native_layers.takes(tensors[0]) else None
+
+
+@functools.cache
+def _liger(device: torch.device) -> LayerKernels | None:
+    """Liger's kernels, as its own modules for Llama call them; None where it is not installed, or computes something else."""
+    try:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.rope import LigerRopeFunction
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    except ImportError:
+        return None
+    no_offset, casting, in_place = 0.0, "llama", False
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return LigerRMSNormFunction.apply(x, weight, eps, no_offset, casting, in_place)  # type: ignore[no-any-return]
+
+    kernels = LayerKernels(rms_norm, LigerSiLUMulFunction.apply, LigerRopeFunction.apply)
+    try:
+        wrong = wrong_kernels(kernels, device)
+    except Exception as error:  # of a compiler, a driver, another version: anything, and training can do without
+        wrong = [f"{type(error).__name__}: {error}".splitlines()[0]]
+    if wrong:
+        logger.warning("liger-kernel is not used on %s, the stock layers are: %s", device, ", ".join(wrong))
+    return None if wrong else kernels
+
+
+def wrong_kernels(kernels: LayerKernels, device: torch.device) -> list[str]:
+    """Names of those whose values or gradients are not what the formula gives on random inputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS) * weight
+
+    def plain_rotation(x: Tensor) -> Tensor:
+        low, high = x.chunk(2, dim=-1)
+        return x * cos[:, None] + torch.cat([-high, low], dim=-1) * sin[:, None]
+
+    cos, sin = (random(2, 5, 16).repeat(1, 1, 2) for _ in range(2))
+    q, k = (random(2, 5, heads, 32).transpose(1, 2) for heads in (4, 2))
+    pairs = {
+        "rms_norm": _values_and_gradients(
+            lambda x, w: kernels.rms_norm(x, w, _EPS), plain_norm, random(6, 48), random(48)
+        ),
+        "silu_mul": _values_and_gradients(
+            kernels.silu_mul, lambda gate, up: F.silu(gate) * up, random(6, 48), random(6, 48)
+        ),
+        "rotate": _values_and_gradients(
+            lambda q, k: torch.cat(kernels.rotate(q, k, cos, sin), 1),
+            lambda q, k: torch.cat([plain_rotation(q), plain_rotation(k)], 1),
+            q,
+            k,
+        ),
+    }
+    return [name for name, (ours, plain) in pairs.items() if not all(map(alike, ours, plain))]
+
+
+def _values_and_gradients(
+    kernel: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor
+) -> list[tuple[Tensor, ...]]:
+    """Of both, for one gradient from above."""
+    results = []
+    for function in (kernel, plain):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            out = function(*leaves)
+        above = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, above)))
+    return results
+
+
+def alike(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two results are of one formula, rounding aside."""
+    tolerance = max(_TOLERANCE, 4 * torch.finfo(expected.dtype).eps)
+    largest = float(expected.abs().max())
+    return torch.allclose(actual.float(), expected.float(), rtol=tolerance, atol=tolerance * largest)
