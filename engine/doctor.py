@@ -34,7 +34,7 @@ MIN_COMPUTE_CAPABILITY = (8, 0)
 _OPTIONAL = {
     "triton": "ops with impl=triton",
     "flash-attn": "model.attention=flash_attention_2",
-    "liger-kernel": "a provider in the benchmarks",
+    "liger-kernel": "model.fused_layers on CUDA, and as a peer in the benchmarks",
     "datasets": "data.kind=hf",
     "aiohttp": "reward.judge=endpoint",
     "tenacity": "reward.judge=endpoint",
@@ -47,6 +47,8 @@ _EXTRA_OF = {
     "aiohttp": "judge",
     "tenacity": "judge",
 }
+_PREFERRED = {"cuda": ("triton", "flash", "reference"), "cpu": ("native", "sdpa", "reference")}
+"""What ``impl="auto"`` of an op takes, the first that it has and that is installed."""
 _STYLES = {"ok": "green", "info": "dim", "warning": "yellow", "error": "bold red"}
 _SIGNS = {"ok": "ok", "info": "-", "warning": "warn", "error": "FAIL"}
 
@@ -296,10 +298,21 @@ def check_choices() -> Iterator[Finding]:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield Finding("model.device=auto", "ok", device)
-    fast = {"cuda": "triton" if installed_version("triton") else "", "cpu": "native" if native.is_available() else ""}
+    found = {
+        "triton": installed_version("triton"),
+        "flash": installed_version("flash-attn"),
+        "native": native.is_available(),
+        "sdpa": True,
+        "reference": True,
+    }
+    order = [impl for impl in _PREFERRED[device] if found[impl]]
+    layers = {
+        "cuda": installed_version("liger-kernel") and "Liger's kernels",
+        "cpu": found["native"] and "native, in float32",
+    }
+    yield Finding("model.fused_layers", "ok", layers[device] or "stock layers")
     for name in kernels.__all__:
         op = getattr(kernels, name)
         implementations = getattr(sys.modules.get(getattr(op, "__module__", "")), "IMPLS", ())
         if inspect.isfunction(op) and implementations:
-            chosen = fast[device] if fast[device] in implementations else "reference"
-            yield Finding(f"{name} impl=auto", "ok", chosen)
+            yield Finding(f"{name} impl=auto", "ok", next(impl for impl in order if impl in implementations))

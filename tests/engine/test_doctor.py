@@ -1,3 +1,4 @@
+import importlib
 import importlib.metadata
 import io
 import subprocess
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from balcaprl import doctor
 from balcaprl.doctor import Finding
+from balcaprl.kernels import native
 
 
 @pytest.fixture
@@ -41,7 +43,13 @@ def test_diagnosis_of_this_machine_is_complete():
     expected |= {"cpu", "memory", "disk", "rollout.sampler=auto", "model.device=auto", "grouped_advantages impl=auto"}
     assert expected <= set(found)
     assert found["torch"].detail == importlib.metadata.version("torch")
-    assert found["model.device=auto"].detail == ("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert found["model.device=auto"].detail == device
+    for op in ("shared_prefix_attention", "linear_logprobs"):
+        resolve = importlib.import_module(f"balcaprl.kernels.{op}").resolve_impl
+        assert found[f"{op} impl=auto"].detail == resolve("auto", torch.ones(1, 1, 64, device=device)), op
+    if device == "cpu":
+        assert ("native" in found["model.fused_layers"].detail) == native.is_available()
     assert all(f.remedy for f in found.values() if f.status == "warning" and f.name != "native kernels")
 
 
