@@ -13,20 +13,9 @@ from balcaprl.kernels import native, native_layers
 from balcaprl.kernels.testing import assert_as_accurate
 
 SHAPES = [
-    (1, 1),
-    (1, 3),
-    (2, 15),
-    (3, 16),
-    (5, 17),
-    (7, 63),
-    (1, 64),
-    (2, 65),
-    (9, 128),
-    (63, 192),
-    (64, 96),
-    (65, 256),
-]
-SHAPES += [(127, 513), (3, 2048), (2, 8193), (200, 100), (2, 3, 31), (1, 4, 5, 48)]
+    (1, 1), (1, 3), (2, 15), (3, 16), (5, 17), (7, 63), (1, 64), (2, 65), (9, 128), (63, 192), (64, 96), (65, 256), (127, 513),
+    (3, 2048), (2, 8193), (200, 100), (2, 3, 31), (1, 4, 5, 48),
+]  # fmt: skip
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -66,19 +55,19 @@ def check(ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: tup
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("scale", [1.0, 1e-4, 300.0])
-def test_rms_norm_is_as_accurate_as_plain(level: str, shape: tuple[int, ...], scale: float) -> None:
-    check(lambda x, weight: native_layers.rms_norm(x, weight, 1e-6), plain_rms_norm, norm_inputs(shape, scale))
+def test_rms_norm_is_as_accurate_as_plain(level: str, shape: tuple[int, ...]) -> None:
+    for scale in (1.0, 1e-4, 300.0):
+        check(lambda x, weight: native_layers.rms_norm(x, weight, 1e-6), plain_rms_norm, norm_inputs(shape, scale))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("scale", [1.0, 1e-4, 30.0])
-def test_silu_mul_is_as_accurate_as_plain(level: str, shape: tuple[int, ...], scale: float) -> None:
-    check(native_layers.silu_mul, plain_silu_mul, silu_inputs(shape, scale))
+def test_silu_mul_is_as_accurate_as_plain(level: str, shape: tuple[int, ...]) -> None:
+    for scale in (1.0, 1e-4, 30.0):
+        check(native_layers.silu_mul, plain_silu_mul, silu_inputs(shape, scale))
 
 
 @pytest.mark.parametrize("head_dim", [2, 6, 10, 32, 64, 80, 96, 128])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (70, 5), (2, 9, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 2), (70, 5), (2, 9, 4)], ids=str)
 def test_rotate_is_as_accurate_as_plain(level: str, shape: tuple[int, ...], head_dim: int) -> None:
     generator = torch.Generator().manual_seed(head_dim)
     x = torch.randn(*shape, head_dim, generator=generator)
