@@ -18,6 +18,9 @@ SHAPES = [
 ]  # fmt: skip
 
 
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="the native library is not there")
+
+
 def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """As transformers writes it."""
     return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
@@ -99,20 +102,23 @@ def test_neither_batch_nor_threads_change_a_bit() -> None:
     x, weight = norm_inputs((300, 200))
     gate, up = silu_inputs((300, 200))
     upstream = torch.randn(300, 200, generator=torch.Generator().manual_seed(1))
+    cos, sin = torch.randn(2, 300, 20, generator=torch.Generator().manual_seed(2))
 
-    def both(part: slice) -> tuple[Tensor, ...]:
+    def all_three(part: slice) -> tuple[Tensor, ...]:
         norm = run(lambda x, w: native_layers.rms_norm(x, w, 1e-6), (x[part], weight), upstream[part])
-        return *norm, *run(native_layers.silu_mul, (gate[part], up[part]), upstream[part])
+        product = run(native_layers.silu_mul, (gate[part], up[part]), upstream[part])
+        heads, above = (each[part].unflatten(1, (10, 20)) for each in (x, upstream))
+        return *norm, *product, *run(lambda x: native_layers.rotate(x, cos[part], sin[part]), (heads,), above)
 
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = both(slice(None))
+        alone = all_three(slice(None))
         torch.set_num_threads(2)
-        assert all(map(torch.equal, alone, both(slice(None))))
+        assert all(map(torch.equal, alone, all_three(slice(None))))
     finally:
         torch.set_num_threads(before)
-    halves = [both(slice(0, 128)), both(slice(128, None))]
+    halves = [all_three(slice(0, 128)), all_three(slice(128, None))]
     for index, (whole, *parts) in enumerate(zip(alone, *halves, strict=True)):
         if index == 2:  # the weight's gradient is a sum over rows
             torch.testing.assert_close(parts[0] + parts[1], whole)
@@ -139,7 +145,7 @@ def test_what_is_not_contiguous_and_what_needs_no_gradient() -> None:
 
 def test_which_tensors_it_takes() -> None:
     x = torch.ones(3)
-    assert native_layers.takes(x) == native.is_available()
+    assert native_layers.takes(x)
     assert not native_layers.takes(x.double())
     assert not native_layers.takes(x.bfloat16())
     assert not native_layers.takes(x.to("meta"))
