@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from balcaprl import __version__
 from balcaprl.cli_judge import add_judge_commands, judge_audit, judge_cache, prepare, recaption
 from balcaprl.config import STATE_FILE, TrainConfig
+from balcaprl.logtext import PrintableFormatter, printable_lines
 from balcaprl.types import JudgeStoppedError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -37,13 +38,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _spread_recipe(sys.argv[1:] if argv is None else argv)
     options = parser.parse_args(arguments)
     command = options.command
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("balcaprl").setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return _COMMANDS[command](options[command])
     except _USER_ERRORS as error:
-        print(f"balcaprl {command}: {error}", file=sys.stderr)
+        print(printable_lines(f"balcaprl {command}: {error}"), file=sys.stderr)
         if os.environ.get("BALCAPRL_TRACEBACK"):
             raise
         return 1

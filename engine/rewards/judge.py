@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
+from balcaprl.logtext import printable
 from balcaprl.types import REWARD_NAMES, JudgeStoppedError, RewardBreakdown, Sample
 
 _ROUNDING = 1e-6  # a mean of exact ones may exceed 1 by this
@@ -164,4 +165,4 @@ def redact(text: str, private: Sequence[str]) -> str:
     text = _LONG_QUOTE.sub("<quotation>", text)
     for pattern in _SECRETS:
         text = pattern.sub("<redacted>", text)
-    return " ".join(text.split())[:_MAX_ERROR_CHARS]
+    return printable(" ".join(text.split())[:_MAX_ERROR_CHARS], _MAX_ERROR_CHARS)

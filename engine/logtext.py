@@ -1,0 +1,38 @@
+"""Untrusted text in messages: what a record, a file name, a model or a server says is shown as one short, harmless line."""
+
+from __future__ import annotations
+
+import logging
+
+MAX_CHARS = 200
+"""Longest piece of untrusted text in a message, before it is cut."""
+
+
+def printable(text: object, limit: int = MAX_CHARS) -> str:
+    """``str(text)`` on one line: what shows nothing, moves the cursor or turns the writing is escaped, the rest cut.
+
+    >>> printable("a\\x1b[2J\\nERROR: b")
+    'a\\\\x1b[2J\\\\nERROR: b'
+    """
+    whole = str(text)
+    shown = _escaped(whole[:limit], "")
+    return shown if len(whole) <= limit else f"{shown}... ({len(whole):,} characters)"
+
+
+class PrintableFormatter(logging.Formatter):
+    """The second fence: no message reaches the terminal with control characters, whoever wrote it. Line ends stay."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See ``logging.Formatter``."""
+        return printable_lines(super().format(record))
+
+
+def printable_lines(text: str) -> str:
+    """As ``printable``, but whole, and with its line ends."""
+    return _escaped(text, "\n\t")
+
+
+def _escaped(text: str, kept: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
