@@ -6,13 +6,23 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench gpu
+.PHONY: demo test test-interpreter test-isa lint bench gpu
 demo: $(VENV)/.cpu
 	$(BIN)/balcaprl demo --out demo-run
 
 # Two processes of one thread each, a file of tests in one of them: most tests cannot use a second core.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
+
+# The Triton kernels on CPU tensors: a process that interprets cannot compile, and slow. Single tests go where there is room.
+test-interpreter: $(VENV)/.test
+	TRITON_INTERPRET=1 TRITON_DEFAULT_FP_FUSION=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m interpreter -n 2 --dist worksteal tests/kernels
+
+# The kernels' tests as if on older processors, and on this one with all that it has.
+test-isa: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/instruction_sets.py $(PARALLEL)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

@@ -35,14 +35,19 @@ def launches_on_gpu() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def restored_level() -> Iterator[None]:
+    """The test may ask for instruction sets; afterwards the one in use is that of the environment."""
+    yield
+    native.set_simd_level(os.environ.get(native.SIMD_VARIABLE))
+
+
 @pytest.fixture(params=native.SIMD_LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
+def level(request: pytest.FixtureRequest, restored_level: None) -> str:
     """Runs the test at one instruction set; those that the machine lacks are not there to be tested."""
     if native.set_simd_level(request.param) != request.param:
-        native.set_simd_level(None)
         pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    native.set_simd_level(None)
+    return str(request.param)
 
 
 def _run_on(device: torch.device, run: Callable[..., Any]) -> Callable[..., Any]:

@@ -234,18 +234,18 @@ def test_native_agrees_with_the_float64_reference(seed: int) -> None:
 
 
 @pytest.mark.skipif(not native.is_available(), reason=f"no native library: {native.unavailable_reason()}")
+@pytest.mark.usefixtures("restored_level")
 @pytest.mark.parametrize("method", METHODS)
 def test_instruction_sets_and_threads_give_the_same_bits(method: str) -> None:
     rewards = torch.rand(40_000 * 3, 3, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
     rewards[rewards < 0.1] = NAN
     threads, results = torch.get_num_threads(), []
     try:
-        for level, count in ((0, 1), (1, 2), (2, 3), (2, 1)):
-            native.library().balcaprl_set_simd_level(level)
+        for level, count in (("plain", 1), ("avx2", 2), ("avx512", 3), ("avx512", 1)):
+            native.set_simd_level(level)
             torch.set_num_threads(count)
             results += [grouped_advantages(r, 5, method=method, impl="native") for r in (rewards, rewards.float())]
     finally:
-        native.library().balcaprl_set_simd_level(-1)
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[i % 2]) for i, result in enumerate(results))
 
