@@ -6,6 +6,8 @@ import logging
 
 MAX_CHARS = 200
 """Longest piece of untrusted text in a message, before it is cut."""
+MAX_OF_A_KIND = 20
+"""Warnings of one kind before the rest are only counted."""
 
 
 def printable(text: object, limit: int = MAX_CHARS) -> str:
@@ -36,3 +38,10 @@ def _escaped(text: str, kept: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def log_few(logger: logging.Logger, count: int, message: str, *arguments: object) -> None:
+    """Warn of the ``count``-th case of a kind; after ``MAX_OF_A_KIND`` of them no more is said."""
+    if count <= MAX_OF_A_KIND:
+        more = "" if count < MAX_OF_A_KIND else " (further cases are only counted)"
+        logger.warning(message + more, *arguments)

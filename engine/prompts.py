@@ -10,13 +10,17 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from balcaprl.config import SamplingConfig
-from balcaprl.data import DatasetError, SampleStream
-from balcaprl.types import Prompt, Sample
+from balcaprl.config import SamplingConfig, TrainConfig
+from balcaprl.data import Dataset, DatasetError, ImageError, SampleStream
+from balcaprl.data.stream import decoded
+from balcaprl.logtext import log_few, printable
+from balcaprl.policy import Policy
+from balcaprl.types import Prompt, PromptError, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +31,84 @@ def room_for_prompt(model_config: Any, sampling: SamplingConfig) -> int | None:
     """Tokens that the model's positions leave for a prompt; None where it names no limit."""
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     return None if limit is None else int(limit) - sampling.max_completion_tokens
+
+
+@dataclass(frozen=True)
+class PromptMaker:
+    """The one way from a sample to a prompt: training, evaluation and every command refuse the same samples."""
+
+    prepare: Callable[[Sample], Prompt]
+    """Makes a prompt of a sample, as ``policy.prepare`` does."""
+    max_prompt_tokens: int | None = None
+    """Longer prompts are refused; None: none is."""
+
+    @classmethod
+    def of(cls, policy: Policy, config: TrainConfig) -> PromptMaker:
+        """For the prompts of ``policy`` under a configuration.
+
+        Raises:
+            ValueError: ``data.instruction`` holds a control token, so that every prompt would.
+        """
+        token = policy.record_text.control_token(config.data.instruction)
+        if token is not None:
+            raise ValueError(
+                f"data.instruction: it holds the control token {token!r}; the chat template adds what is needed"
+            )
+        return cls(policy.prepare, room_for_prompt(policy.model.config, config.rollout.sampling))
+
+    def __call__(self, sample: Sample) -> Prompt:
+        """The prompt.
+
+        Raises:
+            PromptError: the text or the image cannot be used, or no room is left for a completion.
+        """
+        try:
+            prompt = self.prepare(sample)
+        except PromptError:
+            raise
+        except Exception as error:  # a processor is foreign code, and one odd picture must not end a run
+            raise PromptError(
+                f"its image cannot be preprocessed: {type(error).__name__}: {printable(error)}"
+            ) from error
+        limit = self.max_prompt_tokens
+        if limit is not None and len(prompt.prompt_ids) > limit:
+            raise PromptError(
+                f"its prompt has {len(prompt.prompt_ids)} tokens, and {limit} leave room for a completion"
+            )
+        return prompt
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out samples as prompts."""
+
+    prompts: list[Prompt]
+    num_excluded: int = 0
+    """Samples that cannot be used; scores are means over the others."""
+
+
+def held_out_prompts(dataset: Dataset, make: PromptMaker) -> HeldOut:
+    """Make a prompt of every held-out sample that one can be made of; one message accounts for the others.
+
+    Raises:
+        DatasetError: there are held-out samples, and none can be used.
+    """
+    prompts: list[Prompt] = []
+    problems: list[str] = []
+    for index in range(len(dataset.evaluation)):
+        sample = dataset.evaluation[index]
+        try:
+            prompts.append(make(decoded(sample)))
+        except (ImageError, PromptError) as error:
+            problems.append(f"{printable(sample.sample_id)}: {printable(error)}")
+    if problems:
+        message = f"{len(problems)} of {len(dataset.evaluation)} held-out samples cannot be used: " + "; ".join(
+            problems[:3]
+        )
+        if not prompts:
+            raise DatasetError(f"{message}; mend the data, or set data.num_eval to 0")
+        logger.warning("%s; scores are means over the others", message)
+    return HeldOut(prompts, len(problems))
 
 
 def _single_threaded_pool() -> ThreadPoolExecutor:
@@ -50,26 +132,18 @@ def _single_threaded_pool() -> ThreadPoolExecutor:
 class PromptStream:
     """Draws prompts from a stream of samples, the next ones ahead of time.
 
-    A sample whose image cannot be preprocessed, or whose prompt leaves no room for a completion, is skipped and counted.
+    A sample that no prompt can be made of is skipped, and each such sample is logged and counted once.
 
     Args:
         samples: where samples come from; used by nothing else from now on.
-        prepare: makes a prompt of a sample, as ``policy.prepare`` does.
-        max_prompt_tokens: longer prompts are skipped; None: none is.
+        make: makes a prompt of a sample.
         ahead: prepare the next step's prompts while this one runs.
     """
 
-    def __init__(
-        self,
-        samples: SampleStream,
-        prepare: Callable[[Sample], Prompt],
-        *,
-        max_prompt_tokens: int | None = None,
-        ahead: bool = True,
-    ) -> None:
-        self._samples, self._prepare, self._max_prompt_tokens = samples, prepare, max_prompt_tokens
+    def __init__(self, samples: SampleStream, make: PromptMaker, *, ahead: bool = True) -> None:
+        self._samples, self._make = samples, make
         self._pool = _single_threaded_pool() if ahead else None
-        self._skipped = 0
+        self._skipped: set[str] = set()
         self._next: tuple[int, Future[tuple[list[Prompt], dict[str, Any]]]] | None = None
         self._drawn: deque[dict[str, Any]] = deque()
         self._used = self._state()
@@ -81,8 +155,8 @@ class PromptStream:
 
     @property
     def num_skipped(self) -> int:
-        """Samples, up to the last step that was used, that could be decoded but not be made a prompt of."""
-        return int(self._used["skipped_prompts"])
+        """Distinct samples, up to the last step that was used, that could be decoded but not be made a prompt of."""
+        return len(self._used["skipped_prompts"])
 
     def next(self, count: int) -> list[Prompt]:
         """The prompts of the next step.
@@ -128,34 +202,32 @@ class PromptStream:
             self._pool.shutdown(cancel_futures=True)
 
     def _load(self, state: dict[str, Any]) -> None:
-        self._skipped = int(state.get("skipped_prompts", 0))
+        skipped = state.get("skipped_prompts", [])
+        self._skipped = set(skipped) if isinstance(skipped, list) else set()  # older checkpoints hold a number
         self._samples.load_state_dict(state)
 
     def _state(self) -> dict[str, Any]:
-        return {**self._samples.state_dict(), "skipped_prompts": self._skipped}
+        return {**self._samples.state_dict(), "skipped_prompts": sorted(self._skipped)}
 
     def _draw(self, count: int) -> tuple[list[Prompt], dict[str, Any]]:
         prompts: list[Prompt] = []
         unusable_in_a_row = 0
         while len(prompts) < count:
             for sample in self._samples.next_decodable(count - len(prompts)):
-                problem = self._try(sample, prompts)
-                unusable_in_a_row = 0 if problem is None else unusable_in_a_row + 1
-                if problem is not None:
-                    self._skipped += 1
-                    logger.warning("skipped %s: %s", sample.sample_id, problem)
-                if unusable_in_a_row >= _MAX_UNUSABLE_IN_A_ROW:
-                    raise DatasetError(f"no usable prompt in {unusable_in_a_row} samples; the last: {problem}")
+                try:
+                    prompts.append(self._make(sample))
+                    unusable_in_a_row = 0
+                except PromptError as error:
+                    self._skip(sample, error)
+                    unusable_in_a_row += 1
+                    if unusable_in_a_row >= _MAX_UNUSABLE_IN_A_ROW:
+                        raise DatasetError(
+                            f"no usable prompt in {unusable_in_a_row} samples; the last: {printable(error)}"
+                        ) from error
         return prompts, self._state()
 
-    def _try(self, sample: Sample, prompts: list[Prompt]) -> str | None:
-        """Append the sample's prompt; what is wrong with it otherwise."""
-        try:
-            prompt = self._prepare(sample)
-        except Exception as error:  # a processor is foreign code, and one odd picture must not end a run
-            return f"its image cannot be preprocessed: {type(error).__name__}: {error}"
-        limit = self._max_prompt_tokens
-        if limit is not None and len(prompt.prompt_ids) > limit:
-            return f"its prompt has {len(prompt.prompt_ids)} tokens, and {limit} leave room for a completion"
-        prompts.append(prompt)
-        return None
+    def _skip(self, sample: Sample, error: PromptError) -> None:
+        if sample.sample_id in self._skipped:
+            return
+        self._skipped.add(sample.sample_id)
+        log_few(logger, len(self._skipped), "skipped %s: %s", printable(sample.sample_id), printable(error))

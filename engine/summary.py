@@ -11,6 +11,8 @@ from typing import Any
 from balcaprl.metrics import EVALUATIONS, METRICS, read_jsonl
 
 _SCORES = ("precision", "recall", "linguistic", "b_capscore", "length_ratio")
+_COUNTS = ("num_images", "num_excluded")
+"""Over how many images the scores are means; older logs do not say."""
 
 
 def write_summary(output_dir: Path, *, sampler: str, seed: int) -> dict[str, Any]:
@@ -39,4 +41,7 @@ def write_summary(output_dir: Path, *, sampler: str, seed: int) -> dict[str, Any
 
 def _scores(evaluations: list[dict[str, Any]], mode: str, index: int) -> dict[str, Any]:
     chosen = [line for line in evaluations if line["mode"] == mode]
-    return {name: chosen[index][name] for name in _SCORES} if chosen else {}
+    if not chosen:
+        return {}
+    line = chosen[index]
+    return {**{name: line[name] for name in _SCORES}, **{name: line[name] for name in _COUNTS if name in line}}

@@ -25,7 +25,7 @@ from balcaprl.metrics import PhaseTimer, ProgressLine, RunLog, memory_metrics, n
 from balcaprl.optim import PolicyOptimizer
 from balcaprl.pipeline import RolloutPipeline, SampledStep
 from balcaprl.policy import Policy
-from balcaprl.prompts import PromptStream, room_for_prompt
+from balcaprl.prompts import HeldOut, PromptMaker, PromptStream, held_out_prompts
 from balcaprl.report import write_report
 from balcaprl.rewards import (
     GroupScorer,
@@ -41,7 +41,7 @@ from balcaprl.rewards.columns import reward_of
 from balcaprl.rollout import Sampler, make_sampler
 from balcaprl.summary import write_summary
 from balcaprl.telemetry import SamplingAlarm, SamplingGap, device_metrics, speed_metrics, sync_metrics
-from balcaprl.types import Prompt, RewardBreakdown, RolloutGroup
+from balcaprl.types import RewardBreakdown, RolloutGroup
 from balcaprl.update import PolicyUpdate, Reference, WithoutAdapter
 
 logger = logging.getLogger(__name__)
@@ -81,11 +81,8 @@ class Trainer:
             run_dir=config.output_dir,
         )
         self.policy = policy or load_policy(config, checkpoint)
-        self.stream = PromptStream(
-            self.dataset.train_stream(seed=config.seed),
-            self.policy.prepare,
-            max_prompt_tokens=room_for_prompt(self.policy.model.config, config.rollout.sampling),
-        )
+        self.make_prompt = PromptMaker.of(self.policy, config)
+        self.stream = PromptStream(self.dataset.train_stream(seed=config.seed), self.make_prompt)
         updates = config.steps * config.optim.epochs_per_batch
         self.optimizer = PolicyOptimizer(self.policy.model.named_parameters(), config.optim, updates)
         if checkpoint is not None:
@@ -93,7 +90,7 @@ class Trainer:
         self.resumed_from = self.step if checkpoint is not None else None
         self.sampler = sampler or make_sampler(config, self.policy)
         self.timer = PhaseTimer(torch.cuda.synchronize if self.policy.device.type == "cuda" else None)
-        self._eval_prompts: list[Prompt] | None = None
+        self._held_out: HeldOut | None = None
         self.sampler.policy_version = self.policy_version
         self.gap, self.alarm = SamplingGap(), SamplingAlarm(config.rollout.sampling_kl_limit)
         reference = make_reference(config, self.policy)
@@ -208,7 +205,8 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Evaluation]:
         """Caption the held-out images, sampled and greedy, and log scores and captions."""
-        if not len(self.eval_prompts):
+        held_out = self.held_out
+        if not held_out.prompts:
             return {}
         self.pipeline.settle()
         results = {}
@@ -216,7 +214,7 @@ class Trainer:
         for mode in ("sampled", "greedy"):
             results[mode] = evaluate_captions(
                 self.policy,
-                self.eval_prompts,
+                held_out.prompts,
                 self.sampler,
                 self.judge,
                 self.config.reward,
@@ -224,25 +222,27 @@ class Trainer:
                 seed=settings.seed,
                 greedy=mode == "greedy",
                 batch_size=settings.batch_size,
+                num_excluded=held_out.num_excluded,
             )
             self.log.log_evaluation(self.step, mode, results[mode].scores)
             self.log.log_eval_captions(self.step, mode, results[mode].groups)
         scores = results["sampled"].scores
+        over = f" over {scores['num_images']} images" if held_out.num_excluded else ""
         self.progress.message(
-            f"step {self.step}: held-out b-CapScore {scores['b_capscore']:.3f} (precision {scores['precision']:.3f}, "
+            f"step {self.step}: held-out b-CapScore{over} {scores['b_capscore']:.3f} (precision {scores['precision']:.3f}, "
             f"recall {scores['recall']:.3f}, linguistic {scores['linguistic']:.3f}), "
             f"greedy {results['greedy'].scores['b_capscore']:.3f}"
         )
         return results
 
     @property
-    def eval_prompts(self) -> list[Prompt]:
+    def held_out(self) -> HeldOut:
         """The held-out images, prepared once; the first few are saved for the report."""
-        if self._eval_prompts is None:
-            self._eval_prompts = [self.policy.prepare(sample) for sample in self.dataset.evaluation_samples()]
-            for prompt in self._eval_prompts[:NUM_REPORT_IMAGES]:
+        if self._held_out is None:
+            self._held_out = held_out_prompts(self.dataset, self.make_prompt)
+            for prompt in self._held_out.prompts[:NUM_REPORT_IMAGES]:
                 save_eval_image(self.config.output_dir, prompt.sample.sample_id, prompt.image)
-        return self._eval_prompts
+        return self._held_out
 
     # ------------------------------------------------------------------------------------------------ the run
 

@@ -31,6 +31,10 @@ class JudgeStoppedError(RuntimeError):
     """The judge cannot go on, and neither can the run: no server answers, or the budget is spent."""
 
 
+class PromptError(ValueError):
+    """A sample that no prompt can be made of; the message says why, and does not name the sample."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image with its reference caption, as a dataset yields it."""
@@ -45,6 +49,13 @@ class Sample:
     """What the policy is asked, without the image placeholder."""
     facts: Any = None
     """What is known of the image beyond the reference; a scene graph for drawn scenes."""
+    image_id: str | None = None
+    """Names the image where several samples may show the same one."""
+
+    @property
+    def image_identity(self) -> str:
+        """The same for all samples of one image."""
+        return self.sample_id if self.image_id is None else self.image_id
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from balcaprl.config import DataConfig
-from balcaprl.data.images import ImageError
 from balcaprl.data.record_images import RecordImages
 from balcaprl.data.records import DatasetError, LoadReport, Record, read_jsonl, read_sharegpt4v
-from balcaprl.data.stream import SampleSource, SampleStream, decoded
+from balcaprl.data.stream import SampleSource, SampleStream
 from balcaprl.types import Sample
 
 if TYPE_CHECKING:
@@ -45,25 +44,6 @@ class Dataset:
     def train_stream(self, *, seed: int) -> SampleStream:
         """The resumable order in which training draws its samples."""
         return SampleStream(self.train, seed=seed, shuffle=self.shuffle)
-
-    def evaluation_samples(self) -> list[Sample]:
-        """The held-out samples whose images decode, decoded; the others are logged.
-
-        Raises:
-            DatasetError: there are held-out samples, and none decodes.
-        """
-        samples, errors = [], []
-        for index in range(len(self.evaluation)):
-            try:
-                samples.append(decoded(self.evaluation[index]))
-            except ImageError as error:
-                errors.append(str(error))
-        if errors:
-            message = f"{len(errors)} of {len(self.evaluation)} held-out images do not decode: " + "; ".join(errors[:3])
-            if not samples:
-                raise DatasetError(message)
-            logger.warning(message)
-        return samples
 
 
 def load_dataset(config: DataConfig, *, seed: int) -> Dataset:

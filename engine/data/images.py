@@ -83,15 +83,17 @@ def decode_image(
     return _decode(_open_bytes(data, name, max_file_bytes), name, max_pixels, max_source_pixels)
 
 
-def check_image(path: str | os.PathLike[str], root: Path, *, max_source_pixels: int, max_file_bytes: int) -> None:
+def check_image(
+    path: str | os.PathLike[str], root: Path, *, max_pixels: int, max_source_pixels: int, max_file_bytes: int
+) -> None:
     """Raise the ``ImageError`` that ``load_image`` would, as far as path, size and header tell; decode nothing."""
     with _open_file(path, root, max_file_bytes) as file:
-        _open_header(file, str(path), max_source_pixels)
+        _open_header(file, str(path), max_pixels, max_source_pixels)
 
 
-def check_image_bytes(data: bytes, name: str, *, max_source_pixels: int, max_file_bytes: int) -> None:
+def check_image_bytes(data: bytes, name: str, *, max_pixels: int, max_source_pixels: int, max_file_bytes: int) -> None:
     """Raise the ``ImageError`` that ``decode_image`` would, as far as size and header tell; decode nothing."""
-    _open_header(_open_bytes(data, name, max_file_bytes), name, max_source_pixels)
+    _open_header(_open_bytes(data, name, max_file_bytes), name, max_pixels, max_source_pixels)
 
 
 def check_image_file(path: str | os.PathLike[str], root: Path, *, max_file_bytes: int) -> Path:
@@ -161,7 +163,7 @@ def _check_num_bytes(num_bytes: int, name: str, max_file_bytes: int) -> None:
         raise ImageError(f"{name}: {num_bytes:,} bytes exceed data.max_file_bytes ({max_file_bytes:,})", "too large")
 
 
-def _open_header(file: BinaryIO, name: str, max_source_pixels: int) -> Image.Image:
+def _open_header(file: BinaryIO, name: str, max_pixels: int, max_source_pixels: int) -> Image.Image:
     """Read the header and hold it to the bounds; the pixels stay unread."""
     try:
         image = Image.open(file, formats=FORMATS)
@@ -178,16 +180,13 @@ def _open_header(file: BinaryIO, name: str, max_source_pixels: int) -> Image.Ima
         raise ImageError(
             f"{name}: {width:,} x {height:,} pixels exceed data.max_source_pixels ({max_source_pixels:,})", "too large"
         )
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ImageError(
-            f"{name}: {width} x {height} is more than {MAX_ASPECT_RATIO} times longer than wide", "too thin"
-        )
+    shrunk_size(image.size, max_pixels, name)
     return image
 
 
 def _decode(file: BinaryIO, name: str, max_pixels: int, max_source_pixels: int) -> Image.Image:
-    image = _open_header(file, name, max_source_pixels)
-    size = _fitting_size(image.size, max_pixels)
+    image = _open_header(file, name, max_pixels, max_source_pixels)
+    size = shrunk_size(image.size, max_pixels, name)
     try:
         if image.format == "JPEG":
             # libjpeg scales while it decodes; twice the target leaves the final filter enough to work with
@@ -217,14 +216,28 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return upright
 
 
-def _fitting_size(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
-    """The largest size of the same shape with at most ``max_pixels`` pixels, never larger than ``size``."""
+def shrunk_size(size: tuple[int, int], max_pixels: int, name: str) -> tuple[int, int]:
+    """The largest size of the same shape with at most ``max_pixels`` pixels, never larger than ``size``.
+
+    Raises:
+        ImageError: it is too thin, before or after rounding; ``name`` stands in the message.
+    """
+    _check_ratio(size, name, "")
     width, height = size
     if width * height <= max_pixels:
         return size
     scale = math.sqrt(max_pixels / (width * height))
     width, height = max(1, int(width * scale)), max(1, int(height * scale))
-    return min(width, max_pixels // height), min(height, max_pixels // width)
+    shrunk = min(width, max(1, max_pixels // height)), min(height, max(1, max_pixels // width))
+    _check_ratio(shrunk, name, f", shrunk from {size[0]} x {size[1]} to {max_pixels:,} pixels,")
+    return shrunk
+
+
+def _check_ratio(size: tuple[int, int], name: str, how: str) -> None:
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        raise ImageError(
+            f"{name}: {size[0]} x {size[1]}{how} is more than {MAX_ASPECT_RATIO} times longer than wide", "too thin"
+        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

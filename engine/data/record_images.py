@@ -41,15 +41,18 @@ class RecordImages:
         self._root = root
         self._column = column
         self._check_headers = config.check_headers
-        self._max_pixels = config.max_pixels
-        self._limits = {"max_source_pixels": config.max_source_pixels, "max_file_bytes": config.max_file_bytes}
+        self._limits = {
+            "max_pixels": config.max_pixels,
+            "max_source_pixels": config.max_source_pixels,
+            "max_file_bytes": config.max_file_bytes,
+        }
 
     def load(self, record: Record) -> Image.Image:
         """Decode; raises ``ImageError``."""
         image = self._find(record)
         if isinstance(image, bytes):
-            return decode_image(image, record.sample_id, max_pixels=self._max_pixels, **self._limits)
-        return load_image(image, self._root, max_pixels=self._max_pixels, **self._limits)
+            return decode_image(image, record.sample_id, **self._limits)
+        return load_image(image, self._root, **self._limits)
 
     def check(self, record: Record) -> None:
         """Raise the ``ImageError`` of a record that is known to be bad without decoding.

@@ -10,6 +10,7 @@ import numpy as np
 
 from balcaprl.data.images import ImageError
 from balcaprl.data.records import DatasetError
+from balcaprl.logtext import log_few, printable
 from balcaprl.types import Sample
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class SampleStream:
                 self._note_undecodable(index, sample, error)
                 failures_in_a_row += 1
                 if failures_in_a_row >= len(self._source):
-                    raise DatasetError(f"no training image decodes; the last: {error}") from error
+                    raise DatasetError(f"no training image decodes; the last: {printable(error)}") from error
         return samples
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,7 +134,13 @@ class SampleStream:
     def _note_undecodable(self, index: int, sample: Sample, error: ImageError) -> None:
         if index not in self._undecodable:
             self._undecodable.add(index)
-            logger.warning("skipped %s, its image does not decode: %s", sample.sample_id, error)
+            log_few(
+                logger,
+                len(self._undecodable),
+                "skipped %s, its image does not decode: %s",
+                printable(sample.sample_id),
+                printable(error),
+            )
 
 
 def decoded(sample: Sample) -> Sample:

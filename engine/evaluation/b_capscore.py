@@ -22,7 +22,8 @@ class Evaluation:
     """Scores of one caption per image."""
 
     scores: dict[str, float]
-    """Means over images: the three rewards, ``b_capscore``, ``length_ratio``; ``num_samples``, ``num_unscorable``."""
+    """Means over images: the three rewards, ``b_capscore``, ``length_ratio``; counts: ``num_images``, ``num_samples``
+    (more than images where some have several references), ``num_unscorable``, and ``num_excluded`` that became no prompt."""
     groups: list[RolloutGroup]
     """The captions, one rollout a group."""
 
@@ -38,8 +39,9 @@ def evaluate_captions(
     seed: int,
     greedy: bool,
     batch_size: int = 64,
+    num_excluded: int = 0,
 ) -> Evaluation:
-    """Caption each image once and score the captions.
+    """Caption each prompt once and score the captions; ``num_excluded`` held-out samples became no prompt.
 
     ``greedy=False`` samples from the policy's own distribution, which shows flaws that greedy decoding hides.
     """
@@ -48,7 +50,8 @@ def evaluate_captions(
         batch = prompts[start : start + batch_size]
         groups += sampler.generate(batch, 1, sampling, seed=seed + start, greedy=greedy)
     score_groups(judge, groups, reward, count_tokens=policy.count_tokens)
-    return Evaluation(summarise(groups, reward.names), groups)
+    scores = summarise_images(groups, reward.names)
+    return Evaluation({**scores, "num_excluded": num_excluded}, groups)
 
 
 def summarise(groups: Sequence[RolloutGroup], names: Sequence[str] = REWARD_NAMES) -> dict[str, float]:
@@ -62,3 +65,14 @@ def summarise(groups: Sequence[RolloutGroup], names: Sequence[str] = REWARD_NAME
         "num_samples": len(rollouts),
         "num_unscorable": sum(b.error is not None for b in breakdowns),
     }
+
+
+def summarise_images(groups: Sequence[RolloutGroup], names: Sequence[str] = REWARD_NAMES) -> dict[str, float]:
+    """As ``summarise``, but first a mean for each image over its samples: one with five references counts once."""
+    by_image: dict[str, list[RolloutGroup]] = {}
+    for group in groups:
+        by_image.setdefault(group.prompt.sample.image_identity, []).append(group)
+    each = [summarise(own, names) for own in by_image.values()]
+    counts = ("num_samples", "num_unscorable")
+    scores = {name: nanmean(one[name] for one in each) for name in (*names, "b_capscore", "length_ratio")}
+    return {**scores, "num_images": len(each), **{name: sum(one[name] for one in each) for name in counts}}

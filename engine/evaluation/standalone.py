@@ -9,6 +9,7 @@ from balcaprl.data import load_dataset
 from balcaprl.evaluation.b_capscore import evaluate_captions
 from balcaprl.metrics import RunLog
 from balcaprl.policy import Policy
+from balcaprl.prompts import PromptMaker, held_out_prompts
 from balcaprl.rewards import close_judge, make_judge
 from balcaprl.rollout import make_sampler
 
@@ -23,8 +24,8 @@ def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None)
     """
     model = config.model
     policy = Policy.from_pretrained(checkpoint, dtype=model.dtype, device=model.device, attention=model.attention)
-    prompts = [policy.prepare(s) for s in load_dataset(config.data, seed=config.seed).evaluation_samples()]
-    if not prompts:
+    held_out = held_out_prompts(load_dataset(config.data, seed=config.seed), PromptMaker.of(policy, config))
+    if not held_out.prompts:
         raise ValueError("there are no held-out images: set data.num_eval above 0")
     judge = make_judge(
         config.reward, config.data.kind, endpoint=config.endpoint, data_path=config.data.path, run_dir=out
@@ -36,7 +37,7 @@ def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None)
         for mode in ("sampled", "greedy"):
             result = evaluate_captions(
                 policy,
-                prompts,
+                held_out.prompts,
                 sampler,
                 judge,
                 config.reward,
@@ -44,6 +45,7 @@ def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None)
                 seed=config.evaluation.seed,
                 greedy=mode == "greedy",
                 batch_size=config.evaluation.batch_size,
+                num_excluded=held_out.num_excluded,
             )
             scores[mode] = result.scores
             if log is not None:

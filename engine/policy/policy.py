@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +27,10 @@ from balcaprl.policy.last_layer import reading_only
 from balcaprl.policy.layers import fuse_layers, unfuse_layers
 from balcaprl.policy.packing import Group, PackedBatch, check_group, check_same_dtypes, label, pack_rows, pack_shared
 from balcaprl.policy.parts import saved_tokens
+from balcaprl.policy.record_text import RecordText
 from balcaprl.policy.tower import frozen_tower_features, is_frozen
 from balcaprl.torchvision_compat import ensure_importable
-from balcaprl.types import Prompt, Sample
+from balcaprl.types import Prompt, PromptError, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -171,14 +173,23 @@ class Policy:
 
     def count_tokens(self, text: str) -> int:
         """Length of a text in the policy's tokens, without special ones."""
-        return len(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return self.record_text.count_tokens(text)
+
+    @cached_property
+    def record_text(self) -> RecordText:
+        """What tokenizer and processor make of texts that others wrote."""
+        return RecordText(self.processor, self.tokenizer)
 
     def prepare(self, sample: Sample) -> Prompt:
         """Apply the chat template and the processor, once for the whole life of the prompt.
 
         Raises:
             ImageError: From ``sample.load_image``.
+            PromptError: The instruction holds a control token.
         """
+        token = self.record_text.control_token(sample.instruction)
+        if token is not None:
+            raise PromptError(f"its instruction holds the control token {token!r}")
         image = sample.load_image()
         content = [{"type": "image"}, {"type": "text", "text": sample.instruction}]
         messages = [{"role": "user", "content": content}]

@@ -70,14 +70,19 @@ class EncodedImage:
 
 
 def encode_image(image: Image.Image, *, max_pixels: int, image_format: Literal["jpeg", "png"]) -> EncodedImage:
-    """Encode an image anew, from its pixels alone: no metadata, profile or comment of its file goes along."""
+    """Encode an image anew, from its pixels alone: no metadata, profile or comment of its file goes along.
+
+    Raises:
+        ImageError: it is too thin for image processors, before or after it is shrunk to ``max_pixels``.
+    """
     import numpy as np
     from PIL import Image as PillowImage
 
+    from balcaprl.data.images import shrunk_size
+
     bare = PillowImage.fromarray(np.asarray(image.convert("RGB")))
-    if bare.width * bare.height > max_pixels:
-        scale = (max_pixels / (bare.width * bare.height)) ** 0.5
-        size = (max(1, int(bare.width * scale)), max(1, int(bare.height * scale)))
+    size = shrunk_size(bare.size, max_pixels, "the judge's image")
+    if bare.size != size:
         bare = bare.resize(size, PillowImage.Resampling.BICUBIC, reducing_gap=3.0)
     buffer = io.BytesIO()
     if image_format == "jpeg":

@@ -16,7 +16,7 @@ from torch import Tensor
 from balcaprl.config import SamplingConfig
 from balcaprl.policy import Policy
 from balcaprl.policy.packing import merge_image_inputs
-from balcaprl.rollout.sampler import Draw, check_request, first_stop, gather, make_rollouts
+from balcaprl.rollout.sampler import Draw, check_context, check_request, first_stop, gather, make_rollouts
 from balcaprl.types import Prompt, RolloutGroup, SyncReport
 
 
@@ -54,6 +54,7 @@ class HFRollout:
     ) -> Iterator[Draw]:
         """See ``Sampler.stream``."""
         check_request(prompts, group_size)
+        check_context(self._policy, prompts, sampling)
         yield from self._sample(prompts, group_size, sampling, None if greedy else seed)
 
     @torch.no_grad()

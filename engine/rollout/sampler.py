@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from balcaprl.config import SamplingConfig, TrainConfig
+from balcaprl.logtext import printable
 from balcaprl.policy import Policy
 from balcaprl.types import Completion, Prompt, Rollout, RolloutGroup, SyncReport
 
@@ -126,6 +127,18 @@ def check_request(prompts: Sequence[Prompt], group_size: int) -> None:
         raise ValueError("generate needs at least one prompt")
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, is {group_size}")
+
+
+def check_context(policy: Policy, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
+    """Raise ValueError where a prompt with its longest completion exceeds the model's positions; names the sample."""
+    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    for prompt in prompts:
+        if limit is not None and len(prompt.prompt_ids) + sampling.max_completion_tokens > limit:
+            raise ValueError(
+                f"prompts: sample {printable(prompt.sample.sample_id)} has {len(prompt.prompt_ids)} tokens; with a "
+                f"completion of {sampling.max_completion_tokens} they exceed the model's {limit} positions: lower "
+                "data.max_pixels or rollout.sampling.max_completion_tokens"
+            )
 
 
 def make_rollouts(

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from balcaprl.config import SamplingConfig
-from balcaprl.data import DatasetError, SampleStream
-from balcaprl.prompts import PromptStream, room_for_prompt
-from balcaprl.types import Prompt, Sample
+from balcaprl.data import DatasetError, ImageError, SampleStream
+from balcaprl.prompts import PromptMaker, PromptStream, held_out_prompts, room_for_prompt
+from balcaprl.types import Prompt, PromptError, Sample
 
 
 class Numbers:
@@ -37,7 +37,7 @@ def prepare(sample):
 
 def make(ahead, count=40):
     samples = SampleStream(Numbers(count), seed=0)
-    return PromptStream(samples, prepare, max_prompt_tokens=50, ahead=ahead)
+    return PromptStream(samples, PromptMaker(prepare, 50), ahead=ahead)
 
 
 def ids(prompts):
@@ -96,11 +96,73 @@ def test_what_is_skipped_is_said(caplog):
     assert any("prompt has 100 tokens, and 50 leave room" in m for m in caplog.messages)
 
 
+def test_a_sample_is_warned_of_and_counted_once_not_once_per_draw(caplog):
+    stream = make(False, count=12)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(6):  # several epochs
+            stream.next(8)
+            stream.use()
+    assert stream.num_skipped == len(caplog.messages) == len(set(caplog.messages)) == 3  # 3 and 10; 5
+    resumed = make(False, count=12)
+    resumed.load_state_dict(stream.state_dict())
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        resumed.next(16)
+        resumed.use()
+    assert (resumed.num_skipped, caplog.messages) == (3, [])
+    resumed.load_state_dict({**stream.state_dict(), "skipped_prompts": 40})  # as older checkpoints have it
+
+
+def test_after_some_warnings_the_rest_is_only_counted(caplog):
+    def refuse(sample):
+        if int(sample.sample_id) < 100:
+            raise PromptError("its instruction is bad\x1b[2J" + "x" * 10_000)
+        return Prompt(sample, torch.zeros(1, dtype=torch.long), {}, None, "")
+
+    stream = PromptStream(SampleStream(Numbers(101), seed=0), PromptMaker(refuse), ahead=False)
+    with caplog.at_level(logging.WARNING):
+        stream.next(2)
+    stream.use()
+    assert stream.num_skipped == 100
+    assert len(caplog.messages) == 20
+    assert caplog.messages[-1].endswith("(further cases are only counted)")
+    assert all(m.isprintable() and len(m) < 400 for m in caplog.messages)
+
+
+class Images(Numbers):
+    """Samples of which every fifth does not decode."""
+
+    def __getitem__(self, index):
+        def load():
+            if index % 5 == 1:
+                raise ImageError(f"{index} is broken")
+            return index
+
+        return Sample(str(index), load, "reference", "instruction")
+
+
+def test_evaluation_leaves_out_what_training_would(caplog):
+    dataset = SimpleNamespace(evaluation=Images(12))
+    held_out = held_out_prompts(dataset, PromptMaker(prepare, 50))
+    assert ids(held_out.prompts) == ["0", "2", "4", "7", "8", "9"]  # not 1, 6, 11; 3, 10; 5
+    assert held_out.num_excluded == 6
+    (message,) = caplog.messages
+    assert message.startswith(
+        "6 of 12 held-out samples cannot be used: 1: 1 is broken; 3: its image cannot be preprocessed"
+    )
+
+
+def test_held_out_samples_of_which_none_can_be_used_are_an_error():
+    with pytest.raises(DatasetError, match=r"4 of 4 held-out .* prompt has 10 tokens, and 5 leave .*num_eval"):
+        held_out_prompts(SimpleNamespace(evaluation=Images(1 + 3)), PromptMaker(prepare, 5))
+    assert held_out_prompts(SimpleNamespace(evaluation=Images(0)), PromptMaker(prepare)).prompts == []
+
+
 def test_no_usable_prompt_at_all_is_an_error():
     def refuse(sample):
         raise RuntimeError("no such processor")
 
-    stream = PromptStream(SampleStream(Numbers(5), seed=0), refuse)
+    stream = PromptStream(SampleStream(Numbers(5), seed=0), PromptMaker(refuse))
     with pytest.raises(DatasetError, match=r"no usable prompt in 1000 samples; the last: .*no such processor"):
         stream.next(2)
     stream.close()

@@ -6,10 +6,13 @@ import sys
 
 import datasets
 import pytest
+import torch
 from PIL import Image
 
 from balcaprl.config import DataConfig
 from balcaprl.data import DatasetError, ImageError, load_dataset
+from balcaprl.prompts import PromptMaker, held_out_prompts
+from balcaprl.types import Prompt
 
 
 def share_record(image, caption="A cat.", question="<image>\nWhat is it?", **more):
@@ -196,6 +199,10 @@ def test_held_out_images_depend_on_the_seed_alone(root):
     assert len({tuple(sorted(v)) for v in ids.values()}) > 1
 
 
+def prompt_of(sample):
+    return Prompt(sample, torch.zeros(3, dtype=torch.long), {}, sample.load_image(), "")
+
+
 def test_held_out_images_that_do_not_decode_are_left_out_and_logged(root, caplog):
     lines = [{"image": name, "reference": "A."} for name in ("0.png", "1.png", "truncated.jpg")]
     for seed in range(20):
@@ -203,9 +210,11 @@ def test_held_out_images_that_do_not_decode_are_left_out_and_logged(root, caplog
         if "truncated.jpg" in [s.sample_id for s in samples(dataset.evaluation)]:
             break
     caplog.clear()
-    (sample,) = dataset.evaluation_samples()
-    assert sample.load_image() is sample.load_image()
-    assert "1 of 2 held-out images do not decode" in caplog.text
+    held_out = held_out_prompts(dataset, PromptMaker(prompt_of))
+    (prompt,) = held_out.prompts
+    assert prompt.sample.load_image() is prompt.sample.load_image()
+    assert held_out.num_excluded == 1
+    assert "1 of 2 held-out samples cannot be used: truncated.jpg" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -296,7 +305,7 @@ def test_hf_errors(root, tmp_path, monkeypatch):
 
 def test_scenes_are_drawn_on_the_fly():
     dataset = load_dataset(DataConfig(kind="scenes", num_eval=5, instruction="What?"), seed=0)
-    held_out = dataset.evaluation_samples()
+    held_out = samples(dataset.evaluation)
     assert len(held_out) == 5
     drawn = dataset.train_stream(seed=0).next_decodable(5)
     assert {s.reference for s in drawn} != {s.reference for s in held_out}
@@ -310,7 +319,7 @@ def test_the_real_photographs(photograph_set):
         DataConfig(kind="sharegpt4v", path=path, image_root=root, num_eval=2, max_pixels=40_000), seed=0
     )
     assert dataset.report.num_excluded == 0
-    drawn = dataset.train_stream(seed=0).next_decodable(len(dataset.train)) + dataset.evaluation_samples()
+    drawn = dataset.train_stream(seed=0).next_decodable(len(dataset.train)) + samples(dataset.evaluation)
     assert len({s.sample_id for s in drawn}) == len(drawn) >= 8
     assert {s.instruction for s in drawn} == {"What do you see in this picture?"}
     assert all(s.load_image().width * s.load_image().height <= 40_000 for s in drawn)

@@ -14,7 +14,6 @@ from PIL import Image
 from balcaprl.data.images import ImageError, check_image, decode_image, load_image
 
 LIMITS = {"max_pixels": 1_000_000, "max_source_pixels": 64_000_000, "max_file_bytes": 1 << 20}
-HEADER_LIMITS = {name: LIMITS[name] for name in ("max_source_pixels", "max_file_bytes")}
 
 
 def gradient(width=40, height=30):
@@ -45,7 +44,7 @@ def test_ordinary_formats(tmp_path, extension):
     image = load_image(f"a.{extension}", tmp_path, **LIMITS)
     assert image.mode == "RGB"
     assert np.abs(np.asarray(image).astype(int) - np.asarray(gradient())).mean() < 8
-    check_image(f"a.{extension}", tmp_path, **HEADER_LIMITS)
+    check_image(f"a.{extension}", tmp_path, **LIMITS)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
@@ -168,8 +167,7 @@ def test_paths_are_confined(tmp_path, call, path, expected):
     (root / "leaves.png").symlink_to(tmp_path / "outside.png")
     (root / "leaves").symlink_to(tmp_path)
     os.mkfifo(root / "pipe")
-    limits = LIMITS if call is load_image else HEADER_LIMITS
-    assert reason(call, path, root, **limits) == expected
+    assert reason(call, path, root, **LIMITS) == expected
 
 
 def test_absolute_paths_are_refused_even_inside_the_root(tmp_path):
@@ -209,6 +207,31 @@ def test_a_header_of_impossible_shape_is_refused(tmp_path):
     assert reason(load_image, "thin.png", tmp_path, **LIMITS) == "too thin"
 
 
+@pytest.mark.parametrize(
+    ("size", "max_pixels", "usable"),
+    [
+        ((100, 20_000), 1_003_520, False),  # 70 x 14,166 is 202.4
+        ((20_000, 100), 1_003_520, False),
+        ((100, 20_000), 2_000_000, True),
+        ((100, 20_001), 3_000_000, False),
+        ((17, 3_400), 4_000, False),
+        ((17, 3_000), 5_000, True),
+        ((1, 200), 100, True),
+    ],
+)
+def test_the_ratio_is_checked_after_rounding_too(tmp_path, size, max_pixels, usable):
+    Image.new("L", size).save(tmp_path / "a.png")
+    limits = {**LIMITS, "max_pixels": max_pixels}
+    for call in (check_image, load_image):
+        if usable:
+            call("a.png", tmp_path, **limits)
+        else:
+            assert reason(call, "a.png", tmp_path, **limits) == "too thin"
+    if usable:
+        width, height = load_image("a.png", tmp_path, **limits).size
+        assert max(width, height) <= 200 * min(width, height)
+
+
 def test_files_over_the_byte_bound_are_not_opened(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(bytes(2 << 20))
     monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("the file was opened"))
@@ -223,14 +246,14 @@ def test_truncated_files_pass_the_header_and_fail_to_decode(tmp_path, extension)
     (tmp_path / f"a.{extension}").write_bytes(whole[: 2 * len(whole) // 3])
     assert reason(load_image, f"a.{extension}", tmp_path, **LIMITS) == "broken image"
     if extension != "webp":  # its header reader wants the whole file
-        check_image(f"a.{extension}", tmp_path, **HEADER_LIMITS)
+        check_image(f"a.{extension}", tmp_path, **LIMITS)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\xff\xd8\xff", b"<svg/>", b"%PDF-1.4", b"\x89PNG\r\n\x1a\n"])
 def test_what_is_no_image_is_refused(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     assert reason(load_image, "a.png", tmp_path, **LIMITS) in ("not an image", "broken image")
-    assert reason(check_image, "a.png", tmp_path, **HEADER_LIMITS) in ("not an image", "broken image")
+    assert reason(check_image, "a.png", tmp_path, **LIMITS) in ("not an image", "broken image")
 
 
 def test_other_formats_are_not_even_tried(tmp_path):

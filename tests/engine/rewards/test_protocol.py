@@ -1,5 +1,7 @@
 """What a judge model is shown and what it may answer."""
 
+import base64
+import io
 import json
 import unicodedata
 
@@ -11,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from scripted_judge import take_apart
 
 from balcaprl.config import ProtocolConfig
+from balcaprl.data import ImageError
 from balcaprl.rewards.encoding import EncodedImage, encode_data, encode_image
 from balcaprl.rewards.protocol import (
     TASKS,
@@ -264,3 +267,19 @@ def test_quotations_are_found_where_they_stand(quote, caption, spans):
 def test_looking_for_any_quotation_in_any_text_ends(quote, caption):
     for start, stop in locate_quote(quote, caption):
         assert 0 <= start < stop <= len(caption)
+
+
+@pytest.mark.parametrize(("size", "max_pixels", "usable"), [
+    ((100, 20_000), 1_003_520, False), ((20_000, 100), 1_003_520, False), ((1, 900), 100_000, False),
+    ((100, 20_000), 2_000_000, True), ((30, 4_500), 1_200, False), ((30, 3_000), 1_000, True), ((640, 480), 784, True),
+])  # fmt: skip
+def test_an_image_too_thin_for_a_judge_is_refused_before_and_after_it_is_shrunk(size, max_pixels, usable):
+    image = Image.new("RGB", size)
+    if not usable:
+        with pytest.raises(ImageError, match="times longer than wide"):
+            encode_image(image, max_pixels=max_pixels, image_format="png")
+        return
+    url = encode_image(image, max_pixels=max_pixels, image_format="png").url
+    sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    assert sent.width * sent.height <= max_pixels
+    assert max(sent.size) <= 200 * min(sent.size)
