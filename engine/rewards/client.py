@@ -9,19 +9,22 @@ no caption.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
 import random
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from balcaprl.config import EndpointConfig, ProtocolConfig, ServerConfig
 from balcaprl.rewards.cache import ReplyCache
 from balcaprl.rewards.concurrency import AllServersGivenUpError, Clock, Dispatcher, Server
-from balcaprl.rewards.protocol import Call, Reply, ReplyError, cache_key, parse_reply, request_body
+from balcaprl.rewards.outcomes import HOPELESS, AttemptError, Blame, error_inside, error_of_status
+from balcaprl.rewards.protocol import Call, Reply, ReplyError, cache_key, parse_reply, request_body, subject_key
+from balcaprl.rewards.refusals import CallFailedError, CallIdentity, CallRefusedError, RefusalMemory, Refusals
 from balcaprl.rewards.usage import Ledger, Usage
 from balcaprl.types import JudgeStoppedError
 
@@ -33,29 +36,6 @@ logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 16
 _KEEP_ALIVE_S = 60.0
-
-
-class CallFailedError(RuntimeError):
-    """A call that brought no valid reply after all attempts; the message names the last failure."""
-
-
-class _AttemptError(Exception):
-    """One attempt that brought no valid reply."""
-
-    def __init__(self, kind: str, message: str, *, weight: int = 1, wait_s: float | None = None) -> None:
-        super().__init__(message)
-        self.kind = kind
-        self.weight = weight
-        """How many of ``max_attempts`` it uses up; -1: all."""
-        self.wait_s = wait_s
-        """How long the server asks to wait."""
-        self.server_is_sound = False
-        """Whether the server answers others well."""
-
-
-_HOPELESS = -1
-_UNWELL = ("overloaded", "timeout", "connection", "server_error", "refused")
-"""Failures of the server; all others are replies that it gave in time, and that are no good."""
 
 
 @dataclass
@@ -78,6 +58,7 @@ class JudgeClient:
         endpoint: EndpointConfig,
         *,
         ledger: Ledger | None = None,
+        refusals: RefusalMemory | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         if not endpoint.servers:
@@ -92,6 +73,9 @@ class JudgeClient:
         self.ledger = ledger or Ledger(endpoint)
         self.usage = Usage()
         self._headers = {server.url: _headers(server) for server in endpoint.servers}
+        keys = [header["Authorization"].split()[1] for header in self._headers.values() if "Authorization" in header]
+        self._refusals = Refusals(refusals or RefusalMemory(), keys)
+        self._models = list(dict.fromkeys(server.model or protocol.model for server in endpoint.servers))
         self._retry_library()
         self._dispatcher = Dispatcher(
             [
@@ -119,28 +103,36 @@ class JudgeClient:
         """Most requests that may be in flight at once."""
         return sum(server.config.max_concurrency for server in self.servers)
 
-    async def ask(self, call: Call, affinity: str = "") -> Reply:
+    async def ask(self, call: Call, affinity: str = "", item: Hashable = None) -> Reply:
         """The valid reply to a call.
 
         Args:
             call: what is asked.
             affinity: calls with the same one go to the same server, where it has room.
+            item: calls with the same one are about one thing, such as the captions of one picture; default: the call alone.
 
         Raises:
+            CallRefusedError: it can never be answered, for what it is about.
             CallFailedError: no attempt brought a valid reply.
-            JudgeStoppedError: the budget is spent, or no server gave a valid reply for ``endpoint.patience_s``.
+            JudgeStoppedError: the budget is spent, no server gave a valid reply for ``endpoint.patience_s``, or all is refused.
         """
         self.usage.num_calls += 1
-        key = cache_key(call, self._protocol)
-        cached = self._cached(key, call)
+        identity = self._identify(call)
+        item = identity.key if item is None else item
+        cached = self._cached(identity, call)
         if cached is not None:
             self.usage.num_cached += 1
             return cached
-        under_way = self._under_way.get(key)
+        try:
+            self._refusals.check(call, identity, item)
+        except (CallRefusedError, JudgeStoppedError):
+            self.usage.num_given_up += 1
+            self.usage.num_refused += 1
+            raise
+        under_way = self._under_way.get(identity.key)
         if under_way is None:
-            under_way = self._under_way[key] = _UnderWay(
-                asyncio.create_task(self._send_until_valid(call, key, affinity))
-            )
+            sending = asyncio.create_task(self._send_until_valid(call, identity, affinity, item))
+            under_way = self._under_way[identity.key] = _UnderWay(sending)
             self._start_watchdog()
         else:
             self.usage.num_shared += 1
@@ -164,32 +156,50 @@ class JudgeClient:
             await self._session.close()
             self._session = None
         self.ledger.save()
+        self._refusals.memory.close()
 
     # ------------------------------------------------------------------------------------------------ cache
 
-    def _cached(self, key: bytes, call: Call) -> Reply | None:
-        value = self.cache.get(key) if self.cache is not None else None
-        if value is None:
-            return None
-        try:
-            return parse_reply(call, value.decode(), self._protocol)
-        except (ReplyError, UnicodeDecodeError):
-            return None  # written by other hands
+    def _identify(self, call: Call) -> CallIdentity:
+        by_model = {model: cache_key(call, self._protocol, model) for model in self._models}
+        servers = "\n".join(sorted(f"{server.config.url} {server.config.model}" for server in self.servers)).encode()
+        key = hashlib.sha256(b"".join(by_model.values()) + servers).digest()
+        subject = subject_key(call, self._protocol, ",".join(self._models))
+        return CallIdentity(by_model, key, subject and hashlib.sha256(subject + servers).digest())
 
-    def _store(self, key: bytes, call: Call, reply: Reply) -> None:
+    def _cached(self, identity: CallIdentity, call: Call) -> Reply | None:
+        if self.cache is None:
+            return None
+        for value in map(self.cache.get, identity.by_model.values()):
+            try:
+                if value is not None:
+                    return parse_reply(call, value.decode(), self._protocol)
+            except (ReplyError, UnicodeDecodeError):
+                continue  # written by other hands
+        return None
+
+    def _store(self, key: bytes, call: Call, reply: Reply, model: str) -> None:
         if self.cache is not None:
             value = reply.model_dump_json().encode()
-            self.cache.put(key, value, task=f"{call.task.name}.{call.task.version}", model=self._protocol.model)
+            self.cache.put(key, value, task=f"{call.task.name}.{call.task.version}", model=model)
 
     # ------------------------------------------------------------------------------------------------ attempts
 
-    async def _send_until_valid(self, call: Call, key: bytes, affinity: str) -> Reply:
+    async def _send_until_valid(self, call: Call, identity: CallIdentity, affinity: str, item: Hashable) -> Reply:
         """Attempts until one is valid or they are used up; counts the call's fate."""
         bodies: dict[str, bytes] = {}
+        ended = False
+        self._refusals.note_start(call, item)
         try:
-            reply: Reply = await self._retrying()(self._attempt, call, affinity, bodies)
-        except _AttemptError as error:
+            reply, model = await self._retrying()(self._attempt, call, affinity, bodies)
+            ended = True
+        except AttemptError as error:
             self.usage.num_given_up += 1
+            if self._refusals.is_refusal(call, identity, error):
+                ended = True
+                self.usage.num_refused += 1
+                self._last_valid = self._clock()  # a sign of life
+                self._refusals.refuse(call, identity, item, error)
             raise CallFailedError(f"{call.task.name}: {error}") from None
         except AllServersGivenUpError as error:
             self.usage.num_given_up += 1
@@ -201,9 +211,12 @@ class JudgeClient:
             self.usage.num_cancelled += 1
             raise
         finally:
-            self._under_way.pop(key, None)
+            self._under_way.pop(identity.key, None)
+            if not ended:
+                self._refusals.note_failed(call, item)
         self._last_valid = self._clock()
-        self._store(key, call, reply)
+        self._refusals.note_valid(call, identity)
+        self._store(identity.by_model[model], call, reply, model)
         return reply
 
     def _retrying(self) -> Any:
@@ -213,25 +226,25 @@ class JudgeClient:
         def is_used_up(state: RetryCallState) -> bool:
             nonlocal used
             error = state.outcome.exception() if state.outcome is not None else None
-            weight = error.weight if isinstance(error, _AttemptError) else _HOPELESS
+            weight = error.weight if isinstance(error, AttemptError) else HOPELESS
             used += weight
-            return weight == _HOPELESS or used >= self._endpoint.max_attempts
+            return weight == HOPELESS or used >= self._endpoint.max_attempts
 
         return tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(_AttemptError), stop=is_used_up, wait=self._wait_s, reraise=True
+            retry=tenacity.retry_if_exception_type(AttemptError), stop=is_used_up, wait=self._wait_s, reraise=True
         )
 
     def _wait_s(self, state: RetryCallState) -> float:
         """Seconds to the next attempt: as the server asks, else longer and longer; but it is no use to spare a sound server."""
         tenacity, endpoint = self._retry_library(), self._endpoint
         error = state.outcome.exception() if state.outcome is not None else None
-        asked = error.wait_s if isinstance(error, _AttemptError) else None
+        asked = error.wait_s if isinstance(error, AttemptError) else None
         if asked is not None and sum(server.is_free for server in self.servers) <= 1:
             return asked * random.uniform(1.0, 1.1)
-        if isinstance(error, _AttemptError) and error.server_is_sound:
-            if error.kind not in _UNWELL:
+        if isinstance(error, AttemptError) and error.server_is_sound:
+            if error.blame is Blame.REPLY:
                 return 0.0
-            if error.kind != "overloaded":
+            if error.blame is not Blame.OVERLOAD:
                 return min(endpoint.max_retry_wait_s, endpoint.retry_wait_s * random.uniform(0.0, 2.0))
         backoff = tenacity.wait_random_exponential(multiplier=2 * endpoint.retry_wait_s, max=endpoint.max_retry_wait_s)
         return float(backoff(state))
@@ -245,8 +258,8 @@ class JudgeClient:
             raise ImportError("the endpoint judge needs aiohttp and tenacity: pip install 'balcaprl[judge]'") from error
         return tenacity
 
-    async def _attempt(self, call: Call, affinity: str, bodies: dict[str, bytes]) -> Reply:
-        """One attempt at one server; counts how it ended."""
+    async def _attempt(self, call: Call, affinity: str, bodies: dict[str, bytes]) -> tuple[Reply, str]:
+        """One attempt at one server; counts how it ended. Gives the reply, and what the server calls the model."""
         server = await self._dispatcher.acquire(affinity, again=bool(bodies))  # a body was made for the first attempt
         try:
             self.ledger.check()
@@ -265,9 +278,9 @@ class JudgeClient:
             self.usage.num_valid += 1
             self.usage.latencies_s.append(self._clock() - started)
             server.note_served(self._clock() - started)
-        except _AttemptError as error:
+        except AttemptError as error:
             self.usage.failures[error.kind] += 1
-            _note(server, error, self._clock() - started)
+            self._note(server, call, error, self._clock() - started)
             error.server_is_sound = server.is_sound
             raise
         except BaseException:
@@ -277,7 +290,20 @@ class JudgeClient:
         finally:
             self.ledger.in_flight -= 1
             self._dispatcher.release(server)
-        return reply
+        return reply, model
+
+    def _note(self, server: Server, call: Call, error: AttemptError, latency_s: float) -> None:
+        """Tell the server's state how an attempt failed."""
+        if error.blame is Blame.OVERLOAD:
+            server.note_overloaded(error.wait_s or 0.0)
+        elif error.blame in (Blame.ACCESS, Blame.FORM):
+            server.note_refused(": ".join(filter(None, (str(error), self._refusals.shown(error, call)))))
+        elif error.blame is Blame.SERVER:
+            server.note_failed(overloaded=error.kind == "timeout")
+        elif error.blame is Blame.ITEM:
+            server.note_alive()
+        else:
+            server.note_served(latency_s, valid=False)
 
     async def _exchange(self, call: Call, server: Server, body: bytes) -> Reply:
         import aiohttp
@@ -286,50 +312,55 @@ class JudgeClient:
         headers = self._headers[server.config.url]
         try:
             async with self._http().post(url, data=body, headers=headers, allow_redirects=False) as response:
-                _check_status(response.status, response.headers.get("Retry-After"), self._endpoint.patience_s)
+                if response.status != 200:
+                    told = await response.content.read(_CHUNK)
+                    raise error_of_status(response.status, response.headers, told, self._endpoint.patience_s)
                 kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
                 if kind != "application/json":
-                    raise _AttemptError("content_type", "the reply is not of type application/json")
+                    raise AttemptError("content_type", "the reply is not of type application/json")
                 data = bytearray()
                 self._check_size(response.content_length or 0)  # what it announces need not be read
                 async for chunk in response.content.iter_chunked(_CHUNK):
                     data += chunk
                     self._check_size(len(data))
         except (TimeoutError, asyncio.TimeoutError):
-            raise _AttemptError("timeout", f"no reply within {self._endpoint.timeout_s:g} s") from None
+            raise AttemptError("timeout", f"no reply within {self._endpoint.timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, EOFError) as error:
-            raise _AttemptError("connection", f"the connection failed ({type(error).__name__})") from None
+            raise AttemptError("connection", f"the connection failed ({type(error).__name__})") from None
         return self._read_envelope(call, server.config, bytes(data))
 
     def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self._endpoint.max_reply_bytes:
-            raise _AttemptError("too_large", "the reply exceeds endpoint.max_reply_bytes")
+            raise AttemptError("too_large", "the reply exceeds endpoint.max_reply_bytes")
 
     def _read_envelope(self, call: Call, server: ServerConfig, data: bytes) -> Reply:
         """The reply inside the API's envelope; books what it cost whether or not it is valid."""
         if not data.strip():
-            raise _AttemptError("empty", "the reply is empty")
+            raise AttemptError("empty", "the reply is empty")
         try:
             envelope = json.loads(data)
         except (ValueError, RecursionError):
-            raise _AttemptError("not_json", "the reply is no whole JSON object") from None
+            raise AttemptError("not_json", "the reply is no whole JSON object") from None
         if not isinstance(envelope, dict):
-            raise _AttemptError("schema", "the reply is no chat completion")
+            raise AttemptError("schema", "the reply is no chat completion")
         self.ledger.add(self.usage, server, envelope.get("usage"))
+        inside = error_inside(envelope, self._endpoint.patience_s)
+        if inside is not None:
+            raise inside
         try:
             choice = envelope["choices"][0]
             text, finish_reason = choice["message"]["content"], choice.get("finish_reason")
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise _AttemptError("schema", "the reply is no chat completion") from None
+            raise AttemptError("schema", "the reply is no chat completion") from None
         if text is None:
-            raise _AttemptError("empty", "the reply is empty")
+            raise AttemptError("empty", "the reply is empty")
         if not isinstance(text, str):
-            raise _AttemptError("schema", "the reply is no text")
+            raise AttemptError("schema", "the reply is no text")
         try:
             return parse_reply(call, text, self._protocol, finish_reason=finish_reason)
         except ReplyError as error:
             # What was cut off once is mostly cut off again, at full price.
-            raise _AttemptError(error.kind, str(error), weight=2 if error.kind == "truncated" else 1) from None
+            raise AttemptError(error.kind, str(error), weight=2 if error.kind == "truncated" else 1) from None
 
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -380,45 +411,3 @@ def _headers(server: ServerConfig) -> dict[str, str]:
             raise ValueError(f"endpoint.servers: {server.api_key_env} holds no key, but spaces or control characters")
         headers["Authorization"] = f"Bearer {key}"
     return headers
-
-
-def _check_status(status: int, retry_after: str | None, longest_s: float) -> None:
-    """Raise for every status but 200."""
-    if status == 200:
-        return
-    message = f"the server answered HTTP {status}"
-    if status == 429 or (status == 503 and retry_after is not None):
-        raise _AttemptError("overloaded", message, weight=0, wait_s=_seconds(retry_after, longest_s))
-    if status >= 500:
-        raise _AttemptError("server_error", message)
-    if status == 408:
-        raise _AttemptError("timeout", message)
-    if status in (401, 403, 404) or 300 <= status < 400:
-        raise _AttemptError("refused", f"{message}: check url, model and key")
-    raise _AttemptError("bad_request", message, weight=_HOPELESS)
-
-
-def _seconds(retry_after: str | None, longest_s: float) -> float | None:
-    """A Retry-After header in seconds, bounded; None where there is none or it makes no sense."""
-    if retry_after is None:
-        return None
-    try:
-        seconds = float(retry_after)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except ValueError:
-            return None
-    return min(max(0.0, seconds), longest_s) if seconds == seconds else None
-
-
-def _note(server: Server, error: _AttemptError, latency_s: float) -> None:
-    """Tell the server's state how an attempt failed."""
-    if error.kind == "overloaded":
-        server.note_overloaded(error.wait_s or 0.0)
-    elif error.kind == "refused":
-        server.note_refused(str(error))
-    elif error.kind in ("timeout", "connection", "server_error"):
-        server.note_failed(overloaded=error.kind == "timeout")
-    else:
-        server.note_served(latency_s, valid=False)

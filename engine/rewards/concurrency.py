@@ -215,6 +215,12 @@ class Server:
         self.limit.note(in_flight=self.in_flight, overloaded=overloaded)
         self.breaker.note_failure()
 
+    def note_alive(self) -> None:
+        """It answered that this request can never succeed, which tells of the request and not of the server."""
+        self.breaker.note_success()
+        self.recent.append(False)
+        self.num_refusals = 0
+
     def note_refused(self, why: str) -> None:
         """It does not want us: wrong key, wrong model, wrong address."""
         self.breaker.note_neutral()

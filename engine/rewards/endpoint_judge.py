@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 from balcaprl.config import EndpointConfig, RewardConfig
 from balcaprl.rewards.background import BackgroundLoop
 from balcaprl.rewards.cache import ReplyCache
-from balcaprl.rewards.client import CallFailedError, JudgeClient
+from balcaprl.rewards.client import JudgeClient
 from balcaprl.rewards.encoding import EncodedImage, encode_image
 from balcaprl.rewards.endpoint_scores import (
     FactsError,
@@ -33,6 +33,7 @@ from balcaprl.rewards.endpoint_scores import (
 )
 from balcaprl.rewards.protocol import TASKS, Call, DecomposeReply, QuestionsReply, Reply, RubricReply, numbered
 from balcaprl.rewards.reference_units import UnitStore, units_path
+from balcaprl.rewards.refusals import REFUSALS, CallFailedError, CallRefusedError, RefusalLog, RefusalMemory
 from balcaprl.rewards.usage import LEDGER, Ledger, Usage
 from balcaprl.types import REWARD_NAMES, JudgeStoppedError, RewardBreakdown, Sample
 
@@ -61,7 +62,7 @@ class _Caption:
     replies: dict[str, Reply] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     impossible: set[str] = field(default_factory=set)
-    """Tasks for which the data set lacks what they need; nobody waits for them."""
+    """Tasks for which the data set lacks what they need, or which the servers refuse for good; nobody waits for them."""
 
 
 @dataclass
@@ -80,6 +81,8 @@ class _Group:
     units_task: asyncio.Task[tuple[str, ...]] | None = None
     image: EncodedImage | None = None
     task: asyncio.Task[None] | None = None
+    item: object = field(default_factory=object)
+    """What all calls about the group are known by."""
 
 
 class EndpointJudge:
@@ -90,6 +93,7 @@ class EndpointJudge:
         endpoint: servers and patience.
         units: prepared reference units; others are asked for.
         ledger_path: where the cost is kept over restarts.
+        refusals_path: where it is kept over restarts what the servers refuse for good.
 
     Raises:
         ValueError: servers, model or keys are not configured.
@@ -105,6 +109,7 @@ class EndpointJudge:
         *,
         units: UnitSource | None = None,
         ledger_path: Path | None = None,
+        refusals_path: Path | None = None,
     ) -> None:
         self._protocol, self._endpoint = reward.protocol, endpoint
         self._extra = {c.source: c.name for c in reward.custom if c.source in ("questions", "rubric")}
@@ -116,10 +121,13 @@ class EndpointJudge:
             tasks = ["combined"]
         self.tasks: tuple[str, ...] = (*tasks, *self._extra)
         """What is asked about every caption."""
-        self.client = JudgeClient(reward.protocol, endpoint, ledger=Ledger(endpoint, ledger_path))
+        self.client = JudgeClient(
+            reward.protocol, endpoint, ledger=Ledger(endpoint, ledger_path), refusals=RefusalMemory(refusals_path)
+        )
         if endpoint.cache is not None:
             self.client.cache = ReplyCache(endpoint.cache, endpoint.cache_max_mib << 20)
         self._units = units
+        self._refusal_log = RefusalLog()
         self._loop = BackgroundLoop("judge")
         self._images = ThreadPoolExecutor(1, "judge-images")
         self._admission: asyncio.Lock | None = None
@@ -140,7 +148,8 @@ class EndpointJudge:
         if path is None and data_path is not None and units_path(data_path).is_file():
             path = units_path(data_path)
         units = UnitStore(path) if path is not None else None
-        return cls(reward, endpoint, units=units, ledger_path=run_dir / LEDGER if run_dir is not None else None)
+        kept = {} if run_dir is None else {"ledger_path": run_dir / LEDGER, "refusals_path": run_dir / REFUSALS}
+        return cls(reward, endpoint, units=units, **kept)
 
     def score(self, sample: Sample, captions: Sequence[str]) -> list[RewardBreakdown]:
         """One breakdown per caption, in their order.
@@ -253,7 +262,7 @@ class EndpointJudge:
             self._places = asyncio.Semaphore(2 * self.client.num_slots)
         needs_units = any(task in _NEED_UNITS for task in self._wanted(captions))
         if needs_units and not group.units and group.units_task is None:
-            group.units_task = asyncio.ensure_future(self._units_of(group.sample))
+            group.units_task = asyncio.ensure_future(self._units_of(group))
         async with self._admission:
             await self._encode_image(group, captions)
             for caption in captions:
@@ -281,12 +290,14 @@ class EndpointJudge:
                 caption.errors |= dict.fromkeys(_NEED_IMAGE, f"the image is unusable ({type(error).__name__})")
                 caption.impossible |= set(_NEED_IMAGE) & set(self.tasks)
 
-    async def _units_of(self, sample: Sample) -> tuple[str, ...]:
+    async def _units_of(self, group: _Group) -> tuple[str, ...]:
         """The reference's units: prepared, cached, or asked for now."""
-        prepared = self._units.get(sample.reference) if self._units is not None else None
+        reference = group.sample.reference
+        prepared = self._units.get(reference) if self._units is not None else None
         if prepared is not None:
             return prepared
-        reply = await self.client.ask(Call(TASKS["decompose"], {"reference": self._clipped(sample.reference)}))
+        call = Call(TASKS["decompose"], {"reference": self._clipped(reference)})
+        reply = await self.client.ask(call, item=group.item)
         assert isinstance(reply, DecomposeReply)
         return tuple(dict.fromkeys(reply.units))
 
@@ -307,8 +318,12 @@ class EndpointJudge:
             call = self._call(group, caption, task)
             if call is not None:
                 # The first call about an image brings it to the server that all of its calls go to.
-                caption.replies[task] = await self.client.ask(call, affinity=group.sample.sample_id)
+                caption.replies[task] = await self.client.ask(call, group.sample.sample_id, item=group.item)
                 caption.errors.pop(task, None)
+        except CallRefusedError as error:
+            caption.errors[task] = str(error)
+            caption.impossible.add(task)
+            self._refusal_log.note(group.sample.sample_id, error)
         except CallFailedError as error:
             caption.errors[task] = str(error)
         except FactsError as error:

@@ -21,7 +21,8 @@ from balcaprl.data.records import Record
 from balcaprl.rewards.endpoint_judge import EndpointJudge
 from balcaprl.rewards.judge import redact
 from balcaprl.rewards.protocol import TASKS, Call, DecomposeReply, RecaptionReply, Reply
-from balcaprl.rewards.reference_units import UnitStore, open_for_append, units_path
+from balcaprl.rewards.reference_units import UnitStore, open_for_append, reference_digest, units_path
+from balcaprl.rewards.refusals import CallRefusedError, RefusalLog, refusals_path
 from balcaprl.types import Sample
 
 logger = logging.getLogger(__name__)
@@ -37,13 +38,22 @@ class PrepareReport:
     num_done: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     """Why records failed, counted; run the command again to try them again."""
+    num_refused: int = 0
+    """Those of them that can never succeed, for what they are about; they are not asked for again."""
+    refusals: Path | None = None
+    """Where it is kept which these are."""
     metrics: dict[str, float] = field(default_factory=dict)
+    log: RefusalLog = field(default_factory=RefusalLog, repr=False)
 
     def __str__(self) -> str:
         lines = [
             f"{self.path}: {self.num_done:,} done, {self.num_present:,} were there, {self.errors.total():,} failed"
         ]
         lines += [f"  {error}: {count:,}" for error, count in self.errors.most_common(5)]
+        if self.num_refused:
+            lines.append(
+                f"  {self.num_refused:,} of them for good, see {self.refusals}; remove it to ask for them again"
+            )
         tokens = self.metrics.get("judge/prompt_tokens", 0), self.metrics.get("judge/completion_tokens", 0)
         lines.append(f"  {tokens[0]:,.0f} prompt and {tokens[1]:,.0f} completion tokens, cost {self._cost:.4g}")
         return "\n".join(lines)
@@ -76,14 +86,14 @@ def prepare_units(config: TrainConfig) -> PrepareReport:
             store.add(reference, tuple(dict.fromkeys(reply.units)), model)
             report.num_done += 1
         else:
-            _note_error(report, reply, reference)
+            _note_error(report, f"reference {reference_digest(reference)[:12]}", reply, reference)
 
     try:
         _run(
-            config,
             report,
             ((r, partial(Call, TASKS["decompose"], {"reference": r[:limit]})) for r in missing),
             keep,
+            _judge(config, report),
         )
     finally:
         store.close()
@@ -117,19 +127,19 @@ def recaption(config: TrainConfig, out: Path) -> PrepareReport:
             file.write(_line(record, reply.caption.strip()))
             report.num_done += 1
         else:
-            _note_error(report, reply, record.reference)
+            _note_error(report, sample_id, reply, record.reference)
 
     def call_of(judge: EndpointJudge, sample: Sample) -> Call:
         return Call(TASKS["recaption"], {"reference": sample.reference[:judge_limit]}, judge.encode(sample))
 
     try:
         missing = [pair for sample_id, pair in records.items() if sample_id not in present]
-        with_judge = _judge(config)
-        _run(config, report, ((r.sample_id, partial(call_of, with_judge, s)) for r, s in missing), keep, with_judge)
+        with_judge = _judge(config, report)
+        _run(report, ((r.sample_id, partial(call_of, with_judge, s)) for r, s in missing), keep, with_judge)
         os.fsync(file.fileno())
     finally:
         file.close()
-    if not report.errors:
+    if report.errors.total() == report.num_refused:  # no more will come
         _put_in_order(out, list(records))
     return report
 
@@ -142,18 +152,17 @@ def _records(config: TrainConfig) -> Iterator[tuple[Record, Sample]]:
         yield record, source[index]
 
 
-def _judge(config: TrainConfig) -> EndpointJudge:
-    return EndpointJudge(config.reward, config.endpoint)
+def _judge(config: TrainConfig, report: PrepareReport) -> EndpointJudge:
+    report.refusals = refusals_path(report.path)
+    return EndpointJudge(config.reward, config.endpoint, refusals_path=report.refusals)
 
 
 def _run(
-    config: TrainConfig,
     report: PrepareReport,
     calls: Iterator[tuple[str, Callable[[], Call]]],
     keep: Callable[[str, Reply | Exception], None],
-    judge: EndpointJudge | None = None,
+    judge: EndpointJudge,
 ) -> None:
-    judge = judge or _judge(config)
     try:
         judge.run_calls(calls, keep)
     finally:
@@ -161,8 +170,11 @@ def _run(
         judge.close()
 
 
-def _note_error(report: PrepareReport, error: Reply | Exception, reference: str) -> None:
+def _note_error(report: PrepareReport, name: str, error: Reply | Exception, reference: str) -> None:
     report.errors[redact(str(error), [reference])] += 1
+    if isinstance(error, CallRefusedError):
+        report.num_refused += 1
+        report.log.note(name, error)
 
 
 def _line(record: Record, reference: str) -> bytes:

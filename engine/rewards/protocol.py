@@ -24,7 +24,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -207,15 +207,26 @@ def request_body(call: Call, config: ProtocolConfig, model: str) -> dict[str, An
     return body
 
 
-def cache_key(call: Call, config: ProtocolConfig) -> bytes:
-    """SHA-256 of all that the reply depends on: prompt, model, settings, data, image."""
-    parts = [
-        call.task.identity,
-        config.model,
-        config.model_dump(mode="json", exclude={"model", "calls", "max_caption_chars"}),
-        call.data,
-        call.image.digest if call.image is not None else None,
-    ]
+def cache_key(call: Call, config: ProtocolConfig, model: str | None = None) -> bytes:
+    """SHA-256 of all that a reply depends on: the request as a server gets it, prompt and schema included.
+
+    Args:
+        call: what is asked; its image counts by digest.
+        config: what is asked in what form.
+        model: as the server calls it; default: ``config.model``.
+    """
+    image = None if call.image is None else replace(call.image, url=f"sha256:{call.image.digest}")
+    body = request_body(replace(call, image=image), config, config.model if model is None else model)
+    parts = [call.task.identity, body, reply_schema(call, config)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
+
+
+def subject_key(call: Call, config: ProtocolConfig, model: str) -> bytes | None:
+    """The same of a call without its caption: of what many captions are judged by. None where nothing else is asked about."""
+    rest = {name: value for name, value in call.data.items() if name != "caption"}
+    if not rest and call.image is None:
+        return None
+    parts = [call.task.identity, config.model_dump(mode="json"), model, rest, call.image.digest if call.image else None]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
 
 

@@ -36,6 +36,8 @@ class Usage:
     num_valid: int = 0
     num_given_up: int = 0
     """Calls without a valid reply, whatever was tried."""
+    num_refused: int = 0
+    """Those of them that can never succeed, for what they are about; from memory, they are no attempts."""
     num_cancelled: int = 0
     """Calls that were under way when they were no longer wanted."""
     failures: Counter[str] = field(default_factory=Counter)
@@ -57,6 +59,7 @@ class Usage:
             "judge/attempts": self.num_attempts,
             "judge/valid": self.num_valid,
             "judge/given_up": self.num_given_up,
+            "judge/refused": self.num_refused,
             "judge/cancelled": self.num_cancelled,
             "judge/prompt_tokens": self.prompt_tokens,
             "judge/completion_tokens": self.completion_tokens,
