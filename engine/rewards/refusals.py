@@ -274,8 +274,7 @@ class Refusals:
 
     def shown(self, error: AttemptError, call: Call) -> str:
         """What the server says, fit for a log: one short line without keys, texts of the call and control characters."""
-        printable = "".join(character if character.isprintable() else " " for character in error.words)
-        return redact(printable, [*self._secrets, *_texts(call.data)])
+        return redact(error.words, [*self._secrets, *_texts(call.data)])
 
     def refuse(self, call: Call, identity: CallIdentity, item: Hashable, error: AttemptError) -> NoReturn:
         """Book a refusal and raise it.
