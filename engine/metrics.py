@@ -27,6 +27,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from balcaprl.extras import pip_install
 from balcaprl.types import Rollout, RolloutGroup
 
 if TYPE_CHECKING:
@@ -329,7 +330,7 @@ def _summary_writer_class() -> Any:
         except ImportError:
             raise RuntimeError(
                 "logging.tensorboard is on, but neither tensorboard nor tensorboardX is installed: "
-                "run `pip install tensorboard`, or set logging.tensorboard=false"
+                f"run `{pip_install('tensorboard')}`, or set logging.tensorboard=false"
             ) from None
     return SummaryWriter
 

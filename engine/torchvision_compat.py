@@ -4,10 +4,13 @@ A wheel built for CUDA cannot load its native library beside a CPU build of torc
 registries' default wheels are CUDA builds. Two things then break every transformers vision-language class, and vLLM:
 
 - ``import torchvision`` survives the missing library, but registers fake kernels for two operators that nobody has
-  declared and dies with "operator torchvision::nms does not exist". Declaring the two schemas beforehand is enough:
+  declared and dies with "operator torchvision::nms does not exist". Declaring the two schemas and going on is enough:
   image transforms need no native operator, and only ``torchvision.ops.nms`` itself stays unusable.
-- ``import torchaudio`` and ``import torchcodec`` die with an OSError, which transformers and vLLM do not catch: they
-  only expect that a package may be absent. Both are marked as absent, which they are for all purposes.
+- ``import torchaudio`` and ``import torchcodec`` die with an OSError, which transformers, datasets and vLLM do not
+  catch: they only expect that a package may be absent. Both are marked as absent, which they are for all purposes.
+
+Nothing is guessed from names of files or versions: each package is imported, and only what fails is treated. A schema that
+is declared *before* a library that works ends the process, in C++; after a failed import that library is never tried again.
 
 Subprocesses that import torchvision need the same cure before anything else runs; vLLM's plugins are loaded too late,
 as importing vLLM is what fails. Hence a start-up hook (``assets/startup``) that travels in ``PYTHONPATH``.
@@ -18,61 +21,155 @@ A program of one's own is started with it by::
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _SCHEMAS = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-_HIDEABLE = {"torchaudio": "lib/_torchaudio*", "torchcodec": "libtorchcodec_image*"}
-"""Package -> its native library that is loaded, unguarded, as the package is imported."""
+_HIDEABLE = ("torchaudio", "torchcodec")
 _STARTUP = Path(__file__).resolve().parent / "assets" / "startup"
+_ABSENT = "BALCAPRL_ABSENT_PACKAGES"
+"""Environment variable: folders of packages that were found broken, for children of this process."""
+_declared: list[Any] = []
+"""torch's handles of declared schemas; they are withdrawn when a handle dies."""
 
 
-def ensure_importable() -> bool:
-    """Cure the three packages in this process and in its future children, where they are broken.
+def ensure_importable() -> tuple[str, ...]:
+    """Import the three packages, and cure in this process and in its future children those that cannot be.
 
-    Does nothing where they are absent, healthy, imported or already cured. Costs milliseconds beyond ``import torch``
-    and imports none of them.
+    Does nothing where they are absent, healthy, being imported or already cured; says in the log what it did. A package that
+    fails for a reason that is not ours to mend is left alone: whoever needs it gets its error.
 
     Returns:
-        Whether this call changed anything in this process.
+        Names of the packages that this call cured or hid in this process.
     """
-    changed = _declare_missing_ops()
-    for name, pattern in _HIDEABLE.items():
-        changed = _hide_if_broken(name, pattern) or changed
+    cure_on_import()
+    num_declared = len(_declared)
+    if "torchvision" not in sys.modules and find_spec("torchvision") is not None:
+        try:
+            importlib.import_module("torchvision")
+        except Exception as error:
+            logger.debug("torchvision cannot be imported: %s", error)
+    hidden = [name for name in _HIDEABLE if _hide_if_broken(name)]
+    if hidden:
+        logger.info("not importable beside this torch, and treated as not installed: %s", ", ".join(hidden))
+    changed = (*(["torchvision"] if len(_declared) > num_declared else []), *hidden)
     if changed:
-        os.environ["PYTHONPATH"] = subprocess_env(os.environ)["PYTHONPATH"]
+        os.environ.update(_hook_variables(os.environ))
     return changed
 
 
+def cure_on_import() -> None:
+    """From here on a torchvision whose import fails is cured, and what the parent process found broken is absent.
+
+    Imports nothing; the start-up hook calls it in every child.
+    """
+    if not any(isinstance(finder, _TorchvisionFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TorchvisionFinder())
+    for folder in filter(None, os.environ.get(_ABSENT, "").split(os.pathsep)):
+        name = Path(folder).name
+        if name in _HIDEABLE and name not in sys.modules and str(_package_folder(name)) == folder:
+            _mark_absent(name)
+
+
 def subprocess_env(env: os._Environ[str] | dict[str, str] | None = None) -> dict[str, str]:
-    """A copy of ``env`` (default: this process's) in which Python subprocesses cure themselves as they start."""
+    """A copy of ``env`` (default: this process's) in which Python subprocesses cure themselves as they start.
+
+    Finds out first what is broken here, which imports the three packages.
+    """
+    ensure_importable()
     result = dict(os.environ if env is None else env)
-    parts = [p for p in result.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(_STARTUP)]
-    result["PYTHONPATH"] = os.pathsep.join([str(_STARTUP), *parts])
-    return result
+    return result | _hook_variables(result)
 
 
-def _declare_missing_ops() -> bool:
-    package = _package_folder("torchvision")
-    if package is None or _has_op("nms") or _loads_library(package, "_C.*"):
-        return False
+def _hook_variables(env: os._Environ[str] | dict[str, str]) -> dict[str, str]:
+    parts = [p for p in env.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(_STARTUP)]
+    variables = {"PYTHONPATH": os.pathsep.join([str(_STARTUP), *parts])}
+    absent = os.environ.get(_ABSENT)
+    return variables | ({_ABSENT: absent} if absent else {})
+
+
+class _TorchvisionFinder(MetaPathFinder):
+    """Finds torchvision where it is, and has its first failure answered by ``_exec_with_cure``."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "torchvision":
+            return None
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is None or spec.loader is None:
+            return None
+        # On this one loader, so that it stays what it is for everything else that asks it.
+        spec.loader.exec_module = partial(_exec_with_cure, spec.loader.exec_module)  # type: ignore[method-assign]
+        return spec
+
+
+def _exec_with_cure(exec_module: Callable[[ModuleType], None], module: ModuleType) -> None:
+    try:
+        exec_module(module)
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        declared = _declare_missing_ops()
+        if declared is None:
+            raise
+        try:
+            # What was imported before the failure stays imported: the native library is not tried a second time.
+            exec_module(module)
+        except Exception:
+            raise error from None
+        _declared.append(declared)
+        logger.info(
+            "torchvision was built for another torch and its native library does not load (%s): its image transforms "
+            "work, its operators do not",
+            str(error).splitlines()[0],
+        )
+
+
+def _declare_missing_ops() -> Any:
+    """Declare the schemas that are missing; torch's handle of them, or None where none is missing."""
     import torch
 
-    missing = [name for name in _SCHEMAS if not _has_op(name)]
+    missing = [name for name in _SCHEMAS if not hasattr(torch.ops.torchvision, name)]
+    if not missing:
+        return None
+    library = torch.library.Library("torchvision", "FRAGMENT")
     for name in missing:
-        torch.library.define(f"torchvision::{name}", _SCHEMAS[name])
-    return bool(missing)
+        library.define(name + _SCHEMAS[name])
+    return library
 
 
-def _hide_if_broken(name: str, pattern: str) -> bool:
-    package = _package_folder(name)
-    if package is None or name in sys.modules or not any(package.glob(pattern)) or _loads_library(package, pattern):
+def _hide_if_broken(name: str) -> bool:
+    folder = None if name in sys.modules else _package_folder(name)
+    if folder is None:
         return False
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        _mark_absent(name)
+        known = os.environ.get(_ABSENT, "").split(os.pathsep)
+        os.environ[_ABSENT] = os.pathsep.join(filter(None, [*known, str(folder)]))
+        logger.debug("%s: %s", name, error)
+        return True
+    return False
+
+
+def _mark_absent(name: str) -> None:
     # A None entry makes every import raise ModuleNotFoundError, and find_spec return None.
     sys.modules[name] = None  # type: ignore[assignment]
     answered_before = getattr(sys.modules.get("transformers.utils.import_utils"), f"is_{name}_available", None)
@@ -81,44 +178,23 @@ def _hide_if_broken(name: str, pattern: str) -> bool:
     found_before = sys.modules.get("datasets.config")
     if found_before is not None:
         setattr(found_before, f"{name.upper()}_AVAILABLE", False)
-    return True
 
 
 def _package_folder(name: str) -> Path | None:
     """Folder of an installed package, without importing it."""
-    if name in sys.modules and sys.modules[name] is None:
-        return None
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         return None
     return Path(spec.submodule_search_locations[0])
 
 
-def _has_op(name: str) -> bool:
-    import torch
-
-    return hasattr(torch.ops.torchvision, name)
-
-
-def _loads_library(folder: Path, pattern: str) -> bool:
-    """Whether the package's operators can be loaded: the very call that importing it makes first."""
-    import torch
-
-    for path in sorted(p for p in folder.glob(pattern) if p.suffix in (".so", ".pyd", ".dylib")):
-        try:
-            torch.ops.load_library(str(path))
-        except (ImportError, OSError):
-            continue
-        return True
-    return False
-
-
 def main(argv: list[str]) -> None:
     """Become ``python -m <module> <args>`` with the cure in place; the process id stays."""
     if not argv:
         raise SystemExit("usage: python -m balcaprl.torchvision_compat <module> [arguments ...]")
+    env = subprocess_env()
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", *argv], subprocess_env())
+    os.execve(sys.executable, [sys.executable, "-m", *argv], env)
 
 
 if __name__ == "__main__":

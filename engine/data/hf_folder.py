@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from balcaprl.data.records import DatasetError, LoadReport, Record, RecordBuilder
+from balcaprl.extras import install_extra
 
 IMAGE_COLUMN = "image"
 REFERENCE_COLUMNS = ("reference", "caption", "text")
@@ -56,7 +57,7 @@ def _load_table(path: Path) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DatasetError("data.kind hf needs the package 'datasets': pip install 'balcaprl[hf]'") from error
+        raise DatasetError(f"data.kind hf needs the package 'datasets': {install_extra('hf')}") from error
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # pyarrow, JSON and path errors alike

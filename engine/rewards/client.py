@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from balcaprl.config import EndpointConfig, ProtocolConfig, ServerConfig
+from balcaprl.extras import install_extra
 from balcaprl.rewards.cache import ReplyCache
 from balcaprl.rewards.concurrency import AllServersGivenUpError, Clock, Dispatcher, Server
 from balcaprl.rewards.outcomes import HOPELESS, AttemptError, Blame, error_inside, error_of_status
@@ -255,7 +256,7 @@ class JudgeClient:
             import aiohttp  # noqa: F401
             import tenacity
         except ImportError as error:
-            raise ImportError("the endpoint judge needs aiohttp and tenacity: pip install 'balcaprl[judge]'") from error
+            raise ImportError(f"the endpoint judge needs aiohttp and tenacity: {install_extra('judge')}") from error
         return tenacity
 
     async def _attempt(self, call: Call, affinity: str, bodies: dict[str, bytes]) -> tuple[Reply, str]:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from balcaprl.config import SamplingConfig
+from balcaprl.extras import install_extra
 from balcaprl.policy import Policy
 from balcaprl.rollout.adapters import AdapterMerge, adapted_modules
 from balcaprl.rollout.memory import kv_cache_budget
@@ -80,8 +81,8 @@ class VLLMRollout:
         """
         if find_spec("vllm") is None:
             raise RuntimeError(
-                "rollout.sampler = vllm needs vLLM, which is not installed: install balcaprl[cpu] or balcaprl[gpu], "
-                "or set rollout.sampler to hf"
+                "rollout.sampler = vllm needs vLLM, which is not installed. Set rollout.sampler to hf, or run "
+                + install_extra("gpu" if policy.device.type == "cuda" else "cpu")
             )
         if independent and sync == "shared":
             raise ValueError("sync: shared would change the weights while the engine samples; use inplace or auto")

@@ -1,11 +1,14 @@
 """torchvision and torchaudio never take a process down, whichever wheels are installed."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import balcaprl
 from balcaprl.torchvision_compat import ensure_importable, subprocess_env
 
 
@@ -19,7 +22,7 @@ def _clean_env(**extra):
 
 def test_is_idempotent_and_torchvision_imports_afterwards():
     code = (
-        "from balcaprl.torchvision_compat import ensure_importable as e; e(); assert e() is False;"
+        "from balcaprl.torchvision_compat import ensure_importable as e; e(); assert e() == ();"
         "import torchvision; from transformers import Qwen2_5_VLProcessor; import transformers.audio_utils"
     )
     result = _python("-c", code, env=_clean_env())
@@ -54,7 +57,7 @@ def test_children_are_cured_by_the_startup_hook():
 def test_children_inherit_the_hook_exactly_where_the_cure_was_needed():
     code = (
         "import os; from balcaprl.torchvision_compat import ensure_importable as e; changed = e();"
-        "assert changed == ('startup' in os.environ.get('PYTHONPATH', ''))"
+        "assert bool(changed) == ('startup' in os.environ.get('PYTHONPATH', ''))"
     )
     result = _python("-c", code, env=_clean_env())
     assert result.returncode == 0, result.stderr
@@ -75,8 +78,161 @@ def test_module_runner_starts_a_cured_program(tmp_path):
     assert result.stdout.strip() == "argument", result.stderr
 
 
+DECLARES = """
+import torch
+from . import _native
+"""
+LOADS = "import torch; library = torch.library.Library('torchvision', 'FRAGMENT')\n" + "".join(
+    f"library.define('{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')\n" for name in ("nms", "qnms")
+)
+
+
+def package(folder, name, init, **modules):
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(init)
+    for module, text in modules.items():
+        (folder / name / f"{module}.py").write_text(text)
+
+
+@pytest.mark.parametrize("library", ["_C.so", "_C_stable.so", "ops.so", None])
+@pytest.mark.parametrize("how", ["in-process", "hook"])
+def test_a_healthy_torchvision_is_left_alone_whatever_its_library_is_called(tmp_path, library, how):
+    """Its own declarations would meet ours; in C++ that ends the process."""
+    package(tmp_path, "torchvision", DECLARES, _native=LOADS)
+    if library is not None:
+        (tmp_path / "torchvision" / library).write_bytes(b"not to be judged by looking at it")
+    env = _clean_env(PYTHONPATH=str(tmp_path))
+    code = "import torchvision, torch; assert torchvision._native.library; print(torch.ops.torchvision.nms)"
+    if how == "in-process":
+        code = (
+            "from balcaprl.torchvision_compat import ensure_importable as e, _declared; import os; e();"
+            f"assert not _declared; {code}"
+        )
+    else:
+        env = subprocess_env(env)
+    result = _python("-c", code, env=env)
+    assert "torchvision.nms" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("init", "error"),
+    [
+        ("raise OSError('libcudart.so.13: cannot open')", "OSError: libcudart.so.13: cannot open"),
+        ("raise RuntimeError('compiled with different CUDA major versions')", "RuntimeError: compiled with different"),
+        ("import no_such_module", "No module named 'no_such_module'"),
+        ("raise RuntimeError('operator torchvision::other does not exist')", "torchvision::other does not exist"),
+        ("raise SystemError('odd')", "SystemError: odd"),
+    ],
+)
+def test_a_torchvision_that_breaks_otherwise_keeps_its_own_error_and_leaves_no_trace(tmp_path, init, error):
+    package(tmp_path, "torchvision", init)
+    code = (
+        "from balcaprl.torchvision_compat import ensure_importable as e; import torch, gc\n"
+        "e(); gc.collect(); assert not hasattr(torch.ops.torchvision, 'nms')\nimport torchvision"
+    )
+    result = _python("-c", code, env=_clean_env(PYTHONPATH=str(tmp_path)))
+    assert error in result.stderr.strip().splitlines()[-1], result.stderr
+
+
+ASK = """
+import sys
+from importlib.util import find_spec
+print(*(find_spec(name) is None for name in ("torchaudio", "torchcodec")))
+"""
+RUN_ASK = """
+import os, subprocess, sys
+from balcaprl.torchvision_compat import ensure_importable, subprocess_env
+ensure_importable()
+env = subprocess_env()
+for path in (env["PYTHONPATH"], env["PYTHONPATH"].replace(sys.argv[2], sys.argv[3])):
+    subprocess.run([sys.executable, sys.argv[1]], env=env | {"PYTHONPATH": path}, check=True)
+"""
+
+
+@pytest.mark.parametrize("broken", ["torchaudio", "torchcodec"])
+@pytest.mark.parametrize("error", ["OSError('Could not load this library')", "RuntimeError('no FFmpeg')"])
+def test_a_package_is_hidden_exactly_where_its_import_fails(tmp_path, broken, error):
+    """In a child too, and never in a child whose package is another one."""
+    for name in ("torchaudio", "torchcodec", "torchvision"):
+        package(tmp_path / "one", name, f"raise {error}" if name == broken else "")
+        package(tmp_path / "other", name, "")
+    (tmp_path / "ask.py").write_text(ASK)
+    arguments = (str(tmp_path / name) for name in ("ask.py", "one", "other"))
+    result = _python("-c", RUN_ASK, *arguments, env=_clean_env(PYTHONPATH=str(tmp_path / "one")))
+    expected = "True False" if broken == "torchaudio" else "False True"
+    assert result.stdout.splitlines() == [expected, "False False"], result.stderr
+
+
+def test_the_log_says_what_was_done(tmp_path):
+    package(tmp_path, "torchcodec", "raise OSError('no library')")
+    failing = "import torch\nfrom torchvision import fakes\n"
+    package(
+        tmp_path, "torchvision", failing, fakes="import torch\ntorch.library.register_fake('torchvision::nms')(print)"
+    )
+    code = (
+        "import logging; logging.basicConfig(level=logging.INFO)\n"
+        "from balcaprl.torchvision_compat import ensure_importable as e; assert e(); import torchvision.fakes"
+    )
+    result = _python("-c", code, env=_clean_env(PYTHONPATH=str(tmp_path)))
+    assert result.returncode == 0, result.stderr
+    assert "torchvision was built for another torch" in result.stderr
+    assert "treated as not installed: " in result.stderr
+    assert "torchcodec" in result.stderr
+
+
+IMAGES = (
+    "import datasets; from PIL import Image;"
+    "rows = datasets.Dataset.from_list([{'image': Image.new('RGB', (8, 8)), 'text': 'a'}]);"
+    "assert rows[0]['image'].size == (8, 8); print('read')"
+)
+
+
+@pytest.mark.parametrize("first", ["", "import torch;", "import transformers;", "import torchvision;"])
+def test_images_of_datasets_are_read_in_a_hooked_child_whatever_comes_first(first):
+    pytest.importorskip("datasets", reason="datasets is an optional extra")
+    result = _python("-c", first + IMAGES, env=subprocess_env(_clean_env()))
+    assert result.stdout.strip() == "read", result.stderr
+
+
+STARTUP = Path(balcaprl.__file__).parent / "assets" / "startup"
+CHAINING = """
+import importlib.machinery, importlib.util, os, sys
+print("foreign")
+here = os.path.dirname(__file__)
+spec = importlib.machinery.PathFinder.find_spec("sitecustomize", [p for p in sys.path if p != here])
+if spec:
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ("ours", "copy", "last"),
+        ("copy", "ours", "link", "last"),
+        ("ours", "foreign", "copy", "last"),
+        ("foreign", "ours", "last"),
+        ("ours", "copy", "copy2", "foreign", "last"),
+    ],
+    ids="-".join,
+)
+def test_several_startup_hooks_run_each_file_once_and_end(tmp_path, order):
+    """Two checkouts in one PYTHONPATH called each other for ever."""
+    shutil.copytree(STARTUP, tmp_path / "copy")
+    shutil.copytree(STARTUP, tmp_path / "copy2")
+    (tmp_path / "link").symlink_to(tmp_path / "copy")
+    for name, text in (("foreign", CHAINING), ("last", "print('last')")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sitecustomize.py").write_text(text)
+    folders = [str(STARTUP if name == "ours" else tmp_path / name) for name in order]
+    result = _python("-c", "print('program')", env=_clean_env(PYTHONPATH=os.pathsep.join(folders)))
+    assert "Error" not in result.stderr, result.stderr
+    expected = [name for name in ("foreign", "last") if name in order] + ["program"]
+    assert result.stdout.split() == expected, result.stderr
+
+
 def test_environment_is_not_grown_by_repetition():
     once = subprocess_env({"PYTHONPATH": "/a"})
     assert subprocess_env(once) == once
     ensure_importable()
-    assert ensure_importable() is False
+    assert ensure_importable() == ()

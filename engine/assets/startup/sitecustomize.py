@@ -1,37 +1,38 @@
-"""Start-up hook of Python subprocesses: cures torchvision and its like just before something asks for them.
+"""Start-up hook of Python subprocesses: a torchvision that breaks as it is imported is cured in them too.
 
-``balcaprl.torchvision_compat`` puts this folder into ``PYTHONPATH``. Costs nothing until one of the packages below is
-imported; torch is not imported before that.
+``balcaprl.torchvision_compat`` puts this folder into ``PYTHONPATH``. Imports the standard library and that one module.
 """
 
 import sys
-from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
-
-
-class _CureFirst(MetaPathFinder):
-    """Finds nothing; runs the cure at the first import of a package that the broken ones would take down."""
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname in ("transformers", "vllm", "torchvision", "torchaudio", "torchcodec"):
-            sys.meta_path.remove(self)
-            try:
-                from balcaprl.torchvision_compat import ensure_importable
-            except ImportError:  # another environment that inherited PYTHONPATH
-                return
-            ensure_importable()
-        return
+from types import ModuleType
 
 
 def _run_shadowed_sitecustomize():
-    """The environment's own sitecustomize, which this file hides, still has to run."""
-    here = Path(__file__).resolve().parent
-    spec = PathFinder.find_spec("sitecustomize", [p for p in sys.path if p and Path(p).resolve() != here])
-    if spec is not None and spec.loader is not None:
+    """The environment's own sitecustomize, which this file hides, still has to run.
+
+    There may be several such files, each running the one that it hides, and another checkout's copy of this one among them:
+    those that ran are remembered in ``sys.modules``, so that none runs twice and no two call each other for ever.
+    """
+    state = sys.modules.setdefault("_balcaprl_startup", ModuleType("_balcaprl_startup"))
+    started = vars(state).setdefault("started", set())
+    first = getattr(sys.modules.get("sitecustomize"), "__file__", None)
+    started.update(str(Path(file).resolve()) for file in (__file__, first) if file)
+    for entry in sys.path:
+        spec = PathFinder.find_spec("sitecustomize", [entry]) if entry else None
+        if spec is None or spec.loader is None or str(Path(spec.origin).resolve()) in started:
+            continue
+        started.add(str(Path(spec.origin).resolve()))
         spec.loader.exec_module(module_from_spec(spec))
+        return
 
 
-sys.meta_path.insert(0, _CureFirst())
+try:
+    from balcaprl.torchvision_compat import cure_on_import
+except ImportError:  # another environment that inherited PYTHONPATH, or an older balcaprl
+    pass
+else:
+    cure_on_import()
 _run_shadowed_sitecustomize()
