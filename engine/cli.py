@@ -36,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = build_parser()
     arguments = _spread_recipe(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
     options = parser.parse_args(arguments)
     command = options.command
     handler = logging.StreamHandler()

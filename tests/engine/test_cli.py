@@ -96,6 +96,15 @@ def test_bounds_that_cross_are_refused(capsys):
     assert "tau_low" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("module", ["balcaprl", "balcaprl.cli"])
+def test_no_arguments_print_the_help(module):
+    result = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert "usage: balcaprl" in result.stderr
+    for command in ("train", "demo", "evaluate", "doctor"):
+        assert f"\n    {command} " in result.stderr
+
+
 def test_help_is_quick_to_import():
     """The command line itself imports nothing heavy."""
     code = "import sys, balcaprl.cli; print([m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"

@@ -22,9 +22,12 @@ def _run_shadowed_sitecustomize():
     started.update(str(Path(file).resolve()) for file in (__file__, first) if file)
     for entry in sys.path:
         spec = PathFinder.find_spec("sitecustomize", [entry]) if entry else None
-        if spec is None or spec.loader is None or str(Path(spec.origin).resolve()) in started:
+        if spec is None or spec.loader is None or spec.origin is None:
             continue
-        started.add(str(Path(spec.origin).resolve()))
+        file = str(Path(spec.origin).resolve())
+        if file in started:
+            continue
+        started.add(file)
         spec.loader.exec_module(module_from_spec(spec))
         return
 
