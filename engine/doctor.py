@@ -75,6 +75,7 @@ def diagnose() -> list[Finding]:
         check_vllm(),
         check_torchvision(),
         check_native(),
+        check_bfloat16_products(),
         *check_torch_and_devices(),
         check_memory(),
         check_disk(),
@@ -228,6 +229,25 @@ def check_native() -> Finding:
     if native.is_available():
         return Finding("native kernels", "ok", "loaded")
     return Finding("native kernels", "warning", f"plain PyTorch is used on the CPU: {native.unavailable_reason()}")
+
+
+def check_bfloat16_products() -> Finding:
+    """Whether torch's bfloat16 products on this CPU read memory beside a strided operand, and whether a run is safe from it."""
+    name = "bfloat16 products"
+    try:
+        products = importlib.import_module("balcaprl.kernels.products")
+        reads, unprotected = products.reads_gaps(), products.reads_gaps(protected=True)
+    except Exception as error:  # told by others
+        return Finding(name, "info", f"not tried: {type(error).__name__}: {error}")
+    if unprotected:
+        detail = "wrong on this CPU, of contiguous operands too"
+        return Finding(name, "error", detail, "set ONEDNN_MAX_CPU_ISA=AVX512_CORE, or keep model.dtype=float32")
+    if reads:
+        detail = "torch reads beside strided operands on this CPU; balcaprl's own operands have nothing beside them"
+        return Finding(
+            name, "info", detail, "in code of your own: .contiguous(), or ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
+        )
+    return Finding(name, "ok", "right, whatever lies beside an operand")
 
 
 # ---------------------------------------------------------------------------------------------------- machine

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from balcaprl.kernels import SharedPrefixLayout, shared_prefix_attention
+from balcaprl.kernels.products import gapless, with_gapless_gradient
 from balcaprl.policy.last_layer import as_now
 
 SHARED_PREFIX = "balcaprl_shared_prefix"
@@ -68,8 +69,8 @@ def image_segments_forward(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     for length, at in segments.by_length:
         q_part, k_part, v_part = (x[at].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
-        part = F.scaled_dot_product_attention(q_part, k_part, v_part, dropout_p=dropout, scale=scaling)
-        parts.append(part.transpose(1, 2).flatten(0, 1))
+        part = F.scaled_dot_product_attention(gapless(q_part), k_part, v_part, dropout_p=dropout, scale=scaling)
+        parts.append(with_gapless_gradient(part).transpose(1, 2).flatten(0, 1))
     if segments.places is None:
         return parts[0][None], None
     return torch.cat(parts).index_select(0, segments.places)[None], None

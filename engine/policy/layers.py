@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from balcaprl.kernels import native_layers
+from balcaprl.kernels.products import gapless
 from balcaprl.policy.layer_kernels import alike, kernels_for
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def _patch_forward(self: Any, patches: Tensor) -> Tensor:
     """(N, channels, *patch) to (N, width, 1, 1, 1)."""
     if patches.shape[2:] != self.kernel_size:
         return type(self).forward(self, patches)  # type: ignore[no-any-return]
-    out = F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+    out = F.linear(gapless(patches.flatten(1)), self.weight.flatten(1), self.bias)
     return out[..., None, None, None]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from balcaprl.config import SamplingConfig
+from balcaprl.kernels.products import gapless
 from balcaprl.policy import Policy
 from balcaprl.rollout.adapters import merged_tensors, served_name
 from balcaprl.rollout.images import collapsed, image_spans, inputs_hash
@@ -375,7 +376,7 @@ def _register_memory_loader(tensors: dict[str, Tensor], recorder: CopyRecorder) 
 
 
 def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.nn.functional.linear(x, weight, bias)
+    return torch.nn.functional.linear(gapless(x), weight, bias)
 
 
 @contextlib.contextmanager

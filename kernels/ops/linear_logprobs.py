@@ -34,6 +34,7 @@ from balcaprl.kernels import launch, native, native_head
 from balcaprl.kernels.checks import check_impl, check_number, check_tensor
 from balcaprl.kernels.native_head import FILTER_BLOCK, HeadGradients
 from balcaprl.kernels.native_softmax import SoftmaxRows
+from balcaprl.kernels.products import gapless
 from balcaprl.kernels.token_loss import compute_dtype
 
 IMPLS = ("reference", "native", "triton")
@@ -124,7 +125,8 @@ def linear_logprobs_reference(
 
     ``filter_eps`` is ``linear_policy_loss``'s: columns that it leaves out get no gradient.
     """
-    chunks = []
+    # Which of the two is a product's first operand in the backward is autograd's choice.
+    chunks, hidden, weight = [], gapless(hidden), gapless(weight)
     for begin, end in chunk_ranges(hidden.shape[0], weight.shape[0]):
         arguments = (hidden[begin:end], weight, targets[begin:end], temperature, filter_eps)
         chunks.append(checkpoint(_chunk_logprobs, *arguments, use_reentrant=False))
@@ -234,7 +236,7 @@ def check_targets(head: native_head.Head) -> None:
 def _linear_logprobs_op(hidden, weight, targets, temperature, impl):
     """Checks values, out of sight of the tracer. ``row_max`` and ``row_sum`` are for the backward."""
     impl = resolve_impl(impl, hidden)
-    head = native_head.Head(hidden, weight, targets.contiguous(), temperature)
+    head = native_head.Head.of(hidden, weight, targets, temperature)
     with torch.autocast(hidden.device.type, enabled=False):
         rows, entropy = head_rows(head, impl)
     check_logprobs(head, rows.logprobs, entropy)
@@ -283,7 +285,7 @@ def linear_logprobs_backward(
 ):
     """Gradients of both factors; one that is not needed is (0,)."""
     impl, needs = resolve_impl(impl, hidden), (needs_hidden, needs_weight)
-    head = native_head.Head(hidden, weight, targets.contiguous(), temperature)
+    head = native_head.Head.of(hidden, weight, targets, temperature)
     rows = SoftmaxRows(row_max.contiguous(), row_sum.contiguous(), logprobs.contiguous())
     grad_logprobs = grad_logprobs.to(logprobs.dtype).contiguous()
     with torch.autocast(hidden.device.type, enabled=False):

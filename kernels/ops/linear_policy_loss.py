@@ -169,7 +169,7 @@ def _linear_policy_loss_op(hidden, weight, targets, *rest):
     if not _gradients_in_forward(hidden, impl):
         needs = [False, False]
     impl = resolve_impl(impl, hidden)
-    head = Head(hidden, weight, targets.contiguous(), temperature)
+    head = Head.of(hidden, weight, targets, temperature)
     with torch.autocast(hidden.device.type, enabled=False):
         parts, rows, gradients = _forward(head, arguments, filter_eps, tuple(needs), impl)
     dtype = rows.logprobs.dtype

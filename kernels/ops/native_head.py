@@ -31,6 +31,7 @@ from balcaprl.kernels.native_softmax import (
     write_gradient,
     write_stats,
 )
+from balcaprl.kernels.products import gapless
 
 FILTER_BLOCK = 128
 """Tokens that ``filter_eps`` looks at together."""
@@ -55,12 +56,17 @@ class Head(NamedTuple):
     """What the logits are made of."""
 
     hidden: Tensor
-    """(T, D)."""
+    """(T, D), ``gapless``."""
     weight: Tensor
     """(V, D)."""
     targets: Tensor
     """(T,) int64, contiguous."""
     temperature: float
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Head:
+        """From tensors of any layout."""
+        return cls(gapless(hidden), weight, targets.contiguous(), temperature)
 
     @property
     def scale(self) -> float:
@@ -249,11 +255,17 @@ def _row_distance(weight: Tensor) -> int:
 
 
 def _room_for_logits(num_tokens: int, weight: Tensor, spare: Tensor) -> Tensor:
-    """(num_tokens, V), uninitialised, for logits of ``weight`` (V, D); in ``spare``, a row of at least as many."""
+    """(num_tokens, V), uninitialised, for logits of ``weight`` (V, D); in ``spare``, a row of at least as many.
+
+    Between rows that are kept apart are zeros, as products may read beside 16-bit rows (``products``).
+    """
     vocabulary, distance = weight.shape[0], _row_distance(weight)
     if num_tokens * distance > spare.shape[0]:
         distance = vocabulary
-    return spare[: num_tokens * distance].view(num_tokens, distance)[:, :vocabulary]
+    rows = spare[: num_tokens * distance].view(num_tokens, distance)
+    if weight.element_size() == 2:
+        rows[:, vocabulary:].zero_()
+    return rows[:, :vocabulary]
 
 
 _kept_scratch: list[Tensor] = []
@@ -428,7 +440,8 @@ def _mm_columns(grad_logits: Tensor, weight: Tensor, columns: Tensor, out: Tenso
         return
     total, begin = torch.zeros(out.shape), 0
     for piece in pieces:
-        total += torch.mm(grad_logits[:, begin : begin + piece.shape[0]], weight.index_select(0, piece))
+        first = gapless(grad_logits[:, begin : begin + piece.shape[0]])
+        total += torch.mm(first, weight.index_select(0, piece))
         begin += piece.shape[0]
     out.copy_(total)
 
@@ -491,7 +504,7 @@ class _WeightSum:
                 part = slice(begin, begin + width)
                 grad_logits, columns, hidden = self.pool[0]
                 old = self.result.index_select(0, columns[part])
-                self.result.index_copy_(0, columns[part], old.addmm_(grad_logits[:, part].T, hidden))
+                self.result.index_copy_(0, columns[part], old.addmm_(gapless(grad_logits[:, part]).T, hidden))
         elif self.pool:
             columns = torch.cat([block.columns for block in self.pool]).unique()
             for part in columns.split(width):
@@ -507,7 +520,7 @@ class _WeightSum:
             part = slice(int(first), int(last) + 1)
             found = block.columns[part]
             found = found[found <= columns[-1]]
-            product = block.grad_logits[:, part][:, : found.shape[0]].T @ block.hidden
+            product = gapless(block.grad_logits[:, part][:, : found.shape[0]]).T @ block.hidden
             total.index_add_(0, torch.searchsorted(columns, found), product.float())
         self.result.index_copy_(0, columns, total.to(self.result.dtype))
 

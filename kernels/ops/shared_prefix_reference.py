@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from balcaprl.kernels.products import gapless, with_gapless_gradient
 from balcaprl.kernels.shared_prefix_layout import SharedPrefixLayout
 from balcaprl.kernels.token_loss import compute_dtype
 
@@ -25,12 +26,13 @@ def _parts(
     outs, lses = [], []
     for start, prompt, completions in layout.groups():
         end = start + prompt + sum(completions)
-        q_HLD = query[start:end].transpose(0, 1)
+        q_HLD = gapless(query[start:end].transpose(0, 1))
         k_HLD, v_HLD = (x[start:end].transpose(0, 1).repeat_interleave(repeats, 0) for x in (key, value))
         scores = (q_HLD @ k_HLD.transpose(1, 2)).to(compute_dtype(query.dtype)) * scale
         scores = scores.masked_fill(~_group_mask(prompt, completions, query.device), -torch.inf)
         lses.append(scores.logsumexp(-1))
-        outs.append((scores.softmax(-1).to(query.dtype) @ v_HLD).transpose(0, 1))
+        out_HLD = with_gapless_gradient(scores.softmax(-1).to(query.dtype) @ v_HLD)
+        outs.append(out_HLD.transpose(0, 1))
     return torch.cat(outs), torch.cat(lses, 1)
 
 
@@ -65,7 +67,8 @@ def backward(
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
     for start, prompt, completions in layout.groups():
         rows = slice(start, start + prompt + sum(completions))
-        q, g, o = (x[rows].transpose(0, 1) for x in (query, grad_out, out))
+        q, g = (gapless(x[rows].transpose(0, 1)) for x in (query, grad_out))
+        o = out[rows].transpose(0, 1)
         k, v = (x[rows].transpose(0, 1).repeat_interleave(repeats, 0) for x in (key, value))
         scores = (q @ k.transpose(1, 2)).to(lse.dtype) * scale
         p = (scores - lse[:, rows, None]).exp().masked_fill(~_group_mask(prompt, completions, query.device), 0.0)

@@ -8,7 +8,8 @@ of the joint softmax, and the parts add up.
 
 The kernel wants as many key heads as query heads. Where all queries of a call see the same keys (the prompt's part, and a
 segment on its own) it is given the query heads that share a key head as another batch axis, along which keys have
-stride 0: none is copied. Several segments at once are copied, since they are gathered anyway.
+stride 0: none is copied. Several segments at once are copied, since they are gathered anyway. Queries and the gradient of the
+output are first operands of the kernel's products, a head's rows between those of others: ``products.gapless``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from balcaprl.kernels.products import gapless
 from balcaprl.kernels.shared_prefix_layout import SharedPrefixLayout
 from balcaprl.kernels.token_loss import compute_dtype
 
@@ -38,7 +40,7 @@ def forward(
     lse_TH = torch.empty((num_tokens, num_heads), dtype=compute_dtype(query.dtype), device=query.device)
     calls = _calls(layout)
     for bucket in calls.buckets:
-        q, k, v = bucket.gather(query), *(bucket.gather(x, num_heads) for x in (key, value))
+        q, k, v = gapless(bucket.gather(query)), *(bucket.gather(x, num_heads) for x in (key, value))
         part, part_lse = _fused(q, k, v, 0.0, True, scale=scale)
         bucket.scatter(out, part)
         bucket.scatter(lse_TH, part_lse)
@@ -72,12 +74,12 @@ def backward(
     )
     calls = _calls(layout)
     for bucket in calls.buckets:
-        q, o = (bucket.gather(x) for x in (query, out))
+        q, o = gapless(bucket.gather(query)), bucket.gather(out)
         k, v = (bucket.gather(x, num_heads) for x in (key, value))
         g = bucket.gather(grad_out)
         if bucket.padding is not None:  # it repeats a token: without a gradient it adds nothing to the keys before it
             g.masked_fill_(bucket.padding, 0.0)
-        grads = _fused_backward(g, q, k, v, o, bucket.gather(lse_TH), 0.0, True, scale=scale)
+        grads = _fused_backward(gapless(g), q, k, v, o, bucket.gather(lse_TH), 0.0, True, scale=scale)
         bucket.scatter(grad_query, grads[0])
         for gradient, part in zip((grad_key, grad_value), grads[1:], strict=True):
             bucket.scatter(gradient, part.unflatten(1, (num_kv_heads, -1)).sum(2))
@@ -184,7 +186,7 @@ def _bucket(segments: list[tuple[int, int]]) -> _Bucket:
 
 def _call_of(query: Tensor, key: Tensor, value: Tensor, queries: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Some tokens' queries (repeats, H_kv, L, head_dim); keys and values of others, expanded to them."""
-    q = _heads_apart(query[queries], key.shape[1])
+    q = gapless(_heads_apart(query[queries], key.shape[1]))
     k, v = (x[keys].transpose(0, 1)[None].expand(q.shape[0], -1, -1, -1) for x in (key, value))
     return q, k, v
 
@@ -203,7 +205,7 @@ def _gradients_of_call(
     """Of the queries, as ``_call_of`` has them, and of keys and values, (keys, H_kv, head_dim). Causal where both are one."""
     q, k, v = _call_of(query, key, value, queries, keys)
     g, o, joint = (_heads_apart(x[queries], key.shape[1]) for x in (grad_out, out, lse_TH))
-    grads = _fused_backward(g, q, k, v, o, joint, 0.0, queries == keys, scale=scale)
+    grads = _fused_backward(gapless(g), q, k, v, o, joint, 0.0, queries == keys, scale=scale)
     return grads[0], grads[1].sum(0).transpose(0, 1), grads[2].sum(0).transpose(0, 1)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from balcaprl.kernels.launch import Launch, launch, on_device
 from balcaprl.kernels.native_head import Head, HeadGradients
 from balcaprl.kernels.native_softmax import SoftmaxRows
+from balcaprl.kernels.products import gapless
 from balcaprl.kernels.triton_math import expm1_float32
 from balcaprl.kernels.triton_products import float32_product, narrowed, product
 
@@ -424,7 +425,7 @@ class _Backward:
             FILTER=filtered,
             **self.row.kwargs(),
         )
-        return grad_logits[:, :num_columns], active
+        return gapless(grad_logits[:, :num_columns]), active
 
     def _grad_hidden(
         self, total: Tensor | None, grad_logits: Tensor, active: Tensor, first: int, last: int, whole: bool

@@ -20,6 +20,7 @@ from torch import Tensor
 from balcaprl.kernels import triton_logits
 from balcaprl.kernels.native_head import Head, HeadGradients
 from balcaprl.kernels.native_softmax import SoftmaxRows
+from balcaprl.kernels.products import gapless
 from balcaprl.kernels.triton_products import float32_product
 
 _CHUNK_BYTES = 1 << 30
@@ -69,7 +70,7 @@ def logprobs_and_gradients(
         tokens = listed.tokens()
         grad_logits = _empty_rows(head.hidden, len(logits if tokens is None else tokens), logits.shape[1])
         triton_logits.gradient(logits, targets, parts[-1], grad_logprobs, one, head.scale, grad_logits, tokens)
-        waiting = (chunk, tokens, grad_logits)
+        waiting = (chunk, tokens, gapless(grad_logits))
         del logits, grad_logits  # so that the next chunk's take their memory
     if waiting is not None:
         sums.add(*waiting)

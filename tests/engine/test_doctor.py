@@ -11,7 +11,7 @@ from rich.console import Console
 
 from balcaprl import doctor
 from balcaprl.doctor import Finding
-from balcaprl.kernels import native
+from balcaprl.kernels import native, products
 
 
 @pytest.fixture
@@ -41,6 +41,7 @@ def by_name(findings):
 def test_diagnosis_of_this_machine_is_complete():
     found = by_name(doctor.diagnose())
     expected = {"python", "balcaprl", "torch", "transformers", "vllm", "triton", "torchvision import", "native kernels"}
+    expected |= {"bfloat16 products"}
     expected |= {"cpu", "memory", "disk", "rollout.sampler=auto", "model.device=auto", "grouped_advantages impl=auto"}
     assert expected <= set(found)
     assert found["torch"].detail == importlib.metadata.version("torch")
@@ -160,6 +161,44 @@ def test_native_library(monkeypatch, module, status, detail):
     finding = doctor.check_native()
     assert finding.status == status
     assert detail in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("reads", "unprotected", "status", "detail"),
+    [
+        (False, False, "ok", "right"),
+        (True, False, "info", "reads beside"),
+        (True, True, "error", "contiguous operands too"),
+        (None, None, "info", "RuntimeError: no bfloat16"),
+    ],
+)
+def test_products_that_read_beside_their_operands(monkeypatch, reads, unprotected, status, detail):
+    def reads_gaps(*, protected=False):
+        if reads is None:
+            raise RuntimeError("no bfloat16")
+        return unprotected if protected else reads
+
+    monkeypatch.setattr(products, "reads_gaps", reads_gaps)
+    finding = doctor.check_bfloat16_products()
+    assert finding.status == status
+    assert detail in finding.detail
+    assert bool(finding.remedy) == (reads is True)
+
+
+@pytest.mark.parametrize("columns", [15, 33, 34, 80, 129])
+def test_products_that_read_beside_their_operands_are_found_out(monkeypatch, columns):
+    """A product as that of AMX: the rest of the last block of columns times zero, where rows are strided."""
+    plain = torch.mm
+
+    def mm(first, second):
+        result = plain(first, second)
+        if first.shape[1] == columns and first.stride(0) > columns:
+            beside = first.as_strided((first.shape[0], 1), (first.stride(0), 1), first.storage_offset() + columns)
+            result = result + 0.0 * beside
+        return result
+
+    monkeypatch.setattr(products.torch, "mm", mm)
+    assert doctor.check_bfloat16_products().status == "info"
 
 
 @pytest.mark.parametrize(("capability", "status"), [((9, 0), "ok"), ((7, 5), "warning")])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from product_watch import ProductWatch, poisoned
 
 from balcaprl.config import SamplingConfig
 from balcaprl.policy import Group, Policy
@@ -473,3 +474,22 @@ def test_an_unknown_family_runs_whole_and_is_named_once(caplog):
     assert policy.image_token_ids == (IMAGE,)
     expected = run(policy, lambda: stock_logprobs(policy, groups))
     assert_equal(run(policy, lambda: policy.logprobs(policy.pack(groups))), expected, 1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("frozen_tower", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_half_precision_product_lies_beside_what_nobody_wrote(name, frozen_tower, autocast):
+    """Forward, loss and backward in poisoned memory: AMX reads beside strided first operands (``kernels.products``)."""
+    policy = make_policy(name, torch.float32 if autocast else torch.bfloat16)
+    policy.autocast_dtype = torch.bfloat16 if autocast else None
+    if frozen_tower and hasattr(policy.model.config, "vision_config"):
+        for module in policy.family.vision_modules(policy.model):
+            module.requires_grad_(False)
+    packed = policy.pack(make_groups(policy))
+    # LLaVA's tower is transformers' own code: rows of a head lie between those of others, and the last one ends the tensor.
+    with poisoned(), ProductWatch(beyond=name != "llava") as watch:
+        policy.logprobs(packed, exclude_banned=True).sum().backward()
+    assert len(watch.seen) > 20
+    assert not watch.faults
+    assert all(p.grad is None or p.grad.isfinite().all() for p in policy.model.parameters())
