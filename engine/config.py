@@ -52,8 +52,8 @@ class DataConfig(_Section):
     """Where images and reference captions come from."""
 
     kind: Literal["scenes", "sharegpt4v", "jsonl", "hf"] = "scenes"
-    """``scenes``: drawn on the fly. ``sharegpt4v``: a JSON list with conversations. ``jsonl``: one object with ``image``
-    and ``reference`` a line. ``hf``: a Hugging Face dataset saved on disk."""
+    """``scenes``: drawn on the fly. ``sharegpt4v``: JSON with conversations. ``jsonl``: JSON with an image and a caption each.
+    Both may be a list or one object a line. ``hf``: a Hugging Face dataset saved on disk. See ``docs/data.md``."""
     path: Path | None = None
     """The JSON, JSONL file or dataset folder; not used by ``scenes``."""
     image_root: Path | None = None
@@ -70,7 +70,8 @@ class DataConfig(_Section):
     """Read the header of every image at start, so that refused and broken files are counted there. Off: paths and file
     sizes only, for slow disks; a bad image is then skipped and counted when it is drawn."""
     num_eval: int = Field(128, ge=0)
-    """Held-out images. For files: the last ones of a shuffle by ``seed``; for ``scenes``: of the validation seeds."""
+    """Held-out images, each with all of its records. For files: the last ones of a shuffle by ``seed``, and half of the images
+    where the default is more than that, or a number leaves none to train on; for ``scenes``: of the validation seeds."""
     shuffle: bool = True
     """Draw the training images in a random order, anew each epoch."""
 

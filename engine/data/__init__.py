@@ -5,7 +5,8 @@ in which training draws the rest. Records that cannot be used are counted by rea
 """
 
 from balcaprl.data.datasets import Dataset, SampleSource, load_dataset
-from balcaprl.data.images import ImageError, decode_image, load_image
+from balcaprl.data.image_paths import ImageError
+from balcaprl.data.images import decode_image, load_image
 from balcaprl.data.records import DatasetError, LoadReport
 from balcaprl.data.stream import SampleStream
 

@@ -4,6 +4,8 @@
     stream = dataset.train_stream(seed=config.seed)
     samples = stream.next_decodable(8)
 
+An image that several records show is one: it is trained on or held out with all of them (``split.py``).
+
 What is checked when: at start every record's text, its image path (inside the image folder, an existing file of an
 allowed size) and, with ``data.check_headers``, the header of its image; a record that fails is counted, and all counts
 are logged in one message. Pixels are decoded when a sample is drawn; a file that turns out damaged then is skipped by
@@ -16,18 +18,14 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from balcaprl.config import DataConfig
+from balcaprl.data.readers import ImageColumn, read_json
 from balcaprl.data.record_images import RecordImages
-from balcaprl.data.records import DatasetError, LoadReport, Record, read_jsonl, read_sharegpt4v
+from balcaprl.data.records import DatasetError, LoadReport, Record
+from balcaprl.data.split import split_records
 from balcaprl.data.stream import SampleSource, SampleStream
 from balcaprl.types import Sample
-
-if TYPE_CHECKING:
-    from balcaprl.data.hf_folder import ImageColumn
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +50,7 @@ def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
     ``seed`` chooses the held-out images. The same files, config and seed give the same data set.
 
     Raises:
-        DatasetError: the file cannot be read or has another format, nothing usable is left, or ``num_eval`` leaves
-            nothing to train on.
+        DatasetError: the file cannot be read or has another format, or nothing usable is left.
     """
     if config.kind == "scenes":
         return _load_scenes(config)
@@ -64,8 +61,9 @@ def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
     records = images.checked(records, report)
     if not records:
         raise DatasetError(f"no usable record is left; mend the data or data.image_root ({root})\n{report}")
-    train, held_out = _split(records, config, seed)
+    train, held_out = split_records(records, config.num_eval, seed)
     report.num_train, report.num_eval = len(train), len(held_out)
+    report.num_eval_images = len({record.image_id for record in held_out})
     logger.log(logging.WARNING if report.num_excluded else logging.INFO, "%s", report)
     return Dataset(RecordSource(train, images), RecordSource(held_out, images), report, config.shuffle)
 
@@ -98,24 +96,12 @@ def _locate(config: DataConfig) -> tuple[Path, Path]:
     return path, root
 
 
-def _read(config: DataConfig, path: Path, report: LoadReport) -> tuple[list[Record], ImageColumn | None]:
+def _read(config: DataConfig, path: Path, report: LoadReport) -> tuple[list[Record], ImageColumn]:
     if config.kind == "hf":
         from balcaprl.data.hf_folder import read_hf_folder
 
         return read_hf_folder(path, config.instruction, report)
-    read = read_sharegpt4v if config.kind == "sharegpt4v" else read_jsonl
-    return read(path, config.instruction, report), None
-
-
-def _split(records: list[Record], config: DataConfig, seed: int) -> tuple[list[Record], list[Record]]:
-    """Training records in the file's order, and ``num_eval`` held-out ones."""
-    if config.num_eval >= len(records):
-        raise DatasetError(
-            f"data.num_eval: {config.num_eval} held-out images leave nothing to train on: {len(records)} usable records"
-        )
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(records))
-    num_train = len(records) - config.num_eval
-    return [records[i] for i in sorted(order[:num_train])], [records[i] for i in order[num_train:]]
+    return read_json(path, config.instruction, report, turns_first=config.kind == "sharegpt4v")
 
 
 # ------------------------------------------------------------------------------------------------ sources
@@ -134,7 +120,7 @@ class RecordSource:
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
         load = partial(self.images.load, record)
-        return Sample(record.sample_id, load, record.reference, record.instruction, record.facts)
+        return Sample(record.sample_id, load, record.reference, record.instruction, record.facts, record.image_id)
 
 
 @dataclass(frozen=True)

@@ -5,52 +5,54 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from balcaprl.data.forms import IMAGE_KEYS, REFERENCE_KEYS, TURN_KEYS, RecordError, read_fields
 from balcaprl.data.records import DatasetError, LoadReport, Record, RecordBuilder
 from balcaprl.extras import install_extra
 
-IMAGE_COLUMN = "image"
-REFERENCE_COLUMNS = ("reference", "caption", "text")
-"""The first of these that a data set has is the reference caption."""
-ID_COLUMN, INSTRUCTION_COLUMN = "id", "instruction"
-"""Used where they exist."""
+_OTHER_COLUMNS = ("prompt", "completion", "instruction", "id", "facts")
+_BATCH_ROWS = 1000
 
 
-class ImageColumn:
-    """The undecoded images of a data set, by row: bytes of an image file, or a path."""
+class TableImages:
+    """The undecoded images of a data set, by row. They are taken as they are stored, whatever the column is declared as."""
 
-    def __init__(self, table: Any) -> None:
-        self._table = table
+    def __init__(self, table: Any, column: str) -> None:
+        self._table, self._column = table.select_columns([column]).with_format("arrow"), column
 
-    def __getitem__(self, row: int) -> bytes | str | None:
-        """None where the row holds no image."""
-        value = self._table[row][IMAGE_COLUMN]
-        if isinstance(value, dict):  # an Image feature, undecoded
-            value = value.get("bytes") or value.get("path")
-        return value or None
+    def __getitem__(self, row: int) -> Any:
+        """See ``readers.ImageColumn``."""
+        return self._table[row][self._column][0].as_py()
 
 
-def read_hf_folder(path: Path, instruction: str, report: LoadReport) -> tuple[list[Record], ImageColumn]:
+def read_hf_folder(path: Path, instruction: str, report: LoadReport) -> tuple[list[Record], TableImages]:
     """Read a folder that ``datasets.Dataset.save_to_disk`` wrote; images stay on disk until they are drawn.
 
-    Columns: ``image`` (Image feature, bytes, or a path), the reference caption (``REFERENCE_COLUMNS``), and optionally
-    ``id`` and ``instruction``. Of a folder with several splits ``train`` is taken, or the only one there is.
+    Columns are named as the keys of ``forms.py``. Of a folder with several splits ``train`` is taken, or the only one there is.
 
     Raises:
         DatasetError: ``datasets`` is not installed, the folder cannot be read, or a column is missing.
     """
     table = _load_table(path)
     columns = table.column_names
-    reference_column = next((name for name in REFERENCE_COLUMNS if name in columns), None)
-    if IMAGE_COLUMN not in columns or reference_column is None:
+    image_column = next((name for name in IMAGE_KEYS if name in columns), None)
+    texts = [name for name in (*REFERENCE_KEYS, *TURN_KEYS, "completion") if name in columns]
+    if image_column is None or not texts:
         raise DatasetError(
-            f"data.path: {path} has the columns {columns}; expected {IMAGE_COLUMN!r} and one of {REFERENCE_COLUMNS}"
+            f"data.path: {path} has the columns {columns}; expected one of {IMAGE_KEYS} and one of "
+            f"{(*REFERENCE_KEYS, *TURN_KEYS)}"
         )
-    rows = len(table)
-    optional = [table[name] if name in columns else [None] * rows for name in (INSTRUCTION_COLUMN, ID_COLUMN)]
     builder = RecordBuilder(instruction, report)
-    for row, (reference, own, own_id) in enumerate(zip(table[reference_column], *optional, strict=True)):
-        builder.add(f"row {row}", image=row, reference=reference, instruction=own, own_id=own_id)
-    return builder.records, ImageColumn(table.select_columns([IMAGE_COLUMN]))
+    others = [name for name in _OTHER_COLUMNS if name in columns and name not in texts]
+    plain = table.select_columns([*texts, *others]).with_format("arrow")
+    row = 0
+    for batch in plain.iter(batch_size=_BATCH_ROWS):
+        for entry in batch.to_pylist():
+            try:
+                builder.add(f"row {row}", read_fields(entry, turns_first=False, image=row), row)
+            except RecordError as error:
+                builder.exclude(error.reason, f"row {row}: {error}")
+            row += 1
+    return builder.records, TableImages(table, image_column)
 
 
 def _load_table(path: Path) -> Any:
@@ -62,12 +64,11 @@ def _load_table(path: Path) -> Any:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # pyarrow, JSON and path errors alike
         raise DatasetError(
-            f"data.path: {path} is not a data set folder as datasets.Dataset.save_to_disk writes it: {error}"
+            f"data.path: {path} is not a data set folder as datasets.Dataset.save_to_disk writes it: {error}; of a folder "
+            "of Parquet files make one with datasets.load_dataset('parquet', data_files=...).save_to_disk(...)"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         if "train" not in loaded and len(loaded) != 1:
             raise DatasetError(f"data.path: {path} has the splits {sorted(loaded)}; give the folder of one of them")
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    if IMAGE_COLUMN in loaded.column_names and isinstance(loaded.features[IMAGE_COLUMN], datasets.Image):
-        loaded = loaded.cast_column(IMAGE_COLUMN, datasets.Image(decode=False))
     return loaded

@@ -12,14 +12,16 @@ from __future__ import annotations
 import io
 import math
 import os
-import re
-import stat
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
+
+from balcaprl.data.image_paths import ImageError, check_image_file, check_num_bytes
+from balcaprl.logtext import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +31,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_ASPECT_RATIO = 200
 """Longer side over shorter side; beyond it image processors (Qwen2.5-VL's) refuse an image."""
 
-_URL = re.compile(r"[a-z][a-z0-9+.\-]*://|data:", re.IGNORECASE)
-
+_DIGEST_SIZE = 12
+_END_BYTES = 4096
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,25 +44,13 @@ _TURNS = {
 }  # what undoes each EXIF orientation
 
 
-class ImageError(ValueError):
-    """An image that may not or cannot be used.
-
-    Attributes:
-        reason: one of a few short phrases, for counting: ``missing file``, ``broken image``, ``URL``, ...
-    """
-
-    def __init__(self, message: str, reason: str = "broken image") -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 def load_image(
     path: str | os.PathLike[str], root: Path, *, max_pixels: int, max_source_pixels: int, max_file_bytes: int
 ) -> Image.Image:
     """Read an image file that lies in ``root``.
 
     Args:
-        path: relative to ``root``; no absolute path, no ``..``, no link that leaves ``root``.
+        path: relative to ``root``, or absolute and below it; no ``..``, no link that leaves ``root``.
         root: the folder that the path may not leave.
         max_pixels: a larger image is shrunk to at most this many pixels, keeping its shape.
         max_source_pixels: an image whose header announces more is refused before anything is decoded.
@@ -73,7 +63,7 @@ def load_image(
         ImageError: the path is refused, or the file is missing, too large, of another format, or damaged.
     """
     with _open_file(path, root, max_file_bytes) as file:
-        return _decode(file, str(path), max_pixels, max_source_pixels)
+        return _decode(file, printable(path), max_pixels, max_source_pixels)
 
 
 def decode_image(
@@ -85,10 +75,15 @@ def decode_image(
 
 def check_image(
     path: str | os.PathLike[str], root: Path, *, max_pixels: int, max_source_pixels: int, max_file_bytes: int
-) -> None:
-    """Raise the ``ImageError`` that ``load_image`` would, as far as path, size and header tell; decode nothing."""
+) -> str:
+    """Raise the ``ImageError`` that ``load_image`` would, as far as path, size and header tell; decode nothing.
+
+    Returns:
+        a digest of the file's length, beginning and end: equal for equal files, and seldom for others.
+    """
     with _open_file(path, root, max_file_bytes) as file:
-        _open_header(file, str(path), max_pixels, max_source_pixels)
+        _open_header(file, printable(path), max_pixels, max_source_pixels)
+        return _ends_digest(file)
 
 
 def check_image_bytes(data: bytes, name: str, *, max_pixels: int, max_source_pixels: int, max_file_bytes: int) -> None:
@@ -96,48 +91,18 @@ def check_image_bytes(data: bytes, name: str, *, max_pixels: int, max_source_pix
     _open_header(_open_bytes(data, name, max_file_bytes), name, max_pixels, max_source_pixels)
 
 
-def check_image_file(path: str | os.PathLike[str], root: Path, *, max_file_bytes: int) -> Path:
-    """Return where the image really lies, without opening it.
-
-    Raises:
-        ImageError: the path is refused, or there is no ordinary file of an allowed size.
-    """
-    resolved = resolve_image_path(path, root)
-    try:
-        status = os.stat(resolved)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ImageError(f"{path}: no such file in {root}", "missing file") from None
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be read: {error.strerror}", "unreadable file") from error
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block, a folder would fail obscurely
-        raise ImageError(f"{path}: not an ordinary file", "not a file")
-    _check_num_bytes(status.st_size, str(path), max_file_bytes)
-    return resolved
+def content_digest(content: bytes) -> str:
+    """What names an image by its file's bytes."""
+    return blake2b(content, digest_size=_DIGEST_SIZE).hexdigest()
 
 
-def resolve_image_path(path: str | os.PathLike[str], root: Path) -> Path:
-    """Return the real location of ``path`` below ``root``, links followed; the file need not exist.
-
-    Raises:
-        ImageError: a URL, an absolute path, a ``..``, or a link that leaves ``root``.
-    """
-    name = os.fspath(path)
-    if _URL.match(name):
-        raise ImageError(f"{name[:80]}: URLs are not fetched; download the image and give its path", "URL")
-    # Windows forms count everywhere: a data set written there must not mean something else here.
-    windows = PureWindowsPath(name)
-    if PurePosixPath(name).is_absolute() or windows.anchor:
-        raise ImageError(f"{name}: absolute path; give it relative to the image folder", "absolute path")
-    if ".." in windows.parts:  # splits at both kinds of slash
-        raise ImageError(f"{name}: '..' may not occur in an image path", "path leaves the image folder")
-    try:
-        resolved_root = os.path.realpath(root)
-        resolved = os.path.realpath(os.path.join(resolved_root, name))
-    except (OSError, ValueError) as error:  # a NUL byte, an unencodable character, a name too long
-        raise ImageError(f"{name!r:.80}: not a usable path: {error}", "not a usable path") from error
-    if os.path.commonpath((resolved_root, resolved)) != resolved_root:
-        raise ImageError(f"{name}: a link leads outside {root}", "path leaves the image folder")
-    return Path(resolved)
+def _ends_digest(file: BinaryIO) -> str:
+    length = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    digest = blake2b(f"{length} ".encode() + file.read(_END_BYTES), digest_size=_DIGEST_SIZE)
+    file.seek(max(0, length - _END_BYTES))
+    digest.update(file.read(_END_BYTES))
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -146,21 +111,14 @@ def _open_file(path: str | os.PathLike[str], root: Path, max_file_bytes: int) ->
     try:
         file = open(resolved, "rb")  # noqa: SIM115 - the errors of opening and of reading are told apart
     except OSError as error:
-        raise ImageError(f"{path}: cannot be read: {error.strerror}", "unreadable file") from error
+        raise ImageError(f"{printable(path)}: cannot be read: {error.strerror}", "unreadable file") from error
     with file:
         yield file
 
 
 def _open_bytes(data: bytes, name: str, max_file_bytes: int) -> BinaryIO:
-    _check_num_bytes(len(data), name, max_file_bytes)
+    check_num_bytes(len(data), name, max_file_bytes)
     return io.BytesIO(data)
-
-
-def _check_num_bytes(num_bytes: int, name: str, max_file_bytes: int) -> None:
-    if num_bytes == 0:
-        raise ImageError(f"{name}: empty file", "broken image")
-    if num_bytes > max_file_bytes:
-        raise ImageError(f"{name}: {num_bytes:,} bytes exceed data.max_file_bytes ({max_file_bytes:,})", "too large")
 
 
 def _open_header(file: BinaryIO, name: str, max_pixels: int, max_source_pixels: int) -> Image.Image:

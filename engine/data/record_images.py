@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,29 +15,27 @@ from rich.console import Console
 from rich.progress import track
 
 from balcaprl.config import DataConfig
-from balcaprl.data.images import (
-    ImageError,
-    check_image,
-    check_image_bytes,
-    check_image_file,
-    decode_image,
-    load_image,
-)
+from balcaprl.data.image_paths import ImageError, check_image_file
+from balcaprl.data.image_values import image_source
+from balcaprl.data.images import check_image, check_image_bytes, content_digest, decode_image, load_image
 from balcaprl.data.records import LoadReport, Record
+from balcaprl.logtext import printable
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from balcaprl.data.hf_folder import ImageColumn
+    from balcaprl.data.readers import ImageColumn
 
 # Checks of files wait for the disk, not for the processor: more threads than cores pay, above all on network disks.
 _CHECK_THREADS = 16
 _CHUNK = 256
 _BAR_FROM = 5_000
+_Outcomes = dict[str | int, str | ImageError]
+"""By ``Record.image``: what names the image, or why it cannot be used."""
 
 
 class RecordImages:
-    """Finds the image of a record: a file below ``root``, or a row of a Hugging Face data set."""
+    """Finds the image of a record: a file below ``root``, or one that the data set holds itself."""
 
     def __init__(self, config: DataConfig, root: Path, column: ImageColumn | None) -> None:
         self._root = root
@@ -46,67 +46,86 @@ class RecordImages:
             "max_source_pixels": config.max_source_pixels,
             "max_file_bytes": config.max_file_bytes,
         }
+        self._byte_limit = {"max_file_bytes": config.max_file_bytes}
 
     def load(self, record: Record) -> Image.Image:
         """Decode; raises ``ImageError``."""
         image = self._find(record)
         if isinstance(image, bytes):
-            return decode_image(image, record.sample_id, **self._limits)
+            return decode_image(image, printable(record.sample_id), **self._limits)
         return load_image(image, self._root, **self._limits)
 
-    def check(self, record: Record) -> None:
-        """Raise the ``ImageError`` of a record that is known to be bad without decoding.
+    def check(self, record: Record) -> str:
+        """Raise the ``ImageError`` of a record that is known to be bad without decoding; a name for the image otherwise.
 
-        Without ``check_headers`` a file is not opened, and a row of a Hugging Face data set not read.
+        Without ``check_headers`` a file is not opened: its real path names it, and a copy of it counts as another image.
         """
+        image = self._find(record)
+        if isinstance(image, bytes):
+            if self._check_headers:
+                check_image_bytes(image, printable(record.sample_id), **self._limits)
+            return content_digest(image)
         if self._check_headers:
-            image = self._find(record)
-            if isinstance(image, bytes):
-                check_image_bytes(image, record.sample_id, **self._limits)
-            else:
-                check_image(image, self._root, **self._limits)
-        elif isinstance(record.image, str):
-            check_image_file(record.image, self._root, max_file_bytes=self._limits["max_file_bytes"])
+            return check_image(image, self._root, **self._limits)
+        resolved = check_image_file(image, self._root, **self._byte_limit)
+        return content_digest(os.fsencode(resolved))
 
     def checked(self, records: Sequence[Record], report: LoadReport) -> list[Record]:
-        """The records that pass ``check``, in their order; the others are counted in ``report``.
+        """The records that pass ``check``, in their order, with their ``image_id``; the others are counted in ``report``.
 
-        Runs in threads, with a progress bar on a terminal where it takes a while.
+        Each image is looked at once. Runs in threads, with a progress bar on a terminal where it takes a while.
         """
-        chunks = [records[start : start + _CHUNK] for start in range(0, len(records), _CHUNK)]
-        kept = []
+        distinct = list({record.image: record for record in reversed(records)}.values())
+        chunks = [distinct[start : start + _CHUNK] for start in range(0, len(distinct), _CHUNK)]
         with ThreadPoolExecutor(_CHECK_THREADS) as pool:
-            failures = chain.from_iterable(_with_bar(pool.map(self._failures, chunks), len(chunks), len(records)))
-            for record, failure in zip(records, failures, strict=True):
-                if failure is None:
-                    kept.append(record)
-                else:
-                    report.exclude(failure.reason, f"{record.sample_id}: {failure}")
+            outcomes = chain.from_iterable(_with_bar(pool.map(self._outcomes, chunks), len(chunks), len(distinct)))
+            found = {record.image: outcome for record, outcome in zip(distinct, outcomes, strict=True)}
+            found |= self._told_apart(found, pool)
+        kept = []
+        for record in records:
+            outcome = found[record.image]
+            if isinstance(outcome, ImageError):
+                report.exclude(outcome.reason, f"{printable(record.sample_id)}: {outcome}")
+            else:
+                kept.append(replace(record, image_id=outcome))
         return kept
 
-    def _failures(self, records: Sequence[Record]) -> list[ImageError | None]:
-        return [self._failure(record) for record in records]
+    def _told_apart(self, found: _Outcomes, pool: ThreadPoolExecutor) -> _Outcomes:
+        """Files whose names stand for one image are read whole: they are copies, or alike in length, beginning and end."""
+        if not self._check_headers:
+            return {}
+        files: dict[str, list[str]] = {}
+        for image, outcome in found.items():
+            if isinstance(image, str) and isinstance(outcome, str):
+                files.setdefault(outcome, []).append(image)
+        alike = [image for same in files.values() if len(same) > 1 for image in same]
+        return dict(zip(alike, pool.map(self._whole_digest, alike), strict=True))
 
-    def _failure(self, record: Record) -> ImageError | None:
+    def _whole_digest(self, image: str) -> str:
         try:
-            self.check(record)
+            return content_digest(check_image_file(image, self._root, **self._byte_limit).read_bytes())
+        except (ImageError, OSError):  # it changes under our eyes: an image of its own
+            return content_digest(image.encode("utf-8", "replace"))
+
+    def _outcomes(self, records: Sequence[Record]) -> list[str | ImageError]:
+        return [self._outcome(record) for record in records]
+
+    def _outcome(self, record: Record) -> str | ImageError:
+        try:
+            return self.check(record)
         except ImageError as error:
             return error
-        return None
 
     def _find(self, record: Record) -> bytes | str:
         if isinstance(record.image, str):
             return record.image
-        assert self._column is not None  # only its reader makes records of rows
-        image = self._column[record.image]
-        if image is None:
-            raise ImageError(f"{record.sample_id}: the row holds no image", "no image")
-        return image
+        assert self._column is not None  # only its reader makes records of what it holds
+        return image_source(self._column[record.image])
 
 
 def _with_bar(
-    chunks: Iterator[list[ImageError | None]], num_chunks: int, num_records: int
-) -> Iterator[list[ImageError | None]]:
+    chunks: Iterator[list[str | ImageError]], num_chunks: int, num_records: int
+) -> Iterator[list[str | ImageError]]:
     hidden = num_records < _BAR_FROM or not sys.stderr.isatty()
     console = Console(stderr=True)
     yield from track(chunks, "Checking images", num_chunks, console=console, transient=True, disable=hidden)

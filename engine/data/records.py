@@ -1,20 +1,20 @@
 """From the files of a data set to plain records, and the account of what had to be left out.
 
-A *record* names an image and holds its reference caption. A reader turns one format into records; what it cannot use it
+A *record* names an image and holds one reference caption. A reader turns one format into records; what it cannot use it
 hands to the ``LoadReport`` under a short reason. Only what spoils the data set as a whole raises (``DatasetError``).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from balcaprl.data.forms import IMAGE_PLACEHOLDER, Fields
+from balcaprl.logtext import printable
 
 MAX_EXAMPLES = 3
 """Examples kept of each reason for an exclusion."""
-IMAGE_PLACEHOLDER = "<image>"
+MAX_ID_CHARS = 200
 
 
 class DatasetError(ValueError):
@@ -27,11 +27,13 @@ class Record:
 
     sample_id: str
     image: str | int
-    """A path relative to the image folder, or the row of a Hugging Face data set."""
+    """A path, or what an ``ImageColumn`` finds an embedded image by."""
     reference: str
     instruction: str
     facts: Any = None
     """What the data set knows of the image beyond the reference: questions, a rubric; plain JSON."""
+    image_id: str = ""
+    """The same for all records of one image; ``RecordImages.checked`` tells it."""
 
 
 @dataclass
@@ -52,6 +54,8 @@ class LoadReport:
     """Records read, the excluded ones included."""
     num_train: int = 0
     num_eval: int = 0
+    num_eval_images: int | None = None
+    """Where an image may have several records."""
     exclusions: dict[str, Exclusions] = field(default_factory=dict)
     """By reason."""
 
@@ -65,10 +69,12 @@ class LoadReport:
         entry = self.exclusions.setdefault(reason, Exclusions())
         entry.count += 1
         if len(entry.examples) < MAX_EXAMPLES:
-            entry.examples.append(where)
+            entry.examples.append(printable(where, 400))
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.num_train:,} training and {self.num_eval:,} held-out samples"]
+        if self.num_eval_images not in (None, self.num_eval):
+            lines[0] += f" of {self.num_eval_images:,} images"
         if self.num_excluded:
             lines[0] += f"; {self.num_excluded:,} of {self.num_records:,} records left out"
         for reason, entry in sorted(self.exclusions.items(), key=lambda item: -item[1].count):
@@ -77,46 +83,6 @@ class LoadReport:
             if entry.count > len(entry.examples):
                 lines.append("    ...")
         return "\n".join(lines)
-
-
-def read_sharegpt4v(path: Path, instruction: str, report: LoadReport) -> list[Record]:
-    """Read a JSON list of ``{"id", "image", "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}``.
-
-    The instruction is the first human turn without its image placeholder, the reference the first answer to it.
-    """
-    builder = RecordBuilder(instruction, report)
-    for index, entry in enumerate(_read_json_list(path)):
-        where = f"record {index}"
-        if not isinstance(entry, dict):
-            builder.exclude("not an object", where)
-            continue
-        question, answer = _first_exchange(entry.get("conversations"))
-        builder.add(where, image=_path(entry), reference=answer, instruction=question, own_id=entry.get("id"))
-    return builder.records
-
-
-def read_jsonl(path: Path, instruction: str, report: LoadReport) -> list[Record]:
-    """Read a ``{"image", "reference"}`` a line, optionally ``id``, ``instruction`` and ``facts``; blank lines do not count."""
-    builder = RecordBuilder(instruction, report)
-    for number, line in _lines(path):
-        where = f"line {number}"
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or nested without end
-            builder.exclude("broken line", f"{where}: {error}")
-            continue
-        if not isinstance(entry, dict):
-            builder.exclude("not an object", where)
-            continue
-        builder.add(
-            where,
-            image=_path(entry),
-            reference=entry.get("reference"),
-            instruction=entry.get("instruction"),
-            own_id=entry.get("id"),
-            facts=entry.get("facts"),
-        )
-    return builder.records
 
 
 class RecordBuilder:
@@ -133,86 +99,41 @@ class RecordBuilder:
         self._report.num_records += 1
         self._report.exclude(reason, where)
 
-    def add(
-        self,
-        where: str,
-        *,
-        image: str | int | None,
-        reference: Any,
-        instruction: Any = None,
-        own_id: Any = None,
-        facts: Any = None,
-    ) -> None:
-        """Make a record, or count why not. ``where`` names the entry in the file, and tells equal ids apart."""
-        if image is None:
-            return self.exclude("no image", _named(where, own_id))
-        caption = clean_text(reference)
-        if not caption:
-            return self.exclude("empty caption", _named(where, own_id))
-        self._report.num_records += 1
-        sample_id = self._unique_id(own_id, image if isinstance(image, str) else where, where)
-        asked = clean_text(instruction).replace(IMAGE_PLACEHOLDER, "").strip() or self._instruction
-        self.records.append(Record(sample_id, image, caption, asked, facts))
-        return None
+    def add(self, where: str, fields: Fields, image: str | int) -> None:
+        """Make a record of each reference, or count why not.
+
+        Args:
+            where: names the entry in the file, and tells equal ids apart.
+            fields: of the entry.
+            image: a path, or what the images' column finds an embedded one by.
+        """
+        asked = clean_text(fields.instruction).replace(IMAGE_PLACEHOLDER, "").strip() or self._instruction
+        for number, reference in enumerate(fields.references, 1):
+            place = where if number == 1 else f"{where}, caption {number}"
+            caption = clean_text(reference)
+            if not caption:
+                kind = "is empty" if isinstance(reference, str) else f"is {type(reference).__name__}, expected text"
+                self.exclude("empty caption", f"{_named(place, fields.own_id)}: the caption {kind}")
+                continue
+            self._report.num_records += 1
+            sample_id = self._unique_id(fields.own_id, image if isinstance(image, str) else where, place)
+            self.records.append(Record(sample_id, image, caption, asked, fields.facts))
 
     def _unique_id(self, own_id: Any, fallback: str, where: str) -> str:
-        sample_id = clean_text("" if own_id is None else str(own_id)) or clean_text(fallback)
+        own = own_id if isinstance(own_id, str | int) else ""
+        sample_id = clean_text(str(own))[:MAX_ID_CHARS] or clean_text(fallback)[-MAX_ID_CHARS:]
         while sample_id in self._ids:
             sample_id = f"{sample_id} ({where})"
         self._ids.add(sample_id)
         return sample_id
 
 
-def _path(entry: dict[str, Any]) -> str | None:
-    image = entry.get("image")
-    return image if isinstance(image, str) and image.strip() else None
-
-
 def _named(where: str, own_id: Any) -> str:
-    return where if own_id is None else f"{where} (id {str(own_id)[:80]!r})"
+    return where if own_id is None else f"{where} (id {printable(repr(own_id), 80)})"
 
 
 def clean_text(value: Any) -> str:
-    """The text without surrounding space and without lone surrogates, which no tokenizer takes; "" if it is no text."""
+    """The text without surrounding space, NUL, and lone surrogates, which no tokenizer takes; "" if it is no text."""
     if not isinstance(value, str):
         return ""
-    return value.encode("utf-8", "replace").decode().strip()
-
-
-def _first_exchange(conversations: Any) -> tuple[str | None, str | None]:
-    """The first human turn and the first answer after it."""
-    question: str | None = None
-    for turn in conversations if isinstance(conversations, list) else []:
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            continue
-        if turn.get("from") == "human" and question is None:
-            question = turn["value"]
-        elif turn.get("from") == "gpt" and question is not None:
-            return question, turn["value"]
-    return question, None
-
-
-def _read_json_list(path: Path) -> list[Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DatasetError(f"data.path: {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"data.path: {path} is not valid JSON: {error}") from error
-    if not isinstance(content, list):
-        raise DatasetError(
-            f"data.path: {path} holds {type(content).__name__}, expected a JSON list of records "
-            "(for one record a line, set data.kind to jsonl)"
-        )
-    return content
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered from 1, without the empty ones."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise DatasetError(f"data.path: {path} cannot be read: {error.strerror}") from error
+    return value.encode("utf-8", "replace").decode().replace("\0", "").strip()

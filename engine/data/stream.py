@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from balcaprl.data.images import ImageError
+from balcaprl.data.image_paths import ImageError
 from balcaprl.data.records import DatasetError
 from balcaprl.logtext import log_few, printable
 from balcaprl.types import Sample

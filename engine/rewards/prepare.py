@@ -115,6 +115,11 @@ def recaption(config: TrainConfig, out: Path) -> PrepareReport:
             f"data.kind: {config.data.kind} has no image files to refer to; recaption takes jsonl and sharegpt4v"
         )
     records = {record.sample_id: (record, sample) for record, sample in _records(config)}
+    embedded = sum(not isinstance(record.image, str) for record, _ in records.values())
+    if embedded:
+        raise ValueError(
+            f"data.path: {embedded:,} records hold their images themselves, and recaption writes paths: save them as files"
+        )
     present = _written_ids(out)
     report = PrepareReport(out, len(present & records.keys()))
     out.parent.mkdir(parents=True, exist_ok=True)

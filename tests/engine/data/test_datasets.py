@@ -116,7 +116,12 @@ def test_bad_records_are_counted_and_logged_in_one_message(root, kind, caplog):
         records += [{"reference": "A cat."}, {"image": 3, "reference": "A cat."}]
         dataset = load(kind, write_lines(root, records), max_source_pixels=1_000_000)
     expected = {reason: list(BAD_RECORDS.values()).count(reason) for reason in BAD_RECORDS.values()}
-    assert counts(dataset) == {**expected, "empty caption": 3, "not an object": 1, "no image": 2}
+    expected |= {"not an object": 1}
+    if kind == "sharegpt4v":
+        expected |= {"empty caption": 1, "no caption": 2, "no image": 1, "several images": 1}
+    else:
+        expected |= {"empty caption": 2, "no caption": 1, "no image": 2}
+    assert counts(dataset) == expected
     assert (dataset.report.num_records, dataset.report.num_excluded, len(dataset.train)) == (14, 13, 1)
     (message,) = [r.getMessage() for r in caplog.records]
     assert caplog.records[0].levelno == logging.WARNING
@@ -220,9 +225,9 @@ def test_held_out_images_that_do_not_decode_are_left_out_and_logged(root, caplog
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
-        ("sharegpt4v", '{"image": 1}', "expected a JSON list"),
+        ("sharegpt4v", '{"image": 1}', "no usable record"),
         ("sharegpt4v", "[1, 2", "not valid JSON"),
-        ("sharegpt4v", "", "not valid JSON"),
+        ("sharegpt4v", "", "no usable record"),
         ("sharegpt4v", "[" * 100_000, "not valid JSON"),
         ("sharegpt4v", "[]", "no usable record"),
         ("sharegpt4v", json.dumps([share_record("no.png")]), "no usable record.*(?s:.*)missing file: 1"),
@@ -248,13 +253,6 @@ def test_missing_paths_are_errors_at_start(root):
         load("jsonl", path, image_root=root / "none")
 
 
-def test_holding_out_everything_is_an_error(root):
-    path = write_lines(root, [{"image": f"{i}.png", "reference": "A."} for i in range(3)])
-    with pytest.raises(DatasetError, match="leave nothing to train on: 3 usable"):
-        load("jsonl", path, num_eval=3)
-    assert len(load("jsonl", path, num_eval=2).train) == 1
-
-
 def save_hf(tmp_path, columns, features=None):
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "hf")
     return tmp_path / "hf"
@@ -277,7 +275,7 @@ def test_hf_bytes_and_paths(root, tmp_path):
     (sample,) = samples(load("hf", save_hf(tmp_path / "a", {"image": column, **more})).train)
     assert (sample.sample_id, sample.reference, sample.instruction) == ("x", "R.", "Why?")
     assert sample.load_image().getpixel((0, 0)) == (80, 0, 0)
-    paths = ["4.png", "../outside.png", str(root / "0.png")]
+    paths = ["4.png", "../outside.png", str(root.parent / "outside.png")]
     dataset = load("hf", save_hf(tmp_path / "b", {"image": paths, "text": ["A."] * 3}), image_root=root)
     assert counts(dataset) == {"path leaves the image folder": 1, "absolute path": 1}
     assert dataset.train[0].load_image().getpixel((0, 0)) == (160, 0, 0)

@@ -6,6 +6,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -148,7 +149,14 @@ def test_bytes_are_decoded_like_files(tmp_path):
         ("C:\\pictures\\a.png", "absolute path"),
         ("\\\\server\\share\\a.png", "absolute path"),
         ("https://example.com/a.png", "URL"),
-        ("file:///etc/passwd", "URL"),
+        ("file:///etc/passwd", "absolute path"),
+        ("file://host/etc/passwd", "URL"),
+        ("file:///etc/../etc/passwd", "path leaves the image folder"),
+        ("file:///%2e%2e/passwd", "path leaves the image folder"),
+        ("file://[broken", "URL"),
+        ("FTP://example.com/a.png", "URL"),
+        ("//server/share/a.png", "absolute path"),
+        ("folder\\missing.png", "missing file"),
         ("data:image/png;base64,AAAA", "URL"),
         ("folder", "not a file"),
         ("", "not a file"),
@@ -170,9 +178,27 @@ def test_paths_are_confined(tmp_path, call, path, expected):
     assert reason(call, path, root, **LIMITS) == expected
 
 
-def test_absolute_paths_are_refused_even_inside_the_root(tmp_path):
-    gradient().save(tmp_path / "a.png")
-    assert reason(load_image, str(tmp_path / "a.png"), tmp_path, **LIMITS) == "absolute path"
+@pytest.mark.parametrize("form", ["{}", "file://{}", "file://localhost{}", "FILE://{}"])
+def test_absolute_paths_below_the_root_are_taken(tmp_path, form):
+    root = tmp_path / "root with space"
+    (root / "folder").mkdir(parents=True)
+    gradient().save(root / "folder" / "a%.png")
+    (tmp_path / "link").symlink_to(root)
+    for base in (root, tmp_path / "link"):
+        path = base / "folder" / "a%.png"
+        name = form.format(quote(str(path)) if "://" in form else path)
+        assert load_image(name, root, **LIMITS).size == (40, 30)
+        assert load_image(name, tmp_path / "link", **LIMITS).size == (40, 30)
+    (root / "out.png").symlink_to(tmp_path / "elsewhere.png")
+    assert reason(load_image, str(root / "out.png"), root, **LIMITS) == "path leaves the image folder"
+
+
+def test_backslashes_separate_folders_where_no_file_is_called_so(tmp_path):
+    (tmp_path / "folder").mkdir()
+    gradient().save(tmp_path / "folder" / "a.png")
+    assert load_image("folder\\a.png", tmp_path, **LIMITS).size == (40, 30)
+    gradient(9, 9).save(tmp_path / "folder\\a.png")
+    assert load_image("folder\\a.png", tmp_path, **LIMITS).size == (9, 9)
 
 
 def test_a_sibling_folder_with_the_same_beginning_is_outside(tmp_path):

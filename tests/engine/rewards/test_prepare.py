@@ -1,9 +1,12 @@
 """Work done once per data set: units and recaptions, resumable at any record, whatever stops them."""
 
+import base64
+import io
 import json
 from collections import Counter
 
 import pytest
+from PIL import Image
 from scripted_judge import ScriptedServer, plain_answer
 
 from balcaprl.cli import main
@@ -17,8 +20,6 @@ from balcaprl.types import JudgeStoppedError
 @pytest.fixture
 def data(tmp_path):
     """12 records, two of them with the same reference."""
-    from PIL import Image
-
     lines = []
     for i in range(12):
         Image.new("RGB", (32, 32), (i * 20, 0, 0)).save(tmp_path / f"{i}.png")
@@ -182,3 +183,14 @@ def test_the_commands(data, tmp_path, capsys):
     assert "dropped 23 entries" in capsys.readouterr().out
     assert main(["judge-cache", "--cache", str(tmp_path / "none.db")]) == 1
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_recaption_refuses_images_that_have_no_file(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(buffer, "PNG")
+    record = {"image": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), "reference": "A."}
+    (tmp_path / "d.jsonl").write_text(json.dumps(record))
+    config = TrainConfig.model_validate({"data": {"kind": "jsonl", "path": str(tmp_path / "d.jsonl")}})
+    with pytest.raises(ValueError, match="1 records hold their images themselves"):
+        recaption(config, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()

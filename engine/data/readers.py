@@ -1,0 +1,76 @@
+"""Readers: from a file or folder to records, and to a column of the images that are embedded in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from balcaprl.data.forms import RecordError, read_fields
+from balcaprl.data.image_paths import ImageError
+from balcaprl.data.image_values import image_source
+from balcaprl.data.json_files import Item, JsonFile, RepeatedKey
+from balcaprl.data.records import LoadReport, Record, RecordBuilder
+
+
+class ImageColumn(Protocol):
+    """The undecoded images that a data set holds itself."""
+
+    def __getitem__(self, key: int, /) -> Any:
+        """In a form that ``image_source`` takes; None where there is none."""
+        ...
+
+
+class EmbeddedImages:
+    """Those of a JSON file, read again when they are asked for."""
+
+    def __init__(self, file: JsonFile, turns_first: bool) -> None:
+        self._file, self._turns_first = file, turns_first
+
+    def __getitem__(self, key: int) -> Any:
+        """See ``ImageColumn``."""
+        try:
+            return read_fields(self._file.again(key), turns_first=self._turns_first).image
+        except (RecordError, AttributeError):  # the file has changed
+            return None
+
+
+def read_json(
+    path: Path, instruction: str, report: LoadReport, *, turns_first: bool
+) -> tuple[list[Record], ImageColumn]:
+    """Read a JSON array of objects, or one a line, whatever the file is called.
+
+    Args:
+        path: the file.
+        instruction: for records that have none of their own.
+        report: counts what is left out.
+        turns_first: see ``read_fields``; also, a broken array is an error and not a number of broken lines.
+
+    Raises:
+        DatasetError: the file cannot be read, or is no JSON.
+    """
+    builder = RecordBuilder(instruction, report)
+    file = JsonFile(path, lenient=not turns_first)
+    for item in file.items():
+        problem = item.problem or _add(builder, file, item, turns_first)
+        if problem is not None:
+            builder.exclude(*problem)
+    return builder.records, EmbeddedImages(file, turns_first)
+
+
+def _add(builder: RecordBuilder, file: JsonFile, item: Item, turns_first: bool) -> tuple[str, str] | None:
+    """Make records of one entry; the reason and message where there are none."""
+    entry = item.value
+    if not isinstance(entry, dict):
+        return "not an object", item.where
+    if isinstance(entry, RepeatedKey):
+        return "repeated key", f"{item.where}: a key occurs twice"
+    named = item.where if entry.get("id") is None else f"{item.where} (id {entry['id']!r:.80})"
+    try:
+        fields = read_fields(entry, turns_first=turns_first)
+        image = image_source(fields.image)
+    except (RecordError, ImageError) as error:
+        return error.reason, f"{named}: {error}"
+    if isinstance(image, bytes):
+        file.hold(item)
+    builder.add(item.where, fields, image if isinstance(image, str) else item.key)
+    return None

@@ -1,0 +1,49 @@
+"""What is trained on and what is held out: whole images, with all of their records."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from balcaprl.data.records import Record
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NUM_EVAL = 128
+"""``data.num_eval``'s default, and so a wish and no order: of few images at most half are held out."""
+
+
+def split_records(records: list[Record], num_eval: int, seed: int) -> tuple[list[Record], list[Record]]:
+    """Training records in the file's order, and those of the held-out images; no image is on both sides.
+
+    ``seed`` shuffles the images, in the order of their first records, and the last ones are held out.
+    """
+    images: dict[str, list[Record]] = {}
+    for record in records:
+        images.setdefault(record.image_id or record.sample_id, []).append(record)
+    names = list(images)
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(names))
+    num_train = len(names) - num_held_out(num_eval, len(names))
+    held_out = [names[i] for i in order[num_train:]]
+    apart = set(held_out)
+    train = [record for record in records if (record.image_id or record.sample_id) not in apart]
+    return train, [record for name in held_out for record in images[name]]
+
+
+def num_held_out(wanted: int, num_images: int) -> int:
+    """How many images are held out: ``wanted``, unless that leaves none to train on, or is the default and more than half.
+
+    Half of the images then, which one message says.
+    """
+    fits = wanted < num_images and (wanted != DEFAULT_NUM_EVAL or 2 * wanted <= num_images)
+    if fits or not wanted:
+        return wanted
+    half = num_images // 2
+    logger.warning(
+        "data.num_eval: %d held-out images would leave too few of %d to train on: %d are held out",
+        wanted,
+        num_images,
+        half,
+    )
+    return half
