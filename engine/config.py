@@ -183,8 +183,8 @@ class RewardConfig(_Section):
     """The judge, the weights of the rewards and the length rule."""
 
     judge: Literal["auto", "scene", "lexical", "endpoint", "none"] = "auto"
-    """``scene``: exact, for drawn scenes. ``lexical``: word overlap with the reference, a proxy. ``endpoint``: a judge model
-    behind ``endpoint.servers``. ``none``: only ``custom`` rewards. ``auto``: by the data."""
+    """``scene``: exact, for drawn scenes. ``lexical``: word overlap with the reference, a proxy, in English alone.
+    ``endpoint``: a judge model behind ``endpoint.servers``. ``none``: only ``custom`` rewards. ``auto``: by the data."""
     protocol: ProtocolConfig = ProtocolConfig()
     """What the endpoint judge is asked."""
     custom: list[CustomReward] = []
@@ -205,7 +205,7 @@ class RewardConfig(_Section):
     tau_high: float = Field(2.0, gt=0)
     """Highest length ratio at which the linguistic reward counts."""
     length_unit: Literal["words", "tokens"] = "words"
-    """Unit of completion and reference lengths (ours)."""
+    """Unit of completion and reference lengths (ours). ``words``: as Unicode counts them in any language."""
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> RewardConfig:

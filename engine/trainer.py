@@ -79,6 +79,7 @@ class Trainer:
             endpoint=config.endpoint,
             data_path=config.data.path,
             run_dir=config.output_dir,
+            references=self.dataset.some_references(),
         )
         self.policy = policy or load_policy(config, checkpoint)
         self.make_prompt = PromptMaker.of(self.policy, config)

@@ -43,6 +43,11 @@ class Dataset:
         """The resumable order in which training draws its samples."""
         return SampleStream(self.train, seed=seed, shuffle=self.shuffle)
 
+    def some_references(self, most: int = 256) -> list[str]:
+        """Reference captions from all over the training samples, to see what language they are in."""
+        step = max(1, len(self.train) // most)
+        return [self.train[index].reference for index in range(0, len(self.train), step)[:most]]
+
 
 def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
     """Read, check and split the data set of ``config``; logs one message that accounts for all records.

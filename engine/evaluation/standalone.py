@@ -23,13 +23,19 @@ def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None)
         out: a folder for the scores and captions; none: only return the scores.
     """
     model = config.model
+    dataset = load_dataset(config.data, seed=config.seed)
+    judge = make_judge(
+        config.reward,
+        config.data.kind,
+        endpoint=config.endpoint,
+        data_path=config.data.path,
+        run_dir=out,
+        references=dataset.some_references(),
+    )
     policy = Policy.from_pretrained(checkpoint, dtype=model.dtype, device=model.device, attention=model.attention)
-    held_out = held_out_prompts(load_dataset(config.data, seed=config.seed), PromptMaker.of(policy, config))
+    held_out = held_out_prompts(dataset, PromptMaker.of(policy, config))
     if not held_out.prompts:
         raise ValueError("there are no held-out images: set data.num_eval above 0")
-    judge = make_judge(
-        config.reward, config.data.kind, endpoint=config.endpoint, data_path=config.data.path, run_dir=out
-    )
     sampler = make_sampler(config, policy)
     log = RunLog(out, tensorboard=False) if out is not None else None
     scores = {}

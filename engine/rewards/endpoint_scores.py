@@ -24,6 +24,7 @@ from balcaprl.rewards.protocol import (
     locate_quote,
     numbered,
 )
+from balcaprl.rewards.unicode_text import comparable
 from balcaprl.types import Assertion, ReferenceUnit, RewardBreakdown, Sample
 
 
@@ -83,7 +84,7 @@ def merged_assertions(caption: str, judged: Sequence[JudgedAssertion]) -> tuple[
     for each in judged:
         spans = locate_quote(each.quote, caption)
         verified = each.verified and bool(spans)
-        key = " ".join(each.text.casefold().split()).rstrip(".!")
+        key = comparable(each.text)
         known = merged.get(key)
         if known is not None:
             verified = verified and known.verified

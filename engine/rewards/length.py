@@ -20,19 +20,20 @@ import torch
 from torch import Tensor
 
 from balcaprl.config import RewardConfig
+from balcaprl.rewards.unicode_text import count_words
 from balcaprl.types import RolloutGroup
 
 CountTokens = Callable[[str], int]
 
 
 def measure_length(text: str, config: RewardConfig, count_tokens: CountTokens | None = None) -> float:
-    """Length of a caption in ``reward.length_unit``: words separated by white space, or tokens of the policy.
+    """Length of a caption in ``reward.length_unit``: words by Unicode's rules (``count_words``), or tokens of the policy.
 
     Raises:
         ValueError: tokens are asked for without ``count_tokens``.
     """
     if config.length_unit == "words":
-        return float(len(text.split()))
+        return float(count_words(text))
     if count_tokens is None:
         raise ValueError("reward.length_unit is tokens: count_tokens is needed, such as Policy.count_tokens")
     return float(count_tokens(text))

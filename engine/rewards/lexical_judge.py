@@ -3,7 +3,8 @@
 This is **not** the reward of the paper, which asks a strong model whether each assertion is true of the image. Here
 an assertion is verified if the reference says it too: a true remark that the reference leaves out counts as wrong, a
 paraphrase in other words is not recognised, a negated statement counts as its opposite. It needs no model and no
-network, is deterministic and cheap, and is English only (stop words, endings and word forms).
+network, is deterministic and cheap, and is English only (stop words, endings and word forms): a data set that is mostly in
+another language is refused at start, and a reference that plainly is gives no scores (``balcaprl.rewards.lexical_language``).
 
 Units of a text are its content words, in a simple stem, and the pairs of neighbouring content words ("red cup"; "the
 cup is red" gives the same pair). A unit said twice is one unit, so that repetition gains nothing.
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from balcaprl.rewards.lexical_language import why_not_english
 from balcaprl.rewards.lexical_style import linguistic_scores
 from balcaprl.rewards.lexical_words import COMMENTARY, FRAME_WORDS, FUNCTION_WORDS, LINKING_VERBS, Word, split_words
 from balcaprl.types import Assertion, ReferenceUnit, RewardBreakdown, Sample
@@ -37,8 +39,12 @@ class LexicalJudge:
     def score(self, sample: Sample, captions: Sequence[str]) -> list[RewardBreakdown]:
         """One breakdown per caption; never fails on any text.
 
-        A reference without a single word gives breakdowns with an ``error``.
+        A reference without a single word, or in another language than English, gives breakdowns with an ``error``.
         """
+        reason = _why_not_english(sample.reference)
+        if reason is not None:
+            error = f"the lexical judge knows English alone, and the reference caption is in another language: {reason}"
+            return [RewardBreakdown(error=error) for _ in captions]
         reference = _reference_units(sample.reference)
         if not reference.units:
             return [RewardBreakdown(error="the reference caption has no words") for _ in captions]
@@ -78,6 +84,9 @@ def _score(caption: str, reference: _Reference) -> RewardBreakdown:
         assertions=assertions,
         reference_units=units,
     )
+
+
+_why_not_english = lru_cache(maxsize=4096)(why_not_english)
 
 
 @lru_cache(maxsize=4096)

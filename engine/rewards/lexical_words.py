@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
+from balcaprl.rewards.unicode_text import fold
+
 _IRREGULAR_PLURALS = {
     "children": "child",
     "feet": "foot",
@@ -111,12 +113,12 @@ class Word:
 
 
 def split_words(text: str) -> list[Word]:
-    """All words of a text, in order: runs of letters and digits, with apostrophes inside."""
+    """All words of a text, in order: runs of letters and digits, with apostrophes inside; of its folded form."""
+    folded = fold(text)
     words: list[Word] = []
     end = 0
-    for match in _WORD.finditer(text):
-        lower = match.group().lower().replace("\u2019", "'")
-        breaks = not words or _CLAUSE_END.search(text, end, match.start()) is not None
-        words.append(Word(lower, stem(lower), match.start(), match.end(), breaks))
+    for match in _WORD.finditer(folded.text):
+        breaks = not words or _CLAUSE_END.search(folded.text, end, match.start()) is not None
+        words.append(Word(match.group(), stem(match.group()), *folded.place(*match.span()), breaks))
         end = match.end()
     return words

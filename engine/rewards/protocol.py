@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -33,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from balcaprl.config import ProtocolConfig
 from balcaprl.rewards.encoding import EncodedImage, encode_data
+from balcaprl.rewards.unicode_text import count_letters, find_phrase
 
 PROMPTS = Path(__file__).parent / "prompts"
 FORMAT_VERSION = 1
@@ -245,8 +245,9 @@ def reply_schema(call: Call, config: ProtocolConfig) -> dict[str, Any]:
 
 
 def most_assertions(caption: str) -> int:
-    """More than this a caption cannot assert: one for every two of its letters and digits."""
-    return 1 + sum(map(str.isalnum, caption)) // 2
+    """More than this a caption cannot assert: one for every two of its letters and digits, or each where one can be a word."""
+    spaced, unspaced = count_letters(caption)
+    return 1 + spaced // 2 + unspaced
 
 
 def _numbered_schema(key: str, asked: dict[str, Any]) -> dict[str, Any]:
@@ -351,13 +352,10 @@ def _check_counts(call: Call, reply: Reply) -> None:
 
 # ------------------------------------------------------------------------------------------------------ quotations
 
-_WORD = re.compile(r"\w+")
-
 
 def locate_quote(quote: str, caption: str) -> tuple[tuple[int, int], ...]:
-    """All places of a quotation in a caption, as half-open character ranges; case, spaces and punctuation may differ."""
-    words = _WORD.findall(quote)
-    if not words:
-        return ()
-    pattern = r"\W+".join(re.escape(word) for word in words)
-    return tuple(match.span() for match in re.finditer(rf"(?<!\w){pattern}(?!\w)", caption, re.IGNORECASE))
+    """All places of a quotation in a caption, as half-open character ranges; case, spaces and punctuation may differ.
+
+    So may what no reader sees: how accents are stored, width, invisible characters (``unicode_text``).
+    """
+    return find_phrase(quote, caption)

@@ -68,7 +68,8 @@ _FUNCTION_WORDS = VERBS | _ARTICLES | {
     "color", "colour", "we", "see", "whose", "as", "here", "plain", "located", "placed", "very", "just",
 }  # fmt: skip
 _CLAUSE_BREAKS = {",", ";", ":", "and", "while", "but", "where", "which", "-"}
-_TOKEN = re.compile(r"[A-Za-z]+(?:['\u2019-][A-Za-z]+)*|\d+|[^\w\s]", re.UNICODE)
+_TOKEN = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*|\d+|[^\w\s]")
+"""A word of any alphabet is one: what the grammar does not know is commentary, and not nothing."""
 _SENTENCE = re.compile(r"[^.!?\n]*[.!?\n]*")
 MAX_CHARACTERS = 20_000
 """Longer texts are judged by their first part; no policy of a sane length limit writes more."""
@@ -302,7 +303,7 @@ class _SentenceParser:
                 self.pending.append((attribute, words[word], span))
                 self.position += 1
                 return True
-        if word in _NUMBER_WORDS or word.isdigit():
+        if word in _NUMBER_WORDS or word.isdecimal():
             self._flush()
             self.number = _NUMBER_WORDS[word] if word in _NUMBER_WORDS else min(int(word[:6]), 10**6)
             self.position += 1

@@ -50,6 +50,7 @@ def make_judge(
     endpoint: EndpointConfig | None = None,
     data_path: Path | None = None,
     run_dir: Path | None = None,
+    references: Sequence[str] = (),
 ) -> Judge:
     """The judge that ``reward.judge`` names; ``auto``: exact for drawn scenes, else word overlap with the reference.
 
@@ -59,9 +60,11 @@ def make_judge(
         endpoint: how a judge model is reached; for ``endpoint``.
         data_path: ``data.path``; prepared reference units lie beside it.
         run_dir: where the account of the judge's cost is kept; None: nowhere.
+        references: some of the data set's, for a judge that does not know every language.
 
     Raises:
-        ValueError: the scene judge is asked for, and the data are no drawn scenes; or the endpoint is not configured.
+        ValueError: the scene judge is asked for, and the data are no drawn scenes; the endpoint is not configured; or the
+            judge does not know the language of the references.
         ImportError: the endpoint judge's libraries are not installed.
     """
     scenes = data_kind == "scenes"
@@ -80,7 +83,9 @@ def make_judge(
 
         return SceneJudge()
     from balcaprl.rewards.lexical_judge import LexicalJudge
+    from balcaprl.rewards.lexical_language import check_references
 
+    check_references(references)
     return LexicalJudge()
 
 

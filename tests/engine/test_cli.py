@@ -128,6 +128,20 @@ def test_demo_writes_the_promised_summary(tmp_path):
     assert json.loads(result.stdout)["sampled"]["num_samples"] == 4
 
 
+def test_a_chinese_data_set_is_refused_by_the_lexical_judge_before_the_model_is_loaded(
+    photograph_set, tmp_path, capsys
+):
+    images = photograph_set[1] / "images"
+    records = [{"image": image.name, "reference": "草地上有一个红色的球。"} for image in images.iterdir()]
+    path = tmp_path / "captions.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    data = ["--data.kind", "jsonl", "--data.path", str(path), "--data.image_root", str(images), "--data.num_eval", "1"]
+    assert main(["train", *data, "--model.path", str(tmp_path / "no"), "--output_dir", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert "cjk letters" in error
+    assert "reward.judge: endpoint" in error
+
+
 def test_real_photographs_train_with_the_lexical_judge(photograph_set, tmp_path):
     """A ShareGPT4V set of real pictures, five steps, on the demo's model."""
     path, root = photograph_set

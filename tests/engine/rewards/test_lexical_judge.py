@@ -1,5 +1,7 @@
 """The lexical judge: a proxy, but one that neither fails nor pays for repetition and keyword lists."""
 
+# ruff: noqa: RUF001
+
 import json
 import math
 from pathlib import Path
@@ -8,7 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from balcaprl.rewards import LexicalJudge
+from balcaprl.config import RewardConfig
+from balcaprl.rewards import LexicalJudge, make_judge
 from balcaprl.rewards.lexical_judge import content_units
 from balcaprl.rewards.lexical_words import split_words, stem
 from balcaprl.types import Sample
@@ -196,3 +199,69 @@ def test_captions_are_scored_in_their_order_and_alike():
     captions = ["A red cup.", "", "A blue dog."]
     sample = Sample("s", lambda: None, REFERENCE, "Describe.")
     assert LexicalJudge().score(sample, captions) == [judge(c) for c in captions]
+
+
+# ------------------------------------------------------------------------------------------------------ languages
+
+FOREIGN = {
+    "Chinese": "草地上有一个红色的球，旁边有一只棕色的小狗。",
+    "Japanese": "緑の芝生の上に赤いボールがあります。",
+    "Korean": "초록색 잔디 위에 빨간 공이 있습니다.",
+    "Thai": "ลูกบอลสีแดงอยู่บนหญ้า",
+    "Arabic": "كرة حمراء على العشب الأخضر.",
+    "Hindi": "हरी घास पर एक लाल गेंद है।",
+    "Russian": "Красный мяч лежит на зелёной траве.",
+    "French": "Une balle rouge se trouve sur l'herbe verte à côté d'un chien brun qui regarde le ciel bleu.",
+    "German": "Ein roter Ball liegt auf dem grünen Gras neben einem braunen Hund, der in den blauen Himmel schaut.",
+    "Spanish": "Una pelota roja está en la hierba verde junto a un perro marrón que mira al cielo azul.",
+    "Vietnamese": "Một quả bóng đỏ nằm trên bãi cỏ xanh bên cạnh một con chó nâu đang nhìn lên trời.",
+    "Turkish": "Yeşil çimlerin üzerinde mavi gökyüzüne bakan kahverengi bir köpeğin yanında kırmızı bir top duruyor.",
+}
+NEAR = {  # they share so many short words with English that only many texts tell
+    "Portuguese": "Uma bola vermelha está no gramado ao lado do cachorro marrom que olha para o céu azul.",
+    "Italian": "Una palla rossa è sul prato verde accanto a un cane marrone che guarda il cielo in un giardino.",
+    "short French": "Une balle rouge sur l'herbe.",
+}
+KEYWORDS = "Red cup, wooden table."
+ENGLISH = [
+    "A dog is running in a field of tall grass near a small red barn.",
+    KEYWORDS,
+    "A caf\u00e9 called \u201c\u7ea2\u7403\u201d with na\u00efve paintings on its walls.",
+    "\uff21 \uff52\uff45\uff44 \uff42\uff41\uff4c\uff4c",
+    "42",
+]
+
+
+@pytest.mark.parametrize("language", FOREIGN)
+def test_a_reference_in_another_language_is_excluded_and_counted(language):
+    good = LexicalJudge().score(Sample("s", lambda: None, REFERENCE, "?"), ["A red cup."])
+    told = LexicalJudge().score(Sample("s", lambda: None, FOREIGN[language], "?"), ["A red cup.", FOREIGN[language]])
+    assert good[0].error is None
+    assert [b.error is not None and "knows English alone" in b.error for b in told] == [True, True]
+    assert all(math.isnan(reward) for b in told for reward in b.rewards)
+
+
+@pytest.mark.parametrize("text", [*ENGLISH, REFERENCE, *CAPTIONS.values()])
+def test_english_of_any_kind_is_judged(text):
+    assert judge(text, text).error is None
+    if text != KEYWORDS:
+        make_judge(RewardConfig(), "jsonl", references=[text] * 60)
+
+
+@pytest.mark.parametrize("text", [*FOREIGN.values(), *NEAR.values(), KEYWORDS])
+def test_a_data_set_without_english_sentences_is_refused_at_start(text):
+    mixed = [text] * 40 + [REFERENCE] * 10 if text in FOREIGN.values() else [text] * 40
+    for name in ("lexical", "auto"):
+        with pytest.raises(ValueError, match=r"reward\.judge: lexical .* English .* endpoint"):
+            make_judge(RewardConfig(judge=name), "jsonl", references=mixed)
+    make_judge(RewardConfig(), "jsonl", references=[REFERENCE] * 40 + [text] * 10)
+    make_judge(RewardConfig(judge="none"), "jsonl", references=mixed)
+
+
+def test_a_caption_in_another_language_earns_nothing_and_forms_do_not_matter():
+    assert judge(FOREIGN["Chinese"]).rewards == (0.0, 0.0, 0.0)
+    plain, other = judge("A red cup of caf\u00e9."), judge("A r\u200bed cu\u00adp of cafe\u0301.")
+    assert other.rewards[:2] == plain.rewards[:2]
+    assert [a.text for a in other.assertions] == [a.text for a in plain.assertions]
+    (red,) = [a for a in other.assertions if a.text == "red"]
+    assert red.spans == ((2, 6),)
