@@ -254,10 +254,10 @@ class ServerConfig(_Section):
     """Share of the images, against the other servers."""
     max_concurrency: int = Field(64, ge=1)
     """Most requests at once; how many are worth it is found out while the run goes."""
-    input_price: float = Field(0.0, ge=0)
-    """Price of a million prompt tokens, in the currency of ``endpoint.budget``."""
-    output_price: float = Field(0.0, ge=0)
-    """Price of a million completion tokens."""
+    input_price: float | None = Field(None, ge=0)
+    """Price of a million prompt tokens, in the currency of ``endpoint.budget``, which needs it; 0 where they are free."""
+    output_price: float | None = Field(None, ge=0)
+    """Price of a million completion tokens, likewise."""
 
     # Not patterns of the fields: whoever checks those repeats what was given, which may be a password or a key.
     @field_validator("url")
@@ -304,9 +304,11 @@ class EndpointConfig(_Section):
     patience_s: float = Field(600.0, gt=0)
     """Without a single valid reply for so long, the run is saved and ends."""
     budget: float | None = Field(None, gt=0)
-    """Most that the run may spend, by the prices of its servers; then it is saved and ends."""
+    """Most that the run may spend, by the prices of its servers; then it is saved and ends. It is exceeded by what one request
+    takes, at most. Resumes go on counting; each call of ``prepare``, ``recaption`` and ``judge-audit`` counts for itself. What
+    a server does not tell counts as the most that it can be: a token for each byte of text and each 14 x 14 pixels."""
     token_budget: int | None = Field(None, ge=1)
-    """Most tokens, of prompts and completions together."""
+    """Most tokens, of prompts and completions together; kept as ``budget`` is."""
     cache: Path | None = Path("~/.cache/balcaprl/judge.db")
     """File of the reply cache, shared by runs and processes; null: none."""
     cache_max_mib: int = Field(4096, ge=1)
