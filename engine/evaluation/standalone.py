@@ -11,6 +11,7 @@ from balcaprl.metrics import RunLog
 from balcaprl.policy import Policy
 from balcaprl.prompts import PromptMaker, held_out_prompts
 from balcaprl.rewards import close_judge, make_judge
+from balcaprl.rewards.custom import CustomRewards
 from balcaprl.rollout import make_sampler
 
 
@@ -23,6 +24,7 @@ def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None)
         out: a folder for the scores and captions; none: only return the scores.
     """
     model = config.model
+    CustomRewards(config.reward.custom)  # the user's own code first: it fails before anything heavy is loaded
     dataset = load_dataset(config.data, seed=config.seed)
     judge = make_judge(
         config.reward,
