@@ -15,12 +15,13 @@ import os
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
 from PIL import ExifTags, Image
 
 from balcaprl.data.image_paths import ImageError, check_image_file, check_num_bytes
+from balcaprl.data.pixels import shrunk_rgb
+from balcaprl.data.png_text import without_text
 from balcaprl.logtext import printable
 
 if TYPE_CHECKING:
@@ -30,6 +31,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats that are opened; Pillow's many other readers are never tried on a data set's files."""
 MAX_ASPECT_RATIO = 200
 """Longer side over shorter side; beyond it image processors (Qwen2.5-VL's) refuse an image."""
+BYTES_PER_PIXEL = 12
+"""Decoding takes at most this many bytes for each of ``max_source_pixels``, whatever the file is made of: three quarters of a
+gigabyte by default. Most pictures take less; progressive JPEG of four colours takes all."""
+_COSTS = {"WEBP": 16}
+"""Bytes per pixel of formats whose decoders take more; fewer pixels of them are allowed."""
+_TIFF_TILE = (322, 323)
+"""Tags of the sides of a tile, which is decoded whole however small the image is."""
 
 _DIGEST_SIZE = 12
 _END_BYTES = 4096
@@ -124,39 +132,85 @@ def _open_bytes(data: bytes, name: str, max_file_bytes: int) -> BinaryIO:
 def _open_header(file: BinaryIO, name: str, max_pixels: int, max_source_pixels: int) -> Image.Image:
     """Read the header and hold it to the bounds; the pixels stay unread."""
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = _open(file)
     except Image.DecompressionBombError as error:  # Pillow's own bound, about 179 million pixels
         raise ImageError(f"{name}: refused unread: {error}", "too large") from error
     except Image.UnidentifiedImageError:
         raise ImageError(f"{name}: not an image, or not one of {', '.join(FORMATS)}", "not an image") from None
     except Exception as error:  # Pillow's readers raise nearly anything on damaged files
-        raise ImageError(f"{name}: broken header: {type(error).__name__}: {error}") from error
+        raise ImageError(f"{name}: broken header: {type(error).__name__}: {printable(error)}") from error
     width, height = image.size
     if min(width, height) < 1:
         raise ImageError(f"{name}: {width} x {height} pixels")
-    if width * height > max_source_pixels:
-        raise ImageError(
-            f"{name}: {width:,} x {height:,} pixels exceed data.max_source_pixels ({max_source_pixels:,})", "too large"
-        )
+    _check_memory(image, name, max_source_pixels)
     shrunk_size(image.size, max_pixels, name)
     return image
 
 
+def _open(file: BinaryIO) -> Image.Image:
+    try:
+        return Image.open(file, formats=FORMATS)
+    except ValueError:
+        bare = without_text(file)
+        if bare is None:
+            raise
+        return Image.open(bare, formats=FORMATS)
+
+
+def _check_memory(image: Image.Image, name: str, max_source_pixels: int) -> None:
+    """Raise the ``ImageError`` of an image that takes more to decode than ``BYTES_PER_PIXEL`` of the pixels allowed."""
+    width, height = image.size
+    if width * height > max_source_pixels:
+        raise ImageError(
+            f"{name}: {width:,} x {height:,} pixels exceed data.max_source_pixels ({max_source_pixels:,})", "too large"
+        )
+    cost = _COSTS.get(image.format or "", BYTES_PER_PIXEL) * width * height
+    tags: Any = getattr(image, "tag_v2", {})
+    try:
+        cost = max(cost, BYTES_PER_PIXEL * math.prod(int(tags.get(tag, 1)) for tag in _TIFF_TILE))
+    except Exception as error:  # no number, or none that can be read
+        raise ImageError(f"{name}: broken header: the size of its tiles: {printable(error)}") from error
+    if cost > BYTES_PER_PIXEL * max_source_pixels:
+        raise ImageError(
+            f"{name}: {width:,} x {height:,} pixels of {image.format} take {cost:,} bytes to decode, over {BYTES_PER_PIXEL} "
+            f"times data.max_source_pixels ({max_source_pixels:,})",
+            "too large",
+        )
+
+
 def _decode(file: BinaryIO, name: str, max_pixels: int, max_source_pixels: int) -> Image.Image:
+    try:
+        return _decode_pixels(file, name, max_pixels, max_source_pixels)
+    except ImageError as error:
+        bare = without_text(file) if error.reason == "broken image" else None  # texts may follow the pixels
+        if bare is None:
+            raise
+        return _decode_pixels(bare, name, max_pixels, max_source_pixels)
+
+
+def _decode_pixels(file: BinaryIO, name: str, max_pixels: int, max_source_pixels: int) -> Image.Image:
     image = _open_header(file, name, max_pixels, max_source_pixels)
     size = shrunk_size(image.size, max_pixels, name)
+    rawmode = _rawmode(image)
     try:
-        if image.format == "JPEG":
+        if image.format in ("JPEG", "MPO"):  # MPO: a JPEG file with further pictures behind the first
             # libjpeg scales while it decodes; twice the target leaves the final filter enough to work with
             image.draft(image.mode, (2 * size[0], 2 * size[1]))
         image.load()
         orientation = _orientation(image)
-        image = _to_rgb(image)
-        if image.size != size:
-            image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-        return _upright(image, orientation)
+        return _upright(shrunk_rgb(image, size, rawmode), orientation)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: {error}", "too large") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise ImageError(f"{name}: cannot be decoded: {type(error).__name__}: {error}") from error
+        raise ImageError(f"{name}: cannot be decoded: {type(error).__name__}: {printable(error)}") from error
+
+
+def _rawmode(image: Image.Image) -> str:
+    """How the file stores the pixels, where Pillow's reader says so; "" elsewhere."""
+    tiles: Any = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles and len(tiles[0]) > 3 else ""
+    found = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return found if isinstance(found, str) else ""
 
 
 def _orientation(image: Image.Image) -> int:
@@ -196,27 +250,3 @@ def _check_ratio(size: tuple[int, int], name: str, how: str) -> None:
         raise ImageError(
             f"{name}: {size[0]} x {size[1]}{how} is more than {MAX_ASPECT_RATIO} times longer than wide", "too thin"
         )
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB, transparency laid on white."""
-    if image.mode.startswith(("I", "F")):
-        return _deep_gray_to_rgb(image)
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _deep_gray_to_rgb(image: Image.Image) -> Image.Image:
-    """16-bit values are scaled by their range; 32-bit and floating point ones have none and are stretched."""
-    gray = np.asarray(image).astype(np.float64)
-    if not np.isfinite(gray).all():
-        raise ValueError("pixel values are not finite")
-    low, high = float(gray.min()), float(gray.max())
-    # Pillow before 11 opens 16-bit PNG files in mode "I".
-    if image.mode.startswith("I;16") or (image.format == "PNG" and high <= 65535):
-        low, high = 0.0, 65535.0
-    scaled = (gray - low) * (255.0 / (high - low)) if high > low else np.zeros_like(gray)
-    return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")

@@ -297,7 +297,7 @@ def test_hf_errors(root, tmp_path, monkeypatch):
     with pytest.raises(DatasetError, match=r"columns \['picture', 'text'\]"):
         load("hf", path)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DatasetError, match=r"balcaprl\[hf\]"):
+    with pytest.raises(DatasetError, match=r"pip install .*datasets"):
         load("hf", path)
 
 

@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from urllib.parse import quote
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from balcaprl.data.images import ImageError, check_image, decode_image, load_image
+from balcaprl.data.images import ImageError, check_image, check_image_bytes, decode_image, load_image
 
 LIMITS = {"max_pixels": 1_000_000, "max_source_pixels": 64_000_000, "max_file_bytes": 1 << 20}
 
@@ -322,3 +324,125 @@ def test_unreadable_files_are_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "stat", refuse)
     assert reason(load_image, Path("a.png"), tmp_path, **LIMITS) == "unreadable file"
+
+
+def png(width, height, depth, colour, rows, *, before=(), after=(), interlace=0):
+    """A PNG file from its scan lines, with further chunks before and after the pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace))
+    pixels = chunk(b"IDAT", zlib.compress(rows))
+    extra = [b"".join(chunk(*each) for each in chunks) for chunks in (before, after)]
+    return b"\x89PNG\r\n\x1a\n" + header + extra[0] + pixels + extra[1] + chunk(b"IEND", b"")
+
+
+_LARGE = b"x" * (3 << 20)
+METADATA = {
+    "tEXt": [(b"tEXt", b"key\0" + _LARGE)],
+    "zTXt": [(b"zTXt", b"key\0\0" + zlib.compress(_LARGE))],
+    "iTXt": [(b"iTXt", b"key\0\1\0\0\0" + zlib.compress(_LARGE))],
+    "iCCP": [(b"iCCP", b"key\0\0" + zlib.compress(_LARGE))],
+    "eXIf": [(b"eXIf", b"MM\0*\0\0\0\x08\0\0\0\0\0\0" + _LARGE)],
+    "many": [(b"zTXt", b"k%d\0\0" % i + zlib.compress(_LARGE[: 1 << 20])) for i in range(80)],
+}
+
+
+@pytest.mark.parametrize("kind", METADATA)
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_any_amount_of_png_metadata_is_valid(kind, place):
+    limits = {**LIMITS, "max_file_bytes": 64 << 20}
+    data = png(2, 1, 8, 2, b"\0\x01\x02\x03\xff\x00\x00", **{place: METADATA[kind]})
+    if not (kind == "iCCP" and place == "after"):  # profiles precede pixels
+        assert np.asarray(decode_image(data, "a", **limits))[0].tolist() == [[1, 2, 3], [255, 0, 0]]
+    check_image_bytes(data, "a", **limits)
+
+
+WHITE = [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "rows", "transparent", "expected"),
+    [
+        (16, 0, struct.pack(">x3H", 0, 1000, 65535), (1000,), [[0, 0, 0], WHITE, WHITE]),
+        (16, 0, struct.pack(">x3H", 0, 1000, 257), (5,), [[0, 0, 0], [4, 4, 4], [1, 1, 1]]),
+        (16, 2, struct.pack(">x6H", 1000, 2000, 3000, 65535, 0, 0), (1000, 2000, 3000), [WHITE, [255, 0, 0]]),
+        (8, 0, b"\0\x00\x05\xff", (5,), [[0, 0, 0], WHITE, WHITE]),
+        (8, 2, b"\0\x01\x02\x03\xff\x00\x00", (1, 2, 3), [WHITE, [255, 0, 0]]),
+        (4, 0, b"\0\x3f", (3,), [WHITE, WHITE]),
+        (4, 0, b"\0\x3c", (12,), [[51, 51, 51], WHITE]),
+        (2, 0, b"\0\x1b", (1,), [[0, 0, 0], WHITE, [170, 170, 170], WHITE]),
+        (1, 0, b"\0\x40", (0,), [WHITE, WHITE]),
+        (1, 0, b"\0\x40", (1,), [[0, 0, 0], WHITE]),
+        (16, 4, struct.pack(">x4H", 30000, 65535, 30000, 0), None, [[117, 117, 117], WHITE]),
+        (16, 6, struct.pack(">x8H", 30000, 0, 0, 65535, 30000, 0, 0, 0), None, [[117, 0, 0], WHITE]),
+    ],
+)
+def test_png_transparency_of_every_depth_is_laid_on_white(depth, colour, rows, transparent, expected):
+    before = [] if transparent is None else [(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))]
+    data = png(len(expected), 1, depth, colour, rows, before=before)
+    assert np.asarray(decode_image(data, "a", **LIMITS))[0].tolist() == expected
+
+
+def test_interlaced_files_decode():
+    rows = b"\0\x00\0\x80\0\xff\0\x40" * 4
+    assert decode_image(png(1, 1, 8, 0, b"\0\x07", interlace=1), "a", **LIMITS).getpixel((0, 0)) == (7, 7, 7)
+    assert reason(decode_image, png(8, 8, 8, 0, rows[:5], interlace=1), "a", **LIMITS) == "broken image"
+
+
+def test_a_jpeg_file_of_several_pictures_gives_its_first(tmp_path):
+    gradient(400, 300).save(
+        tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (400, 300), "blue")]
+    )
+    image = load_image("a.jpg", tmp_path, **{**LIMITS, "max_pixels": 5000})
+    assert image.getpixel((image.width - 1, 0))[0] > 200
+    assert image.getpixel((0, 0))[2] < 60
+
+
+def test_a_tiff_file_of_one_giant_tile_is_refused_by_its_header():
+    content = zlib.compress(bytes(16 * 16))
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 60_000, 323: 60_000, 324: 200, 325: len(content)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)).ljust(200, b"\0") + content
+    assert reason(decode_image, data, "a", **LIMITS) == "too large"
+
+
+BOMBS = [
+    ("RGB", "PNG", {}), ("RGBA", "PNG", {}), ("LA", "PNG", {}), ("P", "PNG", {"transparency": 0}), ("I;16", "PNG", {}),
+    ("L", "PNG", {"transparency": 0}), ("F", "TIFF", {"compression": "tiff_adobe_deflate"}), ("P", "GIF", {"transparency": 0}),
+    ("RGB", "JPEG", {"progressive": True, "subsampling": 0}), ("CMYK", "JPEG", {"progressive": True, "subsampling": 0}),
+    ("RGBA", "WEBP", {"lossless": True, "method": 0}), ("RGBA", "TIFF", {"compression": "tiff_adobe_deflate"}),
+]  # fmt: skip
+MEASURE = """
+import sys
+from balcaprl.data.images import BYTES_PER_PIXEL, ImageError, decode_image
+def rss(name):
+    return int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) << 10
+data = open(sys.argv[1], "rb").read()
+decode_image(open(sys.argv[2], "rb").read(), "small", max_pixels=1 << 20, max_source_pixels=1 << 24, max_file_bytes=1 << 30)
+before = rss("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+try:
+    decode_image(data, "bomb", max_pixels=1 << 20, max_source_pixels=int(sys.argv[3]), max_file_bytes=1 << 30)
+    refused = False
+except ImageError as error:
+    refused = error.reason == "too large"
+print(rss("VmHWM") - before, BYTES_PER_PIXEL, refused)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are measured by Linux's /proc")
+@pytest.mark.parametrize(("mode", "extension", "options"), BOMBS)
+def test_decoding_takes_the_stated_memory_and_no_more(tmp_path, mode, extension, options):
+    """An image as large as is allowed, from a file of kilobytes."""
+    side = 3600
+    Image.new(mode, (side, side)).save(tmp_path / "bomb", extension, **options)
+    Image.new(mode, (8, 8)).save(tmp_path / "small", extension, **options)
+    allowed = side * side if extension != "WEBP" else side * side * 16 // 12
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "bomb"), str(tmp_path / "small")]
+    for limit, expected in ((allowed, "False"), (allowed - side, "True")):
+        done = subprocess.run([*command, str(limit)], check=True, capture_output=True, text=True, timeout=300)
+        peak, bytes_per_pixel, refused = done.stdout.split()
+        assert refused == expected
+        assert int(peak) < int(bytes_per_pixel) * limit + (40 << 20)

@@ -1,0 +1,27 @@
+"""PNG files without their texts and profiles: any amount of them is valid, and Pillow refuses a file over a few of them."""
+
+from __future__ import annotations
+
+import io
+from typing import BinaryIO
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_DROPPED = frozenset((b"tEXt", b"zTXt", b"iTXt", b"iCCP"))
+
+
+def without_text(file: BinaryIO) -> BinaryIO | None:
+    """A copy of a PNG file that has none; None where it is no PNG file, or has none to begin with."""
+    file.seek(0)
+    data = file.read()
+    if not data.startswith(_SIGNATURE):
+        return None
+    kept, place = [_SIGNATURE], len(_SIGNATURE)
+    dropped = False
+    while place + 8 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")  # length, kind, content, checksum
+        if data[place + 4 : place + 8] in _DROPPED:
+            dropped = True
+        else:
+            kept.append(data[place:end])
+        place = end
+    return io.BytesIO(b"".join(kept)) if dropped else None
