@@ -13,6 +13,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 from PIL import Image
+from png_files import png
 
 from balcaprl.data.images import ImageError, check_image, check_image_bytes, decode_image, load_image
 
@@ -324,18 +325,6 @@ def test_unreadable_files_are_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "stat", refuse)
     assert reason(load_image, Path("a.png"), tmp_path, **LIMITS) == "unreadable file"
-
-
-def png(width, height, depth, colour, rows, *, before=(), after=(), interlace=0):
-    """A PNG file from its scan lines, with further chunks before and after the pixels."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace))
-    pixels = chunk(b"IDAT", zlib.compress(rows))
-    extra = [b"".join(chunk(*each) for each in chunks) for chunks in (before, after)]
-    return b"\x89PNG\r\n\x1a\n" + header + extra[0] + pixels + extra[1] + chunk(b"IEND", b"")
 
 
 _LARGE = b"x" * (3 << 20)
