@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from balcaprl.kernels import native
-from balcaprl.policy import Policy, layer_kernels
+from balcaprl.policy import Policy, layer_kernels, layers
 from balcaprl.policy.layers import fuse_layers, fused_classes, stock_layers
 from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
 
@@ -114,6 +117,65 @@ def test_a_layer_that_computes_something_else_stays(caplog):
         fuse_layers(model)
     assert fused_classes(model) == {}
     assert caplog.text.count("ShiftedRMSNorm keeps its stock code") == 1
+
+
+def attention_classes():
+    """Every attention of transformers whose module rotates by a function of the name that is looked for."""
+    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        if "apply_rotary_pos_emb" not in path.read_text():
+            continue
+        try:
+            module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+        except (ImportError, RuntimeError):  # of a package that is not installed
+            continue
+        for name, kind in vars(module).items():
+            if isinstance(kind, type) and kind.__module__ == module.__name__ and name.endswith("Attention"):
+                yield kind
+
+
+def test_no_attention_of_transformers_is_refused():
+    """Many rotate by a function of the same name that takes other arguments: they keep their stock code."""
+    found = {kind.__name__: layers._rotating_forward(kind.forward) is not None for kind in attention_classes()}
+    assert len(found) > 150
+    taken = {name for name, fused in found.items() if fused}
+    assert {"LlamaAttention", "Qwen2_5_VLAttention", "Qwen3Attention"} <= taken
+    assert not {"Gemma4TextAttention", "GPTJAttention", "CodeGenAttention", "DINOv3ViTAttention"} & taken
+    assert {"Gemma4TextAttention", "GPTJAttention", "CodeGenAttention", "DINOv3ViTAttention"} <= found.keys()
+
+
+class GatedRMSNorm(nn.Module):
+    """It is called with more than its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon) * self.weight * gate
+
+
+class FailingRMSNorm(ShiftedRMSNorm):
+    """Wants more axes than a check can guess."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _batch, _head, _length, _width = x.shape
+        return super().forward(x)
+
+
+class BareRMSNorm(nn.Module):
+    """Has no weight."""
+
+    weight, variance_epsilon = None, 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+@pytest.mark.parametrize("kind", [GatedRMSNorm, FailingRMSNorm, BareRMSNorm])
+def test_foreign_layers_that_cannot_be_checked_stay(kind):
+    model = nn.Sequential(kind(), nn.Linear(8, 8))
+    fuse_layers(model)
+    assert fused_classes(model) == {}
 
 
 def test_adapters_in_a_block_are_used(model):
