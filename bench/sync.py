@@ -148,7 +148,9 @@ def sync_as_trl(sampler: Any, policy: Any, pushes: list[float]) -> Any:
     """One call per parameter, then the prefix cache: what TRL does; its other caches are left stale."""
     from balcaprl.types import SyncReport
 
-    parameters = {policy.family.published_name(name): p.data for name, p in policy.model.named_parameters()}
+    parameters = {
+        policy.family.published_name(policy.model.config, name): p.data for name, p in policy.model.named_parameters()
+    }
 
     def push() -> None:
         for named in parameters.items():

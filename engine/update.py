@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 import torch
 from torch import Tensor
 
 from balcaprl.config import TrainConfig
-from balcaprl.kernels import PolicyLoss, linear_policy_loss
+from balcaprl.kernels import PolicyLoss, linear_policy_loss, policy_loss
 from balcaprl.optim import PolicyOptimizer
 from balcaprl.policy import Group, PackedBatch, Policy
 from balcaprl.policy.parts import GroupLengths, Plan, plan_repeated, plan_shared
@@ -33,7 +33,7 @@ LOSS_METRICS = ("loss", *_MEANS, "ratio_max")
 class Reference(Protocol):
     """The frozen policy that the divergence is measured from."""
 
-    def logprobs(self, packed: PackedBatch, temperature: float = 1.0) -> Tensor:
+    def logprobs(self, packed: PackedBatch, temperature: float = 1.0, *, exclude_padding: bool = False) -> Tensor:
         """As ``Policy.logprobs``."""
         ...
 
@@ -44,10 +44,10 @@ class WithoutAdapter:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
-    def logprobs(self, packed: PackedBatch, temperature: float = 1.0) -> Tensor:
+    def logprobs(self, packed: PackedBatch, temperature: float = 1.0, *, exclude_padding: bool = False) -> Tensor:
         """See ``Reference``."""
         with self._policy.adapter_disabled():
-            return self._policy.logprobs(packed, temperature)
+            return self._policy.logprobs(packed, temperature, exclude_padding=exclude_padding)
 
 
 Members = list[tuple[int, list[int]]]
@@ -195,7 +195,8 @@ class PolicyUpdate:
         """The reference's log-probabilities, if the part has none yet."""
         if self.reference is not None and part.reference_logprobs is None:
             with torch.no_grad():
-                part.reference_logprobs = self.reference.logprobs(part.packed, self.config.rollout.sampling.temperature)
+                temperature = self.config.rollout.sampling.temperature
+                part.reference_logprobs = self.reference.logprobs(part.packed, temperature, exclude_padding=True)
 
     def _accumulate(
         self, groups: Sequence[RolloutGroup], parts: list[UpdatePart], normalizer: float
@@ -227,25 +228,26 @@ class PolicyUpdate:
         hidden, part.hidden = part.hidden, None
         if hidden is None:
             hidden = self.policy.hidden_states(part.packed)
+        temperature, head = self.config.rollout.sampling.temperature, self.policy.sampled_head
+        options: dict[str, Any] = {
+            "clip_low": settings.clip_low,
+            "clip_high": settings.clip_high,
+            "sampling_logprobs": part.sampling_logprobs,
+            "sampling_ratio_cap": settings.sampling_ratio_cap,
+            "reference_logprobs": part.reference_logprobs,
+            "kl_coef": settings.kl_coef,
+            "reduction": settings.reduction,
+            "normalizer": normalizer,
+        }
+        batch = (part.old_logprobs, advantages, part.packed.cu_seqlens)
         with self.policy.autocast():
-            result = linear_policy_loss(
-                hidden,
-                self.policy.lm_head_weight,
-                part.packed.targets,
-                part.old_logprobs,
-                advantages,
-                part.packed.cu_seqlens,
-                clip_low=settings.clip_low,
-                clip_high=settings.clip_high,
-                sampling_logprobs=part.sampling_logprobs,
-                sampling_ratio_cap=settings.sampling_ratio_cap,
-                reference_logprobs=part.reference_logprobs,
-                kl_coef=settings.kl_coef,
-                reduction=settings.reduction,
-                normalizer=normalizer,
-                temperature=self.config.rollout.sampling.temperature,
-                logprobs_out=logprobs,
-            )
+            if head.is_linear:
+                rows = (*head.folded(hidden), part.packed.targets)
+                result = linear_policy_loss(*rows, *batch, temperature=temperature, logprobs_out=logprobs, **options)
+            else:
+                current = head.logprobs(hidden, part.packed.targets, temperature)
+                logprobs.copy_(current.detach())
+                result = policy_loss(current, *batch, **options)
         if is_first and self._on_first_logprobs is not None:
             self._on_first_logprobs(logprobs, part.sampling_logprobs)
         if is_first and self.config.optim.epochs_per_batch > 1:

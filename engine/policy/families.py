@@ -7,20 +7,23 @@ never one that an adapter wraps.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from balcaprl.policy.attention import calling_once_for_segments
+from balcaprl.policy.packing import is_per_token
 
 logger = logging.getLogger(__name__)
 
 
 class UnsupportedFamilyError(ValueError):
-    """The checkpoint's ``model_type`` is none of the supported ones, nor a vision-language model of transformers."""
+    """The checkpoint's ``model_type`` is none of the supported ones, nor a vision-language model that runs as they do."""
 
 
 class ImageFeatures(NamedTuple):
@@ -30,6 +33,9 @@ class ImageFeatures(NamedTuple):
     """(N, D), one row per placeholder; before projection (N, rows merged into one token, width of the tower)."""
     deepstack: tuple[Tensor, ...] = ()
     """As ``embeds``, added to the hidden states after the first decoder layers (Qwen3-VL)."""
+
+
+_SHORTENED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 class Family(ABC):
@@ -51,7 +57,7 @@ class Family(ABC):
         return int(config.image_token_id)
 
     @abstractmethod
-    def num_image_tokens(self, config: Any, image_inputs: dict[str, Tensor]) -> int | None:
+    def num_image_tokens(self, model: Any, image_inputs: dict[str, Tensor]) -> int | None:
         """Placeholders that the images of one prompt need; None where that is not known.
 
         Raises:
@@ -74,9 +80,15 @@ class Family(ABC):
     def banned_token_ids(self, config: Any) -> tuple[int, ...]:
         """Ids that a completion must never hold: they would ask for images that are not there."""
 
-    def published_name(self, name: str) -> str:
-        """The name that vLLM knows a parameter by: the published checkpoints' where transformers has renamed it."""
-        return name
+    def published_name(self, config: Any, name: str) -> str:
+        """The name that vLLM knows a parameter by: the published checkpoints' where transformers has renamed it.
+
+        transformers 5 dropped a level of the names of CLIP's and SigLIP's towers, in memory and in what it saves.
+        """
+        tower = "model.vision_tower."
+        kind = getattr(getattr(config, "vision_config", None), "model_type", None)
+        lacks = name.startswith(tower) and not name.startswith(f"{tower}vision_model.")
+        return f"{tower}vision_model.{name.removeprefix(tower)}" if kind in _SHORTENED_TOWERS and lacks else name
 
     @abstractmethod
     def vision_modules(self, model: Any) -> list[nn.Module]:
@@ -96,7 +108,7 @@ class QwenVL(Family):
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl", "qwen2_vl")
 
-    def num_image_tokens(self, config: Any, image_inputs: dict[str, Tensor]) -> int:
+    def num_image_tokens(self, model: Any, image_inputs: dict[str, Tensor]) -> int:
         """See ``Family``: every merged block of patches is a token."""
         grid, pixels = image_inputs.get("image_grid_thw"), image_inputs.get("pixel_values")
         if grid is None and pixels is None:
@@ -108,7 +120,7 @@ class QwenVL(Family):
             raise ValueError(
                 f"image_grid_thw {grid.tolist()} tells of {patches} patches, but pixel_values has {pixels.shape[0]}"
             )
-        return patches // self.projected_rows(config)
+        return patches // self.projected_rows(model.config)
 
     def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
         """See ``Family``."""
@@ -177,18 +189,19 @@ class OneAxis(Family):
 
 
 class Llava(OneAxis):
-    """LLaVA-1.5: a CLIP tower of one fixed image size, one position axis."""
+    """LLaVA-1.5: a tower of one fixed image size (CLIP, SigLIP), one position axis."""
 
-    model_types = ("llava",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava",)
 
-    def num_image_tokens(self, config: Any, image_inputs: dict[str, Tensor]) -> int:
-        """See ``Family``: one per patch, and one for the class feature under the ``full`` strategy."""
+    def num_image_tokens(self, model: Any, image_inputs: dict[str, Tensor]) -> int:
+        """See ``Family``: as many as the tower makes of such an image."""
         pixels = image_inputs.get("pixel_values")
-        if pixels is None:
-            return 0
-        patch = config.vision_config.patch_size
-        extra = int(config.vision_feature_select_strategy == "full")
-        return pixels.shape[0] * ((pixels.shape[-2] // patch) * (pixels.shape[-1] // patch) + extra)
+        return 0 if pixels is None else pixels.shape[0] * self._tokens_per_image(model)
+
+    def _tokens_per_image(self, model: Any) -> int:
+        """Features of one image or tile: whether there is a class feature among them, the tower knows best."""
+        rows = int(model.model.vision_tower.embeddings.num_positions)
+        return rows - int(model.config.vision_feature_select_strategy == "default")  # which drops the first
 
     def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
         """See ``Family``."""
@@ -204,13 +217,6 @@ class Llava(OneAxis):
         """See ``Family``."""
         return (self.image_token_id(config),)
 
-    def published_name(self, name: str) -> str:
-        """See ``Family``: transformers 5 dropped a level of CLIP's names, in memory and in what it saves."""
-        tower = "model.vision_tower."
-        if name.startswith(tower) and not name.startswith(f"{tower}vision_model."):
-            return f"{tower}vision_model.{name.removeprefix(tower)}"
-        return name
-
     def vision_modules(self, model: Any) -> list[nn.Module]:
         """See ``Family``."""
         return [model.model.vision_tower]
@@ -218,6 +224,46 @@ class Llava(OneAxis):
     def projections(self, model: Any) -> list[tuple[nn.Module, str]]:
         """See ``Family``."""
         return [(model.model, "multi_modal_projector")]
+
+
+class LlavaNext(Llava):
+    """LLaVA-NeXT: as above, of an image shrunk to one tile and of the tiles that it is cut into, as many as its shape asks."""
+
+    model_types = ("llava_next",)
+
+    def num_image_tokens(self, model: Any, image_inputs: dict[str, Tensor]) -> int:
+        """See ``Family``: the model's own arithmetic of tiles, rows' ends and cut edges, on features of one number each."""
+        pixels, sizes = image_inputs.get("pixel_values"), image_inputs.get("image_sizes")
+        if pixels is None and sizes is None:
+            return 0
+        if pixels is None or sizes is None:
+            raise ValueError("pixel_values and image_sizes come together; one of them is missing")
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        config = model.config
+        rows, sizes = self._tokens_per_image(model), sizes.cpu()
+        tiles = [
+            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+            for size in sizes
+        ]
+        _, lengths = model.model.pack_image_features(
+            [torch.zeros(count, rows, 1) for count in tiles],
+            sizes,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            image_newline=torch.zeros(1),
+        )
+        return int(lengths.sum())
+
+    def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
+        """See ``Family``."""
+        output = model.model.get_image_features(
+            pixel_values=image_inputs["pixel_values"],
+            image_sizes=image_inputs["image_sizes"],
+            vision_feature_layer=model.config.vision_feature_layer,
+            vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+            return_dict=True,
+        )
+        return ImageFeatures(torch.cat(list(output.pooler_output)))
 
 
 class TextOnly(OneAxis):
@@ -234,10 +280,10 @@ class TextOnly(OneAxis):
         """See ``Family``: there are no images."""
         return -1
 
-    def num_image_tokens(self, config: Any, image_inputs: dict[str, Tensor]) -> int:
+    def num_image_tokens(self, model: Any, image_inputs: dict[str, Tensor]) -> int:
         """See ``Family``."""
         if image_inputs:
-            raise ValueError(f"model_type {config.model_type!r} takes no images, got {sorted(image_inputs)}")
+            raise ValueError(f"model_type {model.config.model_type!r} takes no images, got {sorted(image_inputs)}")
         return 0
 
     def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
@@ -265,8 +311,39 @@ class Unknown(OneAxis):
                 return int(getattr(config, name))
         return -1
 
-    def num_image_tokens(self, config: Any, image_inputs: dict[str, Tensor]) -> None:
+    def num_image_tokens(self, model: Any, image_inputs: dict[str, Tensor]) -> None:
         """See ``Family``: not known; the model itself checks."""
+
+    def whole_inputs(self, model: Any, prompt_ids: Tensor, inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+        """What a row (1, length) of a prompt (P,) and a completion takes beside ids and mask: the images as they are, and what
+        belongs to each token as the model's own ``generate`` goes on with it.
+
+        Raises:
+            ValueError: The prompt has images, and lacks a value for each token that the model reads with them; or the model
+                does not say how one goes on.
+        """
+        per_token = {key: value for key, value in inputs.items() if is_per_token(key, value, len(prompt_ids))}
+        images = {key: value for key, value in inputs.items() if key not in per_token}
+        parameters = inspect.signature(model.model.forward).parameters
+        if "mm_token_type_ids" in parameters and "mm_token_type_ids" not in per_token:
+            per_token["mm_token_type_ids"] = (prompt_ids == self.image_token_id(model.config)).int()[None]
+        if "token_type_ids" in parameters and "token_type_ids" not in per_token:
+            per_token["token_type_ids"] = torch.zeros(1, len(prompt_ids), dtype=torch.long)
+            if images:
+                raise ValueError(
+                    f"model_type {model.config.model_type!r} tells tokens of images by token_type_ids: take all of "
+                    "image_inputs from policy.prepare, or put the processor's token_type_ids there"
+                )
+        one_more = model._update_model_kwargs_for_generation({}, dict(per_token))
+        for key, value in per_token.items():
+            grown = one_more[key]
+            if grown.shape[-1] != value.shape[-1] + 1:
+                raise ValueError(
+                    f"model_type {model.config.model_type!r} takes {key} for each token, and how that goes on over a "
+                    "completion is not known"
+                )
+            per_token[key] = torch.cat([value, grown[:, -1:].expand(-1, length - value.shape[-1])], 1)
+        return images | per_token
 
     def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
         """See ``Family``: the model takes images by itself."""
@@ -295,7 +372,9 @@ class Unknown(OneAxis):
         return found
 
 
-_FAMILIES: tuple[Family, ...] = (QwenVL(), Qwen3VL(), Llava(), TextOnly())
+_FAMILIES: tuple[Family, ...] = (QwenVL(), Qwen3VL(), Llava(), LlavaNext(), TextOnly())
+_FIXED_SIZE_TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""What the LLaVA classes were written for; others, such as Pixtral's, take images of any size."""
 
 
 def family_of(config: Any) -> Family:
@@ -308,12 +387,13 @@ def family_of(config: Any) -> Family:
         UnsupportedFamilyError: It is no such model; names the ``model_type`` and those that are supported.
     """
     for family in _FAMILIES:
-        if config.model_type in family.model_types:
+        if config.model_type in family.model_types and not _has_other_tower(config, family):
             return family
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     supported = ", ".join(name for family in _FAMILIES for name in family.model_types)
     if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        _refuse_other_decoders(config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config.model_type])
         logger.warning(
             "model_type %r is not one of %s: each completion runs with its own copy of prompt and images",
             config.model_type,
@@ -324,3 +404,37 @@ def family_of(config: Any) -> Family:
         f"model_type {config.model_type!r} is not supported; supported are {supported}, and, more slowly, the "
         "image-text-to-text models of transformers. A family is one class in balcaprl/policy/families.py"
     )
+
+
+def _has_other_tower(config: Any, family: Family) -> bool:
+    return isinstance(family, Llava) and config.vision_config.model_type not in _FIXED_SIZE_TOWERS
+
+
+_DECODER_INPUTS = ("decoder_input_ids", "encoder_outputs")
+_CROSS_ATTENTION = (
+    "cross_attention_mask",
+    "cross_attention_states",
+    "image_attention_mask",
+    "image_encoder_embeddings",
+)
+
+
+def _refuse_other_decoders(config: Any, class_name: Any) -> None:
+    """Raise UnsupportedFamilyError for a model whose prompt and completion are not one sequence of one decoder."""
+    import transformers
+
+    names = class_name if isinstance(class_name, (list, tuple)) else [class_name]
+    inputs: Iterable[str] = inspect.signature(getattr(transformers, names[0]).forward).parameters
+    told = f"model_type {config.model_type!r} is not supported: "
+    parts = [config, *(getattr(config, name, None) for name in ("text_config", "decoder"))]
+    if any(getattr(part, "is_encoder_decoder", False) for part in parts) or any(x in inputs for x in _DECODER_INPUTS):
+        raise UnsupportedFamilyError(
+            told
+            + "its prompt goes through an encoder and its completion through a decoder (encoder-decoder), and a policy here is "
+            "one decoder that reads both as one sequence"
+        )
+    if any(x in inputs for x in _CROSS_ATTENTION):
+        raise UnsupportedFamilyError(
+            told
+            + "its text layers look at the image by cross-attention, and a policy here reads image tokens in its prompt"
+        )

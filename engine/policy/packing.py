@@ -13,11 +13,12 @@ split of groups never change a result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from balcaprl.kernels import SharedPrefixLayout
@@ -33,9 +34,18 @@ class Group:
     completions: Sequence[Tensor]
     """LongTensors, one per rollout; may be empty."""
     image_inputs: dict[str, Tensor]
-    """The processor's image tensors for this prompt; empty where it has no image."""
+    """The processor's image tensors for this prompt; empty where it has no image. What a model that is not known takes for each
+    token beside its id (``token_type_ids``, (1, P)) is among them."""
     name: str = ""
     """Names the sample in errors."""
+
+
+class RowBlock(NamedTuple):
+    """Rows of one group, for a model that runs whole: groups whose images have other shapes never meet in one call."""
+
+    num_rows: int
+    inputs: dict[str, Tensor]
+    """Beside tokens and mask: the images, once per row, and what belongs to each token, (num_rows, L)."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,8 @@ class PackedBatch:
     """Shared layout only: where prompts and completions begin."""
     read: ReadTokens | None = None
     """Shared layout only: the tokens of ``predict_index``, each once."""
+    blocks: tuple[RowBlock, ...] = ()
+    """Of a model that runs whole: its calls, whose rows are those of ``tokens`` in order; ``image_inputs`` is empty then."""
     tower_cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What a frozen image tower made of ``image_inputs``, for the next use of this batch."""
 
@@ -197,7 +209,7 @@ def pack_rows(
     pad_token_id: int,
     device: torch.device,
     *,
-    repeat_images: bool = False,
+    extend: Callable[[Group, int], dict[str, Tensor]] | None = None,
 ) -> PackedBatch:
     """Lay checked groups out as rows, the prompt repeated for each completion.
 
@@ -207,7 +219,7 @@ def pack_rows(
         image_token_id: Placeholder id; only those in prompts count.
         pad_token_id: Fills the rows.
         device: Of the result.
-        repeat_images: Let ``image_inputs`` hold a group's images once per row, for models that run whole.
+        extend: For models that run whole: all inputs of a group for a row of so many tokens, beside its ids and mask.
     """
     rows = [(g, c.cpu()) for g, group in enumerate(groups) for c in group.completions if len(c)]
     width = max((len(groups[g].prompt_ids) + len(c) for g, c in rows), default=0)
@@ -229,7 +241,11 @@ def pack_rows(
         placeholders = (prompt_ids == image_token_id).nonzero()[:, 0].cpu()
         image.append(row * width + placeholders)
         feature.append(first_feature[g] + torch.arange(len(placeholders)))
-    owners = [g for g, _ in rows] if repeat_images else live
+    blocks = []
+    for g in live if extend is not None else ():
+        count = sum(owner == g for owner, _ in rows)
+        inputs = {key: value.to(device) for key, value in extend(groups[g], width).items()}  # type: ignore[misc]
+        blocks.append(RowBlock(count, {key: torch.cat([value] * count) for key, value in inputs.items()}))
     return PackedBatch(
         **_completion_fields(groups, device),
         tokens=tokens.to(device),
@@ -238,14 +254,35 @@ def pack_rows(
         predict_index=_cat(predict).to(device),
         image_index=_cat(image).to(device),
         feature_index=_cat(feature).to(device),
-        image_inputs=merge_image_inputs([groups[g].image_inputs for g in owners], device),
+        image_inputs={} if blocks else merge_image_inputs([groups[g].image_inputs for g in live], device),
+        blocks=tuple(blocks),
     )
 
 
 def merge_image_inputs(inputs: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-    """Image tensors of several prompts, one after the other along the first axis."""
+    """Image tensors of several prompts, one after the other along the first axis.
+
+    Images that differ along others, as in their number of tiles, are filled up with zeros: the model reads what
+    ``image_sizes`` tell.
+    """
     keys = {key for each in inputs for key in each}
-    return {key: torch.cat([each[key].to(device) for each in inputs if key in each]) for key in sorted(keys)}
+    return {key: _cat_padded([each[key].to(device) for each in inputs if key in each]) for key in sorted(keys)}
+
+
+def _cat_padded(tensors: Sequence[Tensor]) -> Tensor:
+    shapes = [tensor.shape[1:] for tensor in tensors]
+    if len(set(shapes)) == 1:
+        return torch.cat(list(tensors))
+    largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    room = [[(0, size - have) for size, have in zip(largest, shape, strict=True)] for shape in shapes]
+    padded = [F.pad(x, [n for pair in reversed(each) for n in pair]) for x, each in zip(tensors, room, strict=True)]
+    return torch.cat(padded)
+
+
+def is_per_token(name: str, value: Tensor, prompt_length: int) -> bool:
+    """Whether a processor's tensor says something of each token of a prompt, and not of its images."""
+    fits = value.shape == (1, prompt_length) and not value.is_floating_point()
+    return name.endswith("token_type_ids") or (fits and not name.startswith(("image_", "pixel_", "num_", "target_")))
 
 
 def _completion_fields(groups: Sequence[Group], device: torch.device) -> dict[str, Any]:

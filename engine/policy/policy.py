@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from balcaprl.kernels import linear_logprobs
+from balcaprl.policy.agreement import check_agreement
 from balcaprl.policy.attention import (
     SHARED_PREFIX,
     checkpointing,
@@ -22,10 +21,20 @@ from balcaprl.policy.attention import (
     sharing_obstacle,
     using_attention,
 )
-from balcaprl.policy.families import Family, ImageFeatures, family_of
+from balcaprl.policy.families import Family, ImageFeatures, Unknown, family_of
+from balcaprl.policy.head import Head, LogitRule, head_module, known_ids
 from balcaprl.policy.last_layer import reading_only
 from balcaprl.policy.layers import fuse_layers, unfuse_layers
-from balcaprl.policy.packing import Group, PackedBatch, check_group, check_same_dtypes, label, pack_rows, pack_shared
+from balcaprl.policy.packing import (
+    Group,
+    PackedBatch,
+    check_group,
+    check_same_dtypes,
+    is_per_token,
+    label,
+    pack_rows,
+    pack_shared,
+)
 from balcaprl.policy.parts import saved_tokens
 from balcaprl.policy.record_text import RecordText
 from balcaprl.policy.tower import frozen_tower_features, is_frozen
@@ -34,7 +43,7 @@ from balcaprl.types import Prompt, PromptError, Sample
 
 logger = logging.getLogger(__name__)
 
-_NOT_IMAGE_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_NOT_IMAGE_INPUTS = ("input_ids", "attention_mask", "labels")
 Sharing = Literal["auto", "shared", "repeated"]
 """Whether a group's prompt goes through the model once (``shared``) or once per completion (``repeated``)."""
 MIN_SAVING = 1.3
@@ -56,7 +65,9 @@ class Policy:
         self.processor = processor
         self.family = family
         self.autocast_dtype: torch.dtype | None = None
+        self.logit_rule = LogitRule()
         self._obstacle: str | None = None
+        self._ids: tuple[Any, tuple[int, tuple[int, ...]]] = (None, (0, ()))
         register()
 
     @classmethod
@@ -81,7 +92,8 @@ class Policy:
             fused_layers: See ``layers.py``.
 
         Raises:
-            UnsupportedFamilyError: For a family that ``families.py`` does not know.
+            UnsupportedFamilyError: For a family that ``families.py`` does not know, or that is no single decoder.
+            PolicyMismatchError: See ``from_model``.
             ValueError: For a dtype that torch does not have.
         """
         ensure_importable()
@@ -102,7 +114,9 @@ class Policy:
         """Wrap a stock model that is already in memory; it is used, not copied. See ``from_pretrained``.
 
         Raises:
-            UnsupportedFamilyError: For a family that ``families.py`` does not know.
+            UnsupportedFamilyError: For a family that ``families.py`` does not know, or that is no single decoder.
+            PolicyMismatchError: What is computed here is not what the model itself computes, or its chat template does not
+                show it the image; says how, and what causes it.
         """
         policy = cls(model, processor, family_of(model.config))
         if freeze_vision:
@@ -110,6 +124,7 @@ class Policy:
                 module.requires_grad_(False)
         if fused_layers:
             fuse_layers(policy.stock_model)
+        check_agreement(policy)
         return policy
 
     @property
@@ -139,8 +154,18 @@ class Policy:
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """The head (V, D); the embedding itself where the two are tied."""
+        """The head's own rows (V, D), without adapters; the embedding itself where the two are tied. ``head`` computes."""
         return self.model.get_output_embeddings().weight
+
+    @property
+    def head(self) -> Head:
+        """What makes log-probabilities of hidden states, over all rows, as the model itself does."""
+        return Head(head_module(self.model), self.logit_rule, self.lm_head_weight.shape[0])
+
+    @property
+    def sampled_head(self) -> Head:
+        """``head`` without the rows that are no tokens: what is sampled from, and trained."""
+        return Head(head_module(self.model), self.logit_rule, self.num_tokens)
 
     @property
     def num_parameters(self) -> int:
@@ -149,20 +174,41 @@ class Policy:
 
     @property
     def image_token_ids(self) -> tuple[int, ...]:
-        """Ids that samplers must ban: image, video, and the marks around them."""
+        """Ids that would ask for images that are not there: image, video, and the marks around them."""
         return self.family.banned_token_ids(self.model.config)
 
     @property
+    def num_tokens(self) -> int:
+        """Ids from here on are no tokens: rows that only pad the head, and are never sampled."""
+        return min(self._known_ids[0], self.lm_head_weight.shape[0])
+
+    @property
+    def banned_token_ids(self) -> tuple[int, ...]:
+        """All ids that samplers must ban: ``image_token_ids``, and those that are no tokens."""
+        padding = range(self.num_tokens, self.lm_head_weight.shape[0])
+        return tuple(sorted({*self.image_token_ids, *self._known_ids[1], *padding}))
+
+    @property
+    def _known_ids(self) -> tuple[int, tuple[int, ...]]:
+        tokenizer = self.tokenizer
+        if self._ids[0] is not tokenizer:  # looking through a vocabulary takes a moment
+            self._ids = tokenizer, known_ids(tokenizer)
+        return self._ids[1]
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a completion: those of the generation config, else of the text model, else the tokenizer's."""
+        """Ids that end a completion: those of the generation config, else of the text model, else the tokenizer's.
+
+        All samplers stop at these, and at no other.
+        """
         candidates = (
             self.model.generation_config.eos_token_id,
             self.model.config.get_text_config().eos_token_id,
             self.tokenizer.eos_token_id,
         )
         for ids in candidates:
-            if ids is not None:
-                return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+            if ids is not None and ids != []:
+                return tuple(map(int, ids)) if isinstance(ids, (list, tuple)) else (int(ids),)
         raise ValueError("the checkpoint names no end-of-sequence id: set eos_token_id in generation_config.json")
 
     @property
@@ -191,15 +237,31 @@ class Policy:
         if token is not None:
             raise PromptError(f"its instruction holds the control token {token!r}")
         image = sample.load_image()
-        content = [{"type": "image"}, {"type": "text", "text": sample.instruction}]
+        text, inputs = self.process(image, sample.instruction)
+        prompt_ids = inputs["input_ids"][0]
+        return Prompt(sample, prompt_ids, self.image_inputs(prompt_ids, inputs), image, text)
+
+    def process(self, image: Any, instruction: str) -> tuple[str, Mapping[str, Any]]:
+        """The chat-templated text, and all that the processor makes of it and the image, ids included."""
+        content = [{"type": "image"}, {"type": "text", "text": instruction}]
         messages = [{"role": "user", "content": content}]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         # Some templates begin with the start token themselves; the tokenizer must not add it again.
         bos = self.tokenizer.bos_token
         add_special_tokens = not (bos and text.startswith(bos))
-        inputs = self.processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=add_special_tokens)
-        image_inputs = {key: value for key, value in inputs.items() if key not in _NOT_IMAGE_INPUTS}
-        return Prompt(sample, inputs["input_ids"][0], image_inputs, image, text)
+        return text, self.processor(
+            text=[text], images=[image], return_tensors="pt", add_special_tokens=add_special_tokens
+        )
+
+    def image_inputs(self, prompt_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What a prompt (P,) keeps of the processor's output beside its ids.
+
+        What a family that is known says of each token, its class makes itself; another's goes on with the images.
+        """
+        kept = {key: value for key, value in inputs.items() if key not in _NOT_IMAGE_INPUTS}
+        if not self.family.is_known:
+            return kept
+        return {key: value for key, value in kept.items() if not is_per_token(key, value, len(prompt_ids))}
 
     def pack(self, groups: Sequence[Group], sharing: Sharing = "auto") -> PackedBatch:
         """Lay groups out for the forward pass, on the policy's device.
@@ -224,8 +286,12 @@ class Policy:
         positions = [self.prompt_positions(group.prompt_ids, group.image_inputs) for group in groups]
         if shares:
             return pack_shared(groups, positions, image_token_id, self.device)
-        whole = not family.is_known
-        return pack_rows(groups, positions, image_token_id, self.pad_token_id, self.device, repeat_images=whole)
+        extend = self._whole_inputs if isinstance(family, Unknown) else None
+        return pack_rows(groups, positions, image_token_id, self.pad_token_id, self.device, extend=extend)
+
+    def _whole_inputs(self, group: Group, length: int) -> dict[str, Tensor]:
+        assert isinstance(self.family, Unknown)
+        return self.family.whole_inputs(self.stock_model, group.prompt_ids, group.image_inputs, length)
 
     def shares_prompts(self, prompts: Sequence[int], completions: Sequence[Sequence[int]], sharing: Sharing) -> bool:
         """Whether groups of such lengths are packed with each prompt once.
@@ -263,7 +329,7 @@ class Policy:
 
     def _num_image_tokens(self, index: int, group: Group) -> int | None:
         try:
-            return self.family.num_image_tokens(self.model.config, group.image_inputs)
+            return self.family.num_image_tokens(self.stock_model, group.image_inputs)
         except ValueError as error:
             raise ValueError(f"{label(index, group)}.image_inputs: {error}") from None
 
@@ -329,35 +395,37 @@ class Policy:
 
     def _whole_forward(self, packed: PackedBatch) -> Tensor:
         """(N, L, D) of a model whose parts are not known, with the images of each row."""
-        model = self.stock_model.model
-        inputs = dict(packed.image_inputs)
-        if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
-            inputs["mm_token_type_ids"] = (packed.tokens == self.family.image_token_id(self.model.config)).int()
-        output = model(input_ids=packed.tokens, attention_mask=packed.attention_mask, use_cache=False, **inputs)
-        return output.last_hidden_state
+        assert packed.attention_mask is not None  # the layout is the repeated one
+        model, parts, begin = self.stock_model.model, [], 0
+        for block in packed.blocks:
+            rows = slice(begin, begin + block.num_rows)
+            tokens, mask = packed.tokens[rows], packed.attention_mask[rows]
+            output = model(input_ids=tokens, attention_mask=mask, use_cache=False, **block.inputs)
+            parts.append(output.last_hidden_state)
+            begin = rows.stop
+        return torch.cat(parts)
 
-    def logprobs(self, packed: PackedBatch, temperature: float = 1.0, *, exclude_banned: bool = False) -> Tensor:
+    def logprobs(
+        self,
+        packed: PackedBatch,
+        temperature: float = 1.0,
+        *,
+        exclude_banned: bool = False,
+        exclude_padding: bool = False,
+    ) -> Tensor:
         """Log-probabilities (T,) of the completion tokens; differentiable.
 
         Args:
             packed: From ``pack``.
             temperature: Divides the logits.
-            exclude_banned: Of the distribution that samplers draw from, from which ``image_token_ids`` are removed. The
+            exclude_banned: Of the distribution that samplers draw from, from which ``banned_token_ids`` are removed. The
                 difference is -log(1 - their probability): nothing for a trained captioner, not for random weights.
+            exclude_padding: Without the ids that are no tokens alone, which costs nothing: as an update computes them.
         """
-        hidden, weight = self.hidden_states(packed), self.lm_head_weight
+        hidden, banned = self.hidden_states(packed), self.banned_token_ids if exclude_banned else ()
+        head = self.sampled_head if exclude_padding else self.head
         with self.autocast():
-            logprobs = linear_logprobs(hidden, weight, packed.targets, temperature=temperature).logprobs
-        if not exclude_banned:
-            return logprobs
-        return logprobs - torch.log1p(-self._banned_mass(hidden, packed.targets, logprobs, temperature))
-
-    def _banned_mass(self, hidden: Tensor, targets: Tensor, logprobs: Tensor, temperature: float) -> Tensor:
-        """Probability (T,) of all banned ids together; the softmax's normaliser follows from the targets' own."""
-        weight = self.lm_head_weight
-        banned = hidden @ weight[list(self.image_token_ids)].T / temperature
-        log_normalizer = (hidden * weight[targets]).sum(-1) / temperature - logprobs
-        return (banned - log_normalizer[:, None]).exp().sum(-1)
+            return head.logprobs(hidden, packed.targets, temperature, banned)
 
     # ------------------------------------------------------------------------------------------------ how it computes
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from balcaprl.policy.head import adapter_delta, is_more_than_a_matrix
 from balcaprl.rollout.weights import Part, StaleWeightsError, WeightPlan, copy_all
 
 _ADAPTER_PARTS = re.compile(r"\.lora_\w+\.|\.lora_embedding_[AB]\.|\.original_module\.")
@@ -35,17 +36,15 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if not (hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")):
             continue
-        if len(getattr(module, "lora_magnitude_vector", ())) or any(getattr(module, "lora_bias", {}).values()):
+        if is_more_than_a_matrix(module):
             raise ValueError(f"model: the adapter of {name} is more than an added matrix (DoRA, bias); use plain LoRA")
         yield name, module
 
 
 def delta_of(module: Any) -> Tensor | None:
     """What the active adapters add to a layer's weight; None for nothing."""
-    if module.disable_adapters or module.merged:
-        return None
-    deltas = [module.get_delta_weight(adapter) for adapter in module.active_adapters if adapter in module.lora_A]
-    return sum(deltas[1:], deltas[0]).detach() if deltas else None
+    delta = adapter_delta(module)
+    return None if delta is None else delta.detach()
 
 
 def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -57,6 +56,14 @@ def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
         if name is not None
     }
+
+
+def has_split_head(model: nn.Module) -> bool:
+    """Whether head and embedding are tied in the stock model, and an adapter on one of them parts the two."""
+    config: Any = model.config
+    tied = config.tie_word_embeddings or config.get_text_config().tie_word_embeddings
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    return bool(tied) and any(hasattr(end, "base_layer") or hasattr(end, "modules_to_save") for end in ends)
 
 
 class AdapterMerge:

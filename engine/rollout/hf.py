@@ -126,13 +126,13 @@ class _TokenPicker:
     """From hidden states (R, D) to sampled ids (R,) and their log-probabilities (R,)."""
 
     def __init__(self, policy: Policy, temperature: float, seed: int | None) -> None:
-        self._head = policy.lm_head_weight
-        self._banned = list(policy.image_token_ids)
+        self._head = policy.sampled_head
+        self._banned = [token for token in policy.banned_token_ids if token < self._head.num_tokens]
         self._temperature = temperature
-        self._generator = None if seed is None else torch.Generator(self._head.device).manual_seed(seed)
+        self._generator = None if seed is None else torch.Generator(policy.device).manual_seed(seed)
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        logits = hidden @ self._head.T
+        logits = self._head.logits(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self._temperature
         logits[:, self._banned] = -torch.inf
         logprobs = logits.log_softmax(-1)

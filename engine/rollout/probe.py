@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from balcaprl.policy import Group, Policy
+from balcaprl.rollout.sampler import instead_of_vllm
 from balcaprl.rollout.weights import StaleWeightsError
 from balcaprl.types import Prompt
 
@@ -18,6 +19,8 @@ _ROUNDING = 2e-3
 """Largest difference of log-probabilities that float32 explains, in nats; measured: 1e-6 to 1e-4."""
 _ROUNDING_HALF = 0.3
 """The same where either side computes in half precision."""
+_NO_ROUNDING = 1.0
+"""What no precision explains, not even that of a quantised server: greedy tokens are likely ones."""
 
 
 class Probe:
@@ -56,7 +59,7 @@ class Probe:
         """Learn how far both sides are apart on the very same weights.
 
         Raises:
-            RuntimeError: so far that they cannot be the same model, in float32.
+            RuntimeError: so far that they cannot be the same model.
         """
         self.passed = False
         exact = self._same_precision and self._policy.dtype == torch.float32 and self._policy.autocast_dtype is None
@@ -64,9 +67,10 @@ class Probe:
         difference = self.difference()
         if not difference <= self._tolerance:
             told = f"the sampler's log-probabilities differ from the policy's by {difference:.3g} on the same weights"
-            if exact:
+            if exact or not difference <= _NO_ROUNDING:
                 raise RuntimeError(
-                    f"{told}: this version of vLLM computes another model, or sees other images. Set rollout.sampler to hf"
+                    f"{told}: this version of vLLM computes another model, or sees other images; "
+                    f"{instead_of_vllm(self._policy)}"
                 )
             logger.warning("%s: is it the same model?", told)
             self._tolerance = 3 * difference
@@ -92,6 +96,7 @@ def sampler_logprobs(policy: Policy, group: Group) -> torch.Tensor:
     """Log-probabilities (T,) of a few tokens with the banned ids removed, exact even where the policy prefers those."""
     packed = policy.pack([group])
     with policy.autocast():
-        logits = (policy.hidden_states(packed) @ policy.lm_head_weight.T).float()
-    logits[:, list(policy.image_token_ids)] = -torch.inf
+        head = policy.sampled_head
+        logits = head.logits(policy.hidden_states(packed)).float()
+    logits[:, [token for token in policy.banned_token_ids if token < head.num_tokens]] = -torch.inf
     return logits.log_softmax(-1).gather(1, packed.targets[:, None])[:, 0].cpu()

@@ -58,8 +58,9 @@ class Sampler(Protocol):
     ) -> Iterator[Draw]:
         """Sample ``group_size`` completions of each prompt.
 
-        The ids in ``policy.image_token_ids`` are never sampled. ``sampling_logprobs`` are those of the distribution
-        that was sampled from: after the temperature, with the banned ids removed.
+        The ids in ``policy.banned_token_ids`` are never sampled. Those in ``policy.eos_token_ids``, and the stop texts, end a
+        completion, and nothing else does. ``sampling_logprobs`` are those of the distribution that was sampled from:
+        after the temperature, with the banned ids removed.
 
         Args:
             prompts: From ``policy.prepare``.
@@ -177,11 +178,20 @@ def prompt_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
-def check_prompt(prompt: Prompt, used: Sequence[int]) -> None:
+def instead_of_vllm(policy: Policy) -> str:
+    """What to do where vLLM cannot sample from a policy, as the end of a message."""
+    if policy.family.is_known:
+        return (
+            "set rollout.sampler to hf, which samples from the policy itself, as it was compared with its model at load"
+        )
+    return f"model_type {policy.model.config.model_type!r} can be sampled by no other sampler; train another model"
+
+
+def check_prompt(policy: Policy, prompt: Prompt, used: Sequence[int]) -> None:
     """Raise RuntimeError where a sampler expanded a prompt otherwise than the policy's processor did."""
     if list(used) != prompt.prompt_ids.tolist():
         raise RuntimeError(
             f"sample {prompt.sample.sample_id}: vLLM sampled after a prompt of {len(used)} tokens, the policy prepared "
-            f"one of {len(prompt.prompt_ids)}, or of other ids: this version of vLLM changes prompts; set "
-            "rollout.sampler to hf"
+            f"one of {len(prompt.prompt_ids)}, or of other ids: this version of vLLM changes prompts; "
+            f"{instead_of_vllm(policy)}"
         )

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from balcaprl.config import SamplingConfig
 from balcaprl.policy import Policy
-from balcaprl.rollout.adapters import merged_tensors
+from balcaprl.rollout.adapters import has_split_head, merged_tensors
 from balcaprl.rollout.images import collapsed
 from balcaprl.rollout.probe import NUM_PROBE_TOKENS, Probe
 from balcaprl.rollout.sampler import Draw, check_prompt, check_request, gather, make_rollouts, prompt_seed
@@ -76,6 +76,11 @@ class ServerRollout:
             timeout_s: Longest wait for one answer.
             max_concurrency: Prompts that are under way at once.
         """
+        if has_split_head(policy.stock_model):
+            raise ValueError(
+                "policy: an adapter parts its head from the embedding that it is tied to, and the server's checkpoint ties "
+                "them: leave head and embedding out of the adapter's target_modules, or sample with vllm or hf"
+            )
         parsed = urllib.parse.urlsplit(url)
         if parsed.scheme not in ("http", "https") or not parsed.hostname or parsed.username or parsed.query:
             raise ValueError("url: expected http://host:port, without user, password or query")
@@ -171,14 +176,15 @@ class ServerRollout:
         return num_tensors, num_bytes
 
     def _write_weights(self, folder: Path) -> tuple[int, int]:
-        rename = self._policy.family.published_name
+        family, config = self._policy.family, self._policy.model.config
         tensors, seen = {}, set()
         for name, tensor in merged_tensors(self._policy.stock_model).items():
             # A tied head is written twice, although checkpoints do not: where vLLM has repacked it, it packs it anew only
             # if it is among the tensors that it reloads.
             tied = tensor.data_ptr() in seen
             seen.add(tensor.data_ptr())
-            tensors[rename(name)] = tensor.cpu().contiguous().clone() if tied else tensor.cpu().contiguous()
+            own = tensor.cpu().contiguous()
+            tensors[family.published_name(config, name)] = own.clone() if tied else own
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return len(tensors), sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -192,9 +198,9 @@ class ServerRollout:
         self, prompt: Prompt, num_completions: int, sampling: SamplingConfig, seed: int | None
     ) -> tuple[list[list[int]], list[list[float]]]:
         answer = self._post("/inference/v1/generate", self._request(prompt, num_completions, sampling, seed))
-        check_prompt(prompt, answer.get("prompt_token_ids") or [])
+        check_prompt(self._policy, prompt, answer.get("prompt_token_ids") or [])
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        banned = set(self._policy.image_token_ids)
+        banned = set(self._policy.banned_token_ids)
         ids = [choice["token_ids"] for choice in choices]
         logprobs = [[step["logprob"] for step in choice["logprobs"]["content"]] for choice in choices]
         for choice, sampled in zip(choices, ids, strict=True):
@@ -214,9 +220,10 @@ class ServerRollout:
             "max_tokens": sampling.max_completion_tokens,
             "stop": list(sampling.stop),
             "stop_token_ids": list(self._policy.eos_token_ids),
+            "ignore_eos": True,  # the tokenizer's own end ends nothing, unless it is among the policy's
             "seed": seed,
             "logprobs": 0,
-            "logit_bias": {str(token): _BAN for token in self._policy.image_token_ids},
+            "logit_bias": {str(token): _BAN for token in self._policy.banned_token_ids},
             "detokenize": bool(sampling.stop),
         }
         request: dict[str, Any] = {

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from balcaprl.config import SamplingConfig
 from balcaprl.extras import install_extra
 from balcaprl.policy import Policy
-from balcaprl.rollout.adapters import AdapterMerge, adapted_modules
+from balcaprl.rollout.adapters import AdapterMerge, adapted_modules, has_split_head
 from balcaprl.rollout.memory import kv_cache_budget
 from balcaprl.rollout.probe import NUM_PROBE_TOKENS, Probe
 from balcaprl.rollout.sampler import Draw, check_prompt, check_request, gather, make_rollouts, prompt_seed
@@ -215,14 +215,14 @@ class VLLMRollout:
             self._engine.submit(f"{index}-{position}", requests[index], self._engine.params(sampling, each))
         for done in self._engine.finished():
             index, position = map(int, done.request_id.split("-"))
-            check_prompt(prompts[index], done.prompt_ids)
+            check_prompt(self._policy, prompts[index], done.prompt_ids)
             (rollout,) = make_rollouts(self._policy, [done.token_ids], [done.logprobs], sampling.stop)
             yield Draw(index, position, rollout)
 
     def _check_placeholders(self, prompts: Sequence[Prompt]) -> None:
         config, family = self._policy.model.config, self._policy.family
         for prompt in prompts:
-            expected = family.num_image_tokens(config, prompt.image_inputs)
+            expected = family.num_image_tokens(self._policy.stock_model, prompt.image_inputs)
             found = int((prompt.prompt_ids == family.image_token_id(config)).sum())
             if expected is not None and found != expected:
                 raise ValueError(
@@ -308,16 +308,21 @@ class VLLMRollout:
         engine, wanted = self._engine, self._wanted
         if wanted == "reload":
             return Reload(engine.reload), "as configured"
+        adapts = any(adapted_modules(self._policy.stock_model))
         plan = engine.plan()
         obstacle = why_not_inplace(plan)
+        if has_split_head(self._policy.stock_model):
+            obstacle = "an adapter parts the head from the embedding that it is tied to"
         if obstacle is None and not engine.computes_from_plain_weights():
             obstacle = "vLLM computes from repacked weights"
         if obstacle is not None:
             if wanted != "auto":
                 raise ValueError(f"sync: {wanted} cannot be done here, {obstacle}; use auto or reload")
+            if adapts:
+                engine.reload()  # it was loaded without adapters, to see where the weights go
             return Reload(engine.reload), obstacle
         plan.check_values()
-        if any(adapted_modules(self._policy.stock_model)):
+        if adapts:
             if wanted != "auto":
                 raise ValueError(f"sync: {wanted} cannot be done with adapters; use auto or reload")
             strategy = AdapterMerge(plan, self._policy.stock_model, share_trained=not self._independent)

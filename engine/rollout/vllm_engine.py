@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from balcaprl.config import SamplingConfig
 from balcaprl.kernels.products import gapless
 from balcaprl.policy import Policy
-from balcaprl.rollout.adapters import merged_tensors, served_name
+from balcaprl.rollout.adapters import has_split_head, merged_tensors, served_name
 from balcaprl.rollout.images import collapsed, image_spans, inputs_hash
+from balcaprl.rollout.sampler import instead_of_vllm
 from balcaprl.rollout.vllm_cpu_ops import use_norms, use_rotation
 from balcaprl.rollout.weights import CopyRecorder, StaleWeightsError, WeightPlan, make_plan
 from balcaprl.torchvision_compat import ensure_importable
@@ -155,6 +156,7 @@ class VLLMEngine:
             temperature=0.0 if seed is None else sampling.temperature,
             max_tokens=sampling.max_completion_tokens,
             stop_token_ids=list(self._policy.eos_token_ids),
+            ignore_eos=True,  # the tokenizer's own end ends nothing, unless it is among the policy's
             stop=list(sampling.stop) or None,
             seed=seed,
             logprobs=0,
@@ -237,6 +239,9 @@ class VLLMEngine:
         """All that vLLM reads from a checkpoint folder but the weights, which it gets from memory."""
         config = copy.deepcopy(self._policy.model.config)
         config.architectures = [self._architecture]
+        if has_split_head(self._policy.stock_model):
+            for part in (config, config.get_text_config()):
+                part.tie_word_embeddings = False
         config.save_pretrained(folder)
         self._policy.processor.save_pretrained(folder)
 
@@ -253,7 +258,7 @@ class VLLMEngine:
             warnings.simplefilter("ignore", FutureWarning)
             from vllm import LLM, EngineArgs
 
-            _inspect_in_process(self._architecture)
+            _inspect_in_process(self._architecture, instead_of_vllm(self._policy))
             # Images come normalised by the policy's processor; newer versions would do that (again) in the model.
             tensors = (_base_tensors if self._plain_weights else _named_tensors)(self._policy)
             known = {field.name for field in fields(EngineArgs)}
@@ -273,7 +278,7 @@ class VLLMEngine:
                     max_model_len=self.limits.max_model_len,
                     max_num_seqs=self.limits.max_num_seqs,
                     max_num_batched_tokens=max(4096, self.limits.max_model_len),
-                    logits_processors=[_ban(self._policy.image_token_ids)],
+                    logits_processors=[_ban(self._policy.banned_token_ids)],
                     logprobs_mode="processed_logprobs",
                     # Sampling defaults of a published checkpoint, such as a repetition penalty, are not the policy's.
                     generation_config="vllm",
@@ -289,14 +294,14 @@ class VLLMEngine:
 def _named_tensors(policy: Policy) -> dict[str, Tensor]:
     """Every tensor of the policy by the name under which vLLM loads it, adapters merged in."""
     rename = policy.family.published_name
-    return {rename(name): tensor for name, tensor in merged_tensors(policy.stock_model).items()}
+    return {rename(policy.model.config, name): tensor for name, tensor in merged_tensors(policy.stock_model).items()}
 
 
 def _base_tensors(policy: Policy) -> dict[str, Tensor]:
     """The same without adapters: views of the trainer's own parameters, so that the recorder knows them."""
     rename = policy.family.published_name
     named = {served_name(name): tensor.detach() for name, tensor in policy.stock_model.state_dict().items()}
-    return {rename(name): tensor for name, tensor in named.items() if name is not None}
+    return {rename(policy.model.config, name): tensor for name, tensor in named.items() if name is not None}
 
 
 def _to_finished(output: Any) -> Finished:
@@ -417,12 +422,12 @@ def _use_cpu_kernels(known_arguments: Container[str]) -> dict[str, Any]:
     return {"ir_op_priority": use_norms(ir.ops)}
 
 
-def _inspect_in_process(architecture: str) -> None:
+def _inspect_in_process(architecture: str, instead: str) -> None:
     """Hand vLLM the model class itself: it would start a whole Python process just to look at it."""
     from vllm.model_executor.models.registry import ModelRegistry
 
     if architecture not in ModelRegistry.models:
-        raise RuntimeError(f"this vLLM does not know the architecture {architecture}: set rollout.sampler to hf")
+        raise RuntimeError(f"this vLLM does not know the architecture {architecture}: {instead}")
     registered = ModelRegistry.models[architecture]
     if hasattr(registered, "load_model_cls"):
         ModelRegistry.register_model(architecture, registered.load_model_cls())

@@ -216,11 +216,12 @@ def test_adapters_equal_their_repeated_twin(tiny_model, batches):
 def test_on_policy_ratios_are_exactly_one_and_no_forward_is_repeated(tiny_model, batches, monkeypatch):
     forwards = []
     original = Policy.hidden_states
+    policies = [Policy.from_pretrained(tiny_model, device="cpu") for _ in range(2)]  # which has forwards of its own
     monkeypatch.setattr(Policy, "hidden_states", lambda self, packed: forwards.append(1) or original(self, packed))
-    _, (once,) = train(tiny_model, batches[:1])
+    _, (once,) = train(tiny_model, batches[:1], policy=policies[0])
     assert (once["ratio_mean"], once["ratio_max"]) == (1.0, 1.0)
     assert len(forwards) == 1
-    _, (twice,) = train(tiny_model, batches[:1], epochs_per_batch=2)
+    _, (twice,) = train(tiny_model, batches[:1], policy=policies[1], epochs_per_batch=2)
     assert twice["ratio_max"] > 1.0
     assert len(forwards) == 3
 

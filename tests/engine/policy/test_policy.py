@@ -57,7 +57,7 @@ def no_float32_islands(policy, monkeypatch):
 
 def completions(policy, lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    first, last = 10, policy.lm_head_weight.shape[0]
+    first, last = 10, policy.num_tokens
     return [torch.randint(first, last, (length,), generator=generator) for length in lengths]
 
 
@@ -166,7 +166,7 @@ def test_temperature_and_banned_ids(policy):
     picked = packed.targets[:, None]
     plain = logits.log_softmax(-1).gather(-1, picked)[:, 0]
     torch.testing.assert_close(policy.logprobs(packed, 0.7), plain, rtol=1e-5, atol=1e-5)
-    logits[:, list(policy.image_token_ids)] = -torch.inf
+    logits[:, list(policy.banned_token_ids)] = -torch.inf
     restricted = logits.log_softmax(-1).gather(-1, picked)[:, 0]
     actual = policy.logprobs(packed, 0.7, exclude_banned=True)
     torch.testing.assert_close(actual, restricted, rtol=1e-5, atol=1e-5)

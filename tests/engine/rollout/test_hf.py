@@ -85,7 +85,7 @@ def test_greedy_equals_transformers_generate(policy, prompts):
             attention_mask=torch.ones_like(ids),
             max_new_tokens=10,
             do_sample=False,
-            suppress_tokens=list(policy.image_token_ids),
+            suppress_tokens=list(policy.banned_token_ids),
             **extra,
         )
         assert group.rollouts[0].completion.token_ids == expected[0, ids.shape[1] :].tolist()

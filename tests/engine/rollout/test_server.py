@@ -135,13 +135,13 @@ def test_weights_are_pushed_before_the_first_request_and_at_every_sync(policy, s
     ]  # fmt: skip
     assert not list((tmp_path / "weights").iterdir()), "pushed weights are removed"
     for name, parameter in policy.model.named_parameters():
-        assert torch.equal(stub.weights[policy.family.published_name(name)], parameter)
+        assert torch.equal(stub.weights[policy.family.published_name(policy.model.config, name)], parameter)
     report = sampler.sync(4)
     assert (report.strategy, report.policy_version, sampler.policy_version) == ("server", 4, 4)
     assert report.bytes_copied == pushed_bytes(policy)
     body = stub.log[-1][1]
     assert body["cache_salt"] == "policy-4"
-    assert set(body["sampling_params"]["logit_bias"]) == {str(i) for i in policy.image_token_ids}
+    assert set(body["sampling_params"]["logit_bias"]) == {str(i) for i in policy.banned_token_ids}
     assert sampler.generate(prompts, 1, SAMPLING, seed=1)[0].policy_version == 4
 
 
