@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from balcaprl.config import EndpointConfig, TrainConfig
+from balcaprl.ownership import claim_file, refuse_foreign_file, write_atomically
 
 if TYPE_CHECKING:
     from balcaprl.rewards.audit import AuditReport, Interval
 
+_AUDIT_MARK = {"written_by": "balcaprl judge-audit"}
+"""Stands first in a report, and tells that it may be replaced."""
 ToConfig = Callable[[dict[str, Any]], TrainConfig]
 
 
@@ -97,11 +100,22 @@ def judge_audit(options: Namespace, to_config: ToConfig) -> int:
     plain = options.as_dict()
     scenes, captions, retest, out = (plain.pop(name) for name in ("scenes", "captions", "retest", "out"))
     config = to_config(plain)
-    report = audit_config(config, num_scenes=scenes, captions_per_scene=captions, seed=config.seed, retest=retest)
-    if out is not None:
-        out.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if out is None:
+        print_audit(
+            audit_config(config, num_scenes=scenes, captions_per_scene=captions, seed=config.seed, retest=retest)
+        )
+        return 0
+    with claim_file(out, option="--out"):
+        # Before anything is asked: an audit costs time, and often money.
+        refuse_foreign_file(out, _is_audit, what="report of judge-audit", option="--out")
+        report = audit_config(config, num_scenes=scenes, captions_per_scene=captions, seed=config.seed, retest=retest)
+        write_atomically(out, (json.dumps(_AUDIT_MARK | report.as_dict(), indent=2) + "\n").encode())
     print_audit(report)
     return 0
+
+
+def _is_audit(head: bytes) -> bool:
+    return head.startswith(json.dumps(_AUDIT_MARK, indent=2).encode().removesuffix(b"\n}"))
 
 
 def print_audit(report: AuditReport) -> None:

@@ -166,8 +166,6 @@ class CustomReward(_Section):
     """Weight of its normalised score."""
     mask: bool = False
     """The length mask gates it, as it gates the linguistic reward."""
-    timeout_s: float = Field(300.0, gt=0)
-    """A call of a Python function that takes longer counts as failed; until it comes back, no other one is made (ours)."""
 
 
 class RewardCondition(_Section):
@@ -256,10 +254,10 @@ class ServerConfig(_Section):
     """Share of the images, against the other servers."""
     max_concurrency: int = Field(64, ge=1)
     """Most requests at once; how many are worth it is found out while the run goes."""
-    input_price: float | None = Field(None, ge=0)
-    """Price of a million prompt tokens, in the currency of ``endpoint.budget``, which needs it; 0 where they are free."""
-    output_price: float | None = Field(None, ge=0)
-    """Price of a million completion tokens, likewise."""
+    input_price: float = Field(0.0, ge=0)
+    """Price of a million prompt tokens, in the currency of ``endpoint.budget``."""
+    output_price: float = Field(0.0, ge=0)
+    """Price of a million completion tokens."""
 
     # Not patterns of the fields: whoever checks those repeats what was given, which may be a password or a key.
     @field_validator("url")
@@ -306,11 +304,9 @@ class EndpointConfig(_Section):
     patience_s: float = Field(600.0, gt=0)
     """Without a single valid reply for so long, the run is saved and ends."""
     budget: float | None = Field(None, gt=0)
-    """Most that the run may spend, by the prices of its servers; then it is saved and ends. It is exceeded by what one request
-    takes, at most. Resumes go on counting; each call of ``prepare``, ``recaption`` and ``judge-audit`` counts for itself. What
-    a server does not tell counts as the most that it can be: a token for each byte of text and each 14 x 14 pixels."""
+    """Most that the run may spend, by the prices of its servers; then it is saved and ends."""
     token_budget: int | None = Field(None, ge=1)
-    """Most tokens, of prompts and completions together; kept as ``budget`` is."""
+    """Most tokens, of prompts and completions together."""
     cache: Path | None = Path("~/.cache/balcaprl/judge.db")
     """File of the reply cache, shared by runs and processes; null: none."""
     cache_max_mib: int = Field(4096, ge=1)
@@ -406,6 +402,10 @@ class LoggingConfig(_Section):
     """Write TensorBoard event files."""
     completions: bool = True
     """Keep every completion with its reward breakdown."""
+    completions_part_mib: int = Field(32, ge=1, le=1024)
+    """Size at which ``completions.jsonl`` is compressed into a part of its own, to about a tenth (ours)."""
+    completions_max_mib: int = Field(1024, ge=1)
+    """Bound of all compressed parts of a run together; the oldest completions make room (ours)."""
 
 
 class TrainConfig(_Section):

@@ -1,8 +1,9 @@
 """What a run writes while it goes: metrics, evaluations, captions, and one line of progress.
 
 A run folder holds JSON Lines files, each line an object with a ``step``: ``metrics.jsonl`` (one line a step),
-``evaluations.jsonl`` (one per evaluation and mode), ``completions.jsonl`` (one per rollout) and ``eval_captions.jsonl``
-(the same for held-out images), beside TensorBoard events in ``tensorboard/`` and pictures in ``eval_images/``.
+``evaluations.jsonl`` (one per evaluation and mode), ``completions.jsonl`` (one per rollout; ``rotation.py`` tells of its
+older parts) and ``eval_captions.jsonl`` (the same for held-out images), beside TensorBoard events in ``tensorboard/`` and
+pictures in ``eval_images/``. Events and pictures carry a mark of ours, and only those that do are ever removed.
 
 Two runs of one seed on one machine write the same lines, but for the keys that :func:`is_reproducible` excludes.
 """
@@ -10,11 +11,10 @@ Two runs of one seed on one machine write the same lines, but for the keys that 
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import logging
 import math
 import os
-import shutil
 import threading
 import time
 import urllib.parse
@@ -27,7 +27,14 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from balcaprl import rotation
 from balcaprl.extras import pip_install
+from balcaprl.jsonl import encode_line as encode_line  # these three are part of this module's interface
+from balcaprl.jsonl import plain
+from balcaprl.jsonl import read_jsonl as read_jsonl
+from balcaprl.jsonl import truncate_jsonl as truncate_jsonl
+from balcaprl.ownership import Claim, claim_folder, write_atomically
+from balcaprl.rotation import COMPLETIONS
 from balcaprl.types import Rollout, RolloutGroup
 
 if TYPE_CHECKING:
@@ -37,11 +44,14 @@ logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
-COMPLETIONS = "completions.jsonl"
 EVAL_CAPTIONS = "eval_captions.jsonl"
 EVAL_IMAGES = "eval_images"
 TENSORBOARD = "tensorboard"
 LOG_FILES = (METRICS, EVALUATIONS, COMPLETIONS, EVAL_CAPTIONS)
+_EVENTS_SUFFIX = ".balcaprl"
+"""End of the names of our TensorBoard files."""
+_PICTURE_MARK = ("Software", "balcaprl")
+"""Text in our pictures; it stands within their first few bytes."""
 
 
 def nanmean(values: Iterable[float | None]) -> float:
@@ -80,11 +90,19 @@ def eval_image_path(output_dir: Path, sample_id: str) -> Path:
 def save_eval_image(output_dir: Path, sample_id: str, image: Image.Image) -> Path:
     """Save a held-out image for the report, whole or not at all, and return its path."""
     path = eval_image_path(output_dir, sample_id)
+    from PIL.PngImagePlugin import PngInfo
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    image.convert("RGB").save(temporary, format="PNG")
-    os.replace(temporary, path)
+    mark, buffer = PngInfo(), io.BytesIO()
+    mark.add_text(*_PICTURE_MARK)
+    image.convert("RGB").save(buffer, format="PNG", pnginfo=mark)
+    write_atomically(path, buffer.getvalue())
     return path
+
+
+def _is_our_picture(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return b"tEXt" + "\0".join(_PICTURE_MARK).encode() in file.read(128)
 
 
 # ---------------------------------------------------------------------------------------------------- records
@@ -123,94 +141,6 @@ def rollout_record(step: int, sample_id: str, index: int, rollout: Rollout) -> d
     return record
 
 
-def encode_line(record: Mapping[str, Any]) -> bytes:
-    """One JSON line, UTF-8, newline included. NaN and infinities, which JSON lacks, become null.
-
-    Raises:
-        TypeError: a value is no number, string, list or mapping; the message names its key.
-    """
-    text = json.dumps(_plain(record, ""), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # A lone surrogate cannot be UTF-8; its backslash form is the JSON escape of the same character.
-    return text.encode("utf-8", errors="backslashreplace") + b"\n"
-
-
-def _plain(value: Any, key: str) -> Any:
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v, f"{key}.{k}" if key else str(k)) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v, f"{key}[{i}]") for i, v in enumerate(value)]
-    if hasattr(value, "item"):  # torch and NumPy scalars
-        try:
-            value = value.item()
-        except (ValueError, RuntimeError):
-            raise TypeError(f"metric {key!r} has shape {tuple(value.shape)}; log a scalar of it") from None
-        if isinstance(value, bool | int):
-            return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    raise TypeError(f"metric {key!r} is a {type(value).__name__}; only numbers, strings, lists and mappings are logged")
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a JSON Lines file; none where it does not exist. Broken lines are counted and logged."""
-    if not Path(path).is_file():
-        return []
-    with open(path, "rb") as file:
-        lines = [_parse(line) for line in file]
-    records = [record for record in lines if record is not None]
-    if len(records) < len(lines):
-        logger.warning("%s: %d of %d lines are broken and left out", path, len(lines) - len(records), len(lines))
-    return records
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record of a line, or None where the line is not a whole record with an integer step."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    whole = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return record if whole else None
-
-
-def truncate_jsonl(path: Path, last_step: int) -> int:
-    """Cut a JSON Lines file back to the whole records with ``step <= last_step``, atomically.
-
-    What a kill left half-written is dropped too. Returns the number of dropped lines. A missing file stays missing.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return 0
-    dropped = 0
-    temporary = path.with_name(path.name + ".tmp")
-    with open(path, "rb") as source, open(temporary, "wb") as target:
-        for line in source:
-            record = _parse(line)
-            if record is not None and record["step"] <= last_step:
-                target.write(line)
-            else:
-                dropped += 1
-        target.flush()
-        os.fsync(target.fileno())
-    os.replace(temporary, path)
-    _fsync_folder(path.parent)
-    return dropped
-
-
-def _fsync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # ---------------------------------------------------------------------------------------------------- the log
 
 
@@ -223,25 +153,43 @@ class RunLog:
         completions: keep every completion in ``completions.jsonl``.
         resume_step: the step of the checkpoint the run goes on from: later lines are cut away, since the run writes
             them again. None: a fresh run; what an earlier run left in these files is discarded.
+        claim: the caller's claim on the folder, which stays the caller's; none: the log claims it as a run's.
+        part_bytes: ``completions.jsonl`` is compressed into a part when it has grown to this size.
+        parts_max_bytes: bound of all these parts together; the oldest make room.
 
     Raises:
         RuntimeError: TensorBoard is asked for but not installed.
+        ForeignPathError: the folder holds what no run of ours wrote.
+        PathInUseError: another process writes to the folder.
     """
 
     def __init__(
-        self, output_dir: Path, tensorboard: bool = True, completions: bool = True, resume_step: int | None = None
+        self,
+        output_dir: Path,
+        tensorboard: bool = True,
+        completions: bool = True,
+        resume_step: int | None = None,
+        *,
+        claim: Claim | None = None,
+        part_bytes: int = rotation.PART_BYTES,
+        parts_max_bytes: int = rotation.MAX_BYTES,
     ) -> None:
         self.output_dir = Path(output_dir)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        self._completions = completions
-        self._files: dict[str, BinaryIO] = {}
         # TensorBoard first: where it is missing, nothing has been discarded yet.
         writer_class = _summary_writer_class() if tensorboard else None
-        self._prepare(resume_step)
+        self._claim = None
+        if claim is None:
+            self._claim = claim_folder(self.output_dir, "run", option="output_dir", adopt=resume_step is not None)
+        self._completions, self._part_bytes, self._parts_max_bytes = completions, part_bytes, parts_max_bytes
+        self._files: dict[str, BinaryIO] = {}
         self._writer = None
+        self._prepare(resume_step)
         if writer_class is not None:
-            purge_step = None if resume_step is None else resume_step + 1
-            self._writer = writer_class(str(self.output_dir / TENSORBOARD), purge_step=purge_step)
+            self._writer = writer_class(
+                str(self.output_dir / TENSORBOARD),
+                purge_step=None if resume_step is None else resume_step + 1,
+                filename_suffix=_EVENTS_SUFFIX,
+            )
 
     def __enter__(self) -> RunLog:
         return self
@@ -266,6 +214,7 @@ class RunLog:
         for group in groups:
             for index, rollout in enumerate(group.rollouts):
                 self._write(COMPLETIONS, rollout_record(step, group.prompt.sample.sample_id, index, rollout))
+        self._pack_if_full()
 
     def log_eval_captions(self, step: int, mode: str, groups: Iterable[RolloutGroup]) -> None:
         """Write the captions of held-out images, with their references; the report shows them."""
@@ -290,19 +239,40 @@ class RunLog:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+        if self._claim is not None:
+            self._claim.release()
 
     def _prepare(self, resume_step: int | None) -> None:
+        if resume_step is None:
+            self._discard()
+            return
         for name in LOG_FILES:
             path = self.output_dir / name
-            if resume_step is not None:
-                dropped = truncate_jsonl(path, resume_step)
-                if dropped:
-                    logger.info("%s: dropped %d lines after step %d", path, dropped, resume_step)
+            if name == COMPLETIONS:
+                dropped = rotation.cut_back(self.output_dir, resume_step)
             else:
-                path.unlink(missing_ok=True)
-        if resume_step is None:
-            for name in (TENSORBOARD, EVAL_IMAGES):
-                shutil.rmtree(self.output_dir / name, ignore_errors=True)
+                dropped = truncate_jsonl(path, resume_step)
+            if dropped:
+                logger.info("%s: dropped %d lines after step %d", path, dropped, resume_step)
+        self._pack_if_full()  # as it was when that step had been written
+
+    def _pack_if_full(self) -> None:
+        path = self.output_dir / COMPLETIONS
+        if path.is_file() and path.stat().st_size >= self._part_bytes:
+            if COMPLETIONS in self._files:
+                self._files.pop(COMPLETIONS).close()
+            rotation.pack(self.output_dir, self._parts_max_bytes)
+
+    def _discard(self) -> None:
+        """Remove what an earlier run wrote, and nothing else."""
+        rotation.discard(self.output_dir)
+        for name in LOG_FILES:
+            (self.output_dir / name).unlink(missing_ok=True)
+        events = (self.output_dir / TENSORBOARD).glob(f"events.out.tfevents.*{_EVENTS_SUFFIX}")
+        pictures = (self.output_dir / EVAL_IMAGES).glob("*.png")
+        ours = [*events, *(path for path in pictures if path.is_file() and _is_our_picture(path))]
+        for path in ours:
+            path.unlink()
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
         if name not in self._files:
@@ -315,7 +285,7 @@ class RunLog:
     def _scalars(self, metrics: Mapping[str, Any], step: int) -> None:
         if self._writer is None:
             return
-        for name, value in _plain(metrics, "").items():
+        for name, value in plain(metrics).items():
             if isinstance(value, int | float):
                 self._writer.add_scalar(name, value, step)
         self._writer.flush()

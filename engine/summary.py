@@ -4,44 +4,70 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from balcaprl.jsonl import number
 from balcaprl.metrics import EVALUATIONS, METRICS, read_jsonl
+from balcaprl.ownership import write_atomically
 
 _SCORES = ("precision", "recall", "linguistic", "b_capscore", "length_ratio")
 _COUNTS = ("num_images", "num_excluded")
 """Over how many images the scores are means; older logs do not say."""
 
 
-def write_summary(output_dir: Path, *, sampler: str, seed: int) -> dict[str, Any]:
+def write_summary(output_dir: Path, *, sampler: str, seed: int, planned_steps: int | None = None) -> dict[str, Any]:
     """Write and return the summary of a run folder.
 
-    ``before`` and ``after`` are the first and last evaluation of the policy's own distribution; ``before_greedy`` and
-    ``after_greedy`` of greedy decoding. ``train_seconds`` is the time of all steps, evaluations and start-up left out.
+    ``before`` and ``after`` are the first and last evaluation of the policy's own distribution, ``before_greedy`` and
+    ``after_greedy`` those of greedy decoding; ``before_step`` and ``after_step`` say of which step. Where a run ended before
+    its second evaluation, what would stand under ``after`` is null: not evaluated. ``status`` is ``finished`` or, where fewer
+    than ``planned_steps`` steps are done, ``interrupted``; ``note`` then says how far ``after`` can be relied upon.
+    ``train_seconds`` is the time of all steps, evaluations and start-up left out.
     """
-    steps = read_jsonl(output_dir / METRICS)
+    steps = {line["step"]: line for line in read_jsonl(output_dir / METRICS)}
     evaluations = read_jsonl(output_dir / EVALUATIONS)
+    done = max(steps, default=0)
+    finished = planned_steps is None or done >= planned_steps
+    before, after = _first_and_last(evaluations, "sampled", done if finished else None)
+    before_greedy, after_greedy = _first_and_last(evaluations, "greedy", done if finished else None)
     summary: dict[str, Any] = {
-        "before": _scores(evaluations, "sampled", 0),
-        "after": _scores(evaluations, "sampled", -1),
-        "before_greedy": _scores(evaluations, "greedy", 0),
-        "after_greedy": _scores(evaluations, "greedy", -1),
+        "status": "finished" if finished else "interrupted",
+        "before": _scores(before),
+        "after": _scores(after),
+        "before_greedy": _scores(before_greedy),
+        "after_greedy": _scores(after_greedy),
+        "before_step": before and before["step"],
+        "after_step": after and after["step"],
         "steps": len(steps),
-        "train_seconds": round(math.fsum(line["time/step"] for line in steps), 3),
+        "planned_steps": planned_steps,
+        "train_seconds": round(math.fsum(_seconds(line) for line in steps.values()), 3),
         "sampler": sampler,
         "seed": seed,
     }
-    partial = output_dir / ".summary.json"
-    partial.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(partial, output_dir / "summary.json")
+    if not finished:
+        told = "has not been evaluated" if after is None else f"was last evaluated at step {after['step']}"
+        summary["note"] = f"interrupted after step {done} of {planned_steps}: the trained policy {told}"
+    write_atomically(output_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     return summary
 
 
-def _scores(evaluations: list[dict[str, Any]], mode: str, index: int) -> dict[str, Any]:
-    chosen = [line for line in evaluations if line["mode"] == mode]
+def _first_and_last(evaluations: list[dict[str, Any]], mode: str, end: int | None) -> tuple[Any, Any]:
+    """The first evaluation of a mode and the last one; no last one where there is but one, unless the run ended there."""
+    chosen = [line for line in evaluations if line.get("mode") == mode]
     if not chosen:
-        return {}
-    line = chosen[index]
-    return {**{name: line[name] for name in _SCORES}, **{name: line[name] for name in _COUNTS if name in line}}
+        return None, None
+    first, last = chosen[0], chosen[-1]
+    return first, last if last["step"] > first["step"] or first["step"] == end else None
+
+
+def _scores(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
+    if evaluation is None:
+        return None
+    counts = {name: evaluation[name] for name in _COUNTS if name in evaluation}
+    return {**{name: evaluation.get(name) for name in _SCORES}, **counts}
+
+
+def _seconds(line: dict[str, Any]) -> float:
+    seconds = number(line.get("time/step"))
+    return seconds if 0.0 <= seconds < 1e9 else 0.0

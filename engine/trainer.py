@@ -23,6 +23,7 @@ from balcaprl.evaluation import Evaluation, evaluate_captions
 from balcaprl.evaluation.b_capscore import summarise
 from balcaprl.metrics import PhaseTimer, ProgressLine, RunLog, memory_metrics, nanmean, save_eval_image
 from balcaprl.optim import PolicyOptimizer
+from balcaprl.ownership import Claim, claim_folder, write_atomically
 from balcaprl.pipeline import RolloutPipeline, SampledStep
 from balcaprl.policy import Policy
 from balcaprl.prompts import HeldOut, PromptMaker, PromptStream, held_out_prompts
@@ -38,7 +39,6 @@ from balcaprl.rewards import (
 )
 from balcaprl.rewards.balance import within_group_correlations
 from balcaprl.rewards.columns import reward_of
-from balcaprl.rewards.custom import CustomRewards
 from balcaprl.rollout import Sampler, make_sampler
 from balcaprl.summary import write_summary
 from balcaprl.telemetry import SamplingAlarm, SamplingGap, device_metrics, speed_metrics, sync_metrics
@@ -67,15 +67,22 @@ class Trainer:
         policy: Policy | None = None,
     ) -> None:
         self.config = config
+        self.claim = claim_run_folder(config)
+        try:
+            self._set_up(config, judge=judge, sampler=sampler, policy=policy)
+        except BaseException:
+            self.claim.release()
+            raise
+
+    def _set_up(
+        self, config: TrainConfig, *, judge: Judge | None, sampler: Sampler | None, policy: Policy | None
+    ) -> None:
         self.step = 0
         self.policy_version = 0
         self.stop_signal: int | None = None
         torch.set_num_threads(config.threads or torch.get_num_threads())
         torch.manual_seed(config.seed)
         checkpoint = self._checkpoint_to_resume()
-        custom = CustomRewards(
-            config.reward.custom
-        )  # the user's own code first: it fails before anything heavy is loaded
         self.dataset: Dataset = load_dataset(config.data, seed=config.seed)
         self.judge = judge or make_judge(
             config.reward,
@@ -104,7 +111,7 @@ class Trainer:
             config.rollout,
             self.sampler,
             self.stream,
-            make_scorer=lambda: GroupScorer(self.judge, config.reward, self.policy.count_tokens, custom),
+            make_scorer=lambda: GroupScorer(self.judge, config.reward, self.policy.count_tokens),
             step_seed=lambda step: step_seed(config.seed, step),
             timer=self.timer,
         )
@@ -272,15 +279,21 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Write summary and report."""
-        summary = write_summary(self.config.output_dir, sampler=self.sampler.name, seed=self.config.seed)
+        summary = write_summary(
+            self.config.output_dir,
+            sampler=self.sampler.name,
+            seed=self.config.seed,
+            planned_steps=self.config.steps,
+        )
         write_report(self.config.output_dir)
         return summary
 
     def close(self) -> None:
-        """Free the sampler and the judge."""
+        """Free the sampler, the judge and the run folder."""
         self.pipeline.close()
         self.sampler.close()
         close_judge(self.judge)
+        self.claim.release()
 
     def _checkpoint_to_resume(self) -> Path | None:
         checkpoints = list_checkpoints(self.config.output_dir)
@@ -304,16 +317,25 @@ class Trainer:
 
     @contextmanager
     def _open_logs(self) -> Iterator[None]:
+        """The run's files; when they are closed, another run may go on in the folder."""
         config = self.config
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        plain = config.model_dump(mode="json")
-        (config.output_dir / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
-        self.log = RunLog(
-            config.output_dir, config.logging.tensorboard, config.logging.completions, resume_step=self.resumed_from
-        )
-        self.progress = ProgressLine(config.steps, self.step)
-        with self.log, self.progress:
-            yield
+        if not self.claim.is_held:  # trained before, and now once more
+            self.claim = claim_run_folder(config)
+        with self.claim:
+            plain = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            write_atomically(config.output_dir / "config.yaml", plain.encode())
+            self.log = RunLog(
+                config.output_dir,
+                config.logging.tensorboard,
+                config.logging.completions,
+                resume_step=self.resumed_from,
+                claim=self.claim,
+                part_bytes=config.logging.completions_part_mib << 20,
+                parts_max_bytes=config.logging.completions_max_mib << 20,
+            )
+            self.progress = ProgressLine(config.steps, self.step)
+            with self.log, self.progress:
+                yield
 
     @contextmanager
     def _saved_if_the_judge_stops(self) -> Iterator[None]:
@@ -347,6 +369,11 @@ class Trainer:
         finally:
             for each, handler in previous.items():
                 signal.signal(each, handler)
+
+
+def claim_run_folder(config: TrainConfig) -> Claim:
+    """Make ``output_dir`` this process's own; a run of before there were marks is known by its checkpoints."""
+    return claim_folder(config.output_dir, "run", option="output_dir", adopt=bool(list_checkpoints(config.output_dir)))
 
 
 def load_policy(config: TrainConfig, checkpoint: Path | None) -> Policy:

@@ -27,6 +27,7 @@ from balcaprl.assets import DEMO_TOKENIZER
 from balcaprl.data.scenes.corpus import CaptionStyle, FlawRates, training_caption
 from balcaprl.data.scenes.render import render
 from balcaprl.data.scenes.world import COLOURS, FILLS, SHAPES, SIZES, Scene, SceneConfig, make_scene
+from balcaprl.ownership import claim_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -245,10 +246,19 @@ def build_warmstart(folder: Path, config: WarmstartConfig, report: Callable[[str
     Writes a stock transformers folder (bfloat16 weights) and ``warmstart.json``: the recipe and the weights' SHA-256. What each
     phase ends with is kept in ``<folder>.phases`` and not made twice: a build that was interrupted goes on with the phase
     that it was in. The weights are not expected to be the same bits on another kind of processor.
+
+    Raises:
+        ForeignPathError: one of the two folders holds what no warm start wrote.
+        PathInUseError: another process builds there.
     """
+    work = folder.with_name(folder.name + ".phases")
+    with claim_folder(folder, "warmstart", option="out"), claim_folder(work, "warmstart-phases", option="out"):
+        return _build(folder, work, config, report)
+
+
+def _build(folder: Path, work: Path, config: WarmstartConfig, report: Callable[[str], None]) -> Path:
     from balcaprl.policy.tiny import build_tiny_qwen
 
-    work = folder.with_name(folder.name + ".phases")
     build_tiny_qwen(
         folder,
         Tokenizer.from_file(str(DEMO_TOKENIZER)),

@@ -8,10 +8,10 @@ from balcaprl.config import TrainConfig
 from balcaprl.data import load_dataset
 from balcaprl.evaluation.b_capscore import evaluate_captions
 from balcaprl.metrics import RunLog
+from balcaprl.ownership import Claim, claim_folder
 from balcaprl.policy import Policy
 from balcaprl.prompts import PromptMaker, held_out_prompts
 from balcaprl.rewards import close_judge, make_judge
-from balcaprl.rewards.custom import CustomRewards
 from balcaprl.rollout import make_sampler
 
 
@@ -21,10 +21,21 @@ def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None)
     Args:
         checkpoint: a stock transformers folder.
         config: its data, rollout, reward, evaluation and model sections count (``model.path`` does not).
-        out: a folder for the scores and captions; none: only return the scores.
+        out: a folder for the scores and captions, empty or of an earlier evaluation; none: only return the scores.
+
+    Raises:
+        ForeignPathError: ``out`` holds something else, such as a run.
+        PathInUseError: another process writes to ``out``.
     """
+    if out is None:
+        return _evaluate(checkpoint, config, None)
+    with claim_folder(out, "evaluation", option="--out") as claim:
+        return _evaluate(checkpoint, config, claim)
+
+
+def _evaluate(checkpoint: Path, config: TrainConfig, claim: Claim | None) -> dict[str, dict[str, float]]:
+    out = claim.path if claim is not None else None
     model = config.model
-    CustomRewards(config.reward.custom)  # the user's own code first: it fails before anything heavy is loaded
     dataset = load_dataset(config.data, seed=config.seed)
     judge = make_judge(
         config.reward,
@@ -39,7 +50,7 @@ def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None)
     if not held_out.prompts:
         raise ValueError("there are no held-out images: set data.num_eval above 0")
     sampler = make_sampler(config, policy)
-    log = RunLog(out, tensorboard=False) if out is not None else None
+    log = RunLog(claim.path, tensorboard=False, claim=claim) if claim is not None else None
     scores = {}
     try:
         for mode in ("sampled", "greedy"):

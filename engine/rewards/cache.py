@@ -13,6 +13,7 @@ import os
 import sqlite3
 import threading
 import time
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,7 @@ class ReplyCache:
         self._touched: dict[bytes, float] = {}
         self._lock = threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(self.path)
         os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
         self._connection = sqlite3.connect(
             self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=16
@@ -191,3 +193,23 @@ class ReplyCache:
             return  # busy for longer than we wait; the next try may do
         self._broken = True
         logger.warning("the judge cache %s failed and is left alone from here on: %s", self.path, error)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise where the file is another program's database: looked at only, and left as it is."""
+    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+        return
+    if not path.is_file():
+        raise ValueError(f"endpoint.cache: {path} is no ordinary file; name another one")
+    try:
+        connection = sqlite3.connect(f"file:{urllib.parse.quote(str(path))}?mode=ro", uri=True, timeout=_BUSY_S)
+        try:
+            columns = {row[1] for row in connection.execute("PRAGMA table_info(replies)")}
+            others = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+        finally:
+            connection.close()
+    except sqlite3.DatabaseError as error:
+        raise ValueError(f"endpoint.cache: {path} is no judge cache ({error}); move it away") from error
+    # A database without tables is one that a kill left before the first.
+    if others and not {"key", "value", "task", "model", "used"} <= columns:
+        raise ValueError(f"endpoint.cache: {path} is no judge cache, but another database; name another file")

@@ -5,6 +5,7 @@ Both go on where they stopped, at any record: results are appended as they come,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -18,14 +19,18 @@ from balcaprl.config import TrainConfig
 from balcaprl.data import load_dataset
 from balcaprl.data.datasets import RecordSource
 from balcaprl.data.records import Record
+from balcaprl.ownership import ForeignPathError, claim_file, refuse_foreign_file, write_atomically
 from balcaprl.rewards.endpoint_judge import EndpointJudge
 from balcaprl.rewards.judge import redact
 from balcaprl.rewards.protocol import TASKS, Call, DecomposeReply, RecaptionReply, Reply
-from balcaprl.rewards.reference_units import UnitStore, open_for_append, reference_digest, units_path
+from balcaprl.rewards.reference_units import UnitStore, begins_with, open_for_append, reference_digest, units_path
 from balcaprl.rewards.refusals import CallRefusedError, RefusalLog, refusals_path
 from balcaprl.types import Sample
 
 logger = logging.getLogger(__name__)
+
+_MARK = "recaption_of"
+"""First key of each line that ``recaption`` writes; a data set is read without it."""
 
 
 @dataclass
@@ -68,13 +73,21 @@ def prepare_units(config: TrainConfig) -> PrepareReport:
 
     Raises:
         ValueError: the data have no file, or the endpoint is not configured.
+        ForeignPathError: the file is there, and holds something else.
+        PathInUseError: another process writes the file.
         JudgeStoppedError: the judge cannot go on; what came so far is kept.
     """
     if config.data.path is None:
         raise ValueError(
             f"data.path: data.kind {config.data.kind} has no file to put units beside; none need be prepared"
         )
-    store = UnitStore(config.endpoint.units or units_path(config.data.path))
+    path = config.endpoint.units or units_path(config.data.path)
+    with claim_file(path, option="endpoint.units"):
+        return _prepare_units(config, UnitStore(path))
+
+
+def _prepare_units(config: TrainConfig, store: UnitStore) -> PrepareReport:
+    store.refuse_foreign("endpoint.units")  # before anything is asked
     references = list(dict.fromkeys(record.reference for record, _ in _records(config)))
     missing = [reference for reference in references if store.get(reference) is None]
     report = PrepareReport(store.path, len(references) - len(missing))
@@ -103,27 +116,42 @@ def prepare_units(config: TrainConfig) -> PrepareReport:
 def recaption(config: TrainConfig, out: Path) -> PrepareReport:
     """Rewrite every reference from its image and the old reference; writes a data set of kind ``jsonl``.
 
-    Image paths stay relative to the same ``data.image_root``. When all records are done the file is put in the data set's
-    order.
+    Image paths stay relative to the same ``data.image_root``. Each line begins with what was rewritten: by this the file is
+    known again, and a record whose image or reference has changed since is asked anew. When all records are done the file is
+    put in the data set's order; lines of records that the data set does not hold stay, behind the others.
 
     Raises:
         ValueError: the data have no image files, or the endpoint is not configured.
+        ForeignPathError: ``out`` is the data set itself, or there and not of this command.
+        PathInUseError: another process writes the file.
         JudgeStoppedError: the judge cannot go on; what came so far is kept.
     """
     if config.data.kind not in ("jsonl", "sharegpt4v"):
         raise ValueError(
             f"data.kind: {config.data.kind} has no image files to refer to; recaption takes jsonl and sharegpt4v"
         )
+    out = Path(os.path.realpath(out))  # a link's target is replaced in the end, not the link
+    if config.data.path is not None and out.exists() and os.path.samefile(out, config.data.path):
+        raise ForeignPathError(f"--out: {out} is the data set that is read (data.path); name another file")
+    with claim_file(out, option="--out"):
+        refuse_foreign_file(out, _is_recaption, what="output of recaption", option="--out")
+        return _recaption(config, out)
+
+
+def _recaption(config: TrainConfig, out: Path) -> PrepareReport:
     records = {record.sample_id: (record, sample) for record, sample in _records(config)}
     embedded = sum(not isinstance(record.image, str) for record, _ in records.values())
     if embedded:
         raise ValueError(
             f"data.path: {embedded:,} records hold their images themselves, and recaption writes paths: save them as files"
         )
-    present = _written_ids(out)
-    report = PrepareReport(out, len(present & records.keys()))
-    out.parent.mkdir(parents=True, exist_ok=True)
     file = open_for_append(out)
+    written = _written(out)
+    missing = {i: pair for i, pair in records.items() if written.get(i) != _digest(pair[0])}
+    report = PrepareReport(out, len(records) - len(missing))
+    strangers = len(written.keys() - records.keys())
+    if strangers:
+        logger.warning("%s: %d records are not in %s; they are kept", out, strangers, config.data.path)
     judge_limit = config.reward.protocol.max_caption_chars
 
     def keep(sample_id: str, reply: Reply | Exception) -> None:
@@ -138,9 +166,9 @@ def recaption(config: TrainConfig, out: Path) -> PrepareReport:
         return Call(TASKS["recaption"], {"reference": sample.reference[:judge_limit]}, judge.encode(sample))
 
     try:
-        missing = [pair for sample_id, pair in records.items() if sample_id not in present]
         with_judge = _judge(config, report)
-        _run(report, ((r.sample_id, partial(call_of, with_judge, s)) for r, s in missing), keep, with_judge)
+        calls = ((sample_id, partial(call_of, with_judge, sample)) for sample_id, (_, sample) in missing.items())
+        _run(report, calls, keep, with_judge)
         os.fsync(file.fileno())
     finally:
         file.close()
@@ -182,38 +210,61 @@ def _note_error(report: PrepareReport, name: str, error: Reply | Exception, refe
         report.log.note(name, error)
 
 
+def _digest(record: Record) -> str:
+    """Of what was rewritten: the image's name and the reference."""
+    return hashlib.sha256(f"{record.image}\0{record.reference}".encode("utf-8", "replace")).hexdigest()[:32]
+
+
 def _line(record: Record, reference: str) -> bytes:
-    plain = {"id": record.sample_id, "image": record.image, "reference": reference, "instruction": record.instruction}
+    plain = {
+        _MARK: _digest(record),
+        "id": record.sample_id,
+        "image": record.image,
+        "reference": reference,
+        "instruction": record.instruction,
+    }
     if record.facts is not None:
         plain["facts"] = record.facts
     return json.dumps(plain, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _written_ids(path: Path) -> set[str]:
-    if not path.is_file():
-        return set()
-    ids = set()
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                ids.add(str(json.loads(line)["id"]))
-            except (ValueError, KeyError, TypeError):
-                logger.warning("%s: a broken line is left out", path)
-    return ids
+def _is_recaption(head: bytes) -> bool:
+    return begins_with(head, (_MARK, "id"))
+
+
+def _read(line: bytes) -> tuple[str, str] | None:
+    """Id and digest of a line of ours, else None."""
+    try:
+        plain = json.loads(line)
+        return str(plain["id"]), str(plain[_MARK])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _written(path: Path) -> dict[str, str]:
+    """The digests of the records that the file holds, by id; the last line of an id counts."""
+    written: dict[str, str] = {}
+    if path.is_file():
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                found = _read(line)
+                if found is None:
+                    logger.warning("%s: line %d is broken, and left as it is", path, number)
+                else:
+                    written[found[0]] = found[1]
+    return written
 
 
 def _put_in_order(path: Path, ids: list[str]) -> None:
-    """The file's lines in the order of ``ids``, each once; whole or not at all."""
+    """The file's lines in the order of ``ids``, each once, whatever else is there behind them; whole or not at all."""
     lines: dict[str, bytes] = {}
+    others = []
+    known = set(ids)
     with open(path, "rb") as file:
         for line in file:
-            try:
-                lines[str(json.loads(line)["id"])] = line
-            except (ValueError, KeyError, TypeError):
-                continue
-    partial_path = path.with_name(path.name + ".tmp")
-    with open(partial_path, "wb") as target:
-        target.writelines(lines[sample_id] for sample_id in ids if sample_id in lines)
-        target.flush()
-        os.fsync(target.fileno())
-    os.replace(partial_path, path)
+            found = _read(line)
+            if found is not None and found[0] in known:
+                lines[found[0]] = line
+            else:
+                others.append(line)
+    write_atomically(path, [*(lines[sample_id] for sample_id in ids if sample_id in lines), *others])

@@ -1,7 +1,8 @@
 """Reference units on disk: each reference caption taken apart once, beside the data set.
 
 One JSON line per reference: its SHA-256, the prompt that took it apart, the judge model, the units. Lines are appended, each in
-one write; what a kill left half-written at the end is cut away when the file is opened for more.
+one write; what a kill left half-written at the end is cut away when the file is opened for more. A file that does not begin
+with such a line is somebody else's, and is not opened for more.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from balcaprl.ownership import refuse_foreign_file
 from balcaprl.rewards.protocol import TASKS
 
 SUFFIX = ".units.jsonl"
+_MAX_LINE_BYTES = 16 << 20
 
 
 def units_path(data_path: Path) -> Path:
@@ -65,7 +69,12 @@ class UnitStore:
             self._file.close()
             self._file = None
 
+    def refuse_foreign(self, option: str) -> None:
+        """Raise a ``ForeignPathError`` where the file exists and begins otherwise than ours do; ``option`` named it."""
+        refuse_foreign_file(self.path, _begins_with_units, what="file of reference units", option=option)
+
     def _open(self) -> BinaryIO:
+        self.refuse_foreign("endpoint.units")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return open_for_append(self.path)
 
@@ -77,12 +86,32 @@ class UnitStore:
             if whole and record["prompt"] == TASKS["decompose"].identity:
                 self._units[str(record["reference"])] = tuple(units)
             self.num_broken += not whole
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             self.num_broken += 1
 
 
+def begins_with(head: bytes, keys: Sequence[str]) -> bool:
+    """Whether a file's first line is a JSON object whose keys begin with ``keys``, or the beginning of one that a kill left."""
+    line, newline, _ = head.partition(b"\n")
+    if newline:
+        with suppress(ValueError, RecursionError):
+            first = json.loads(line)
+            return isinstance(first, dict) and list(first)[: len(keys)] == list(keys)
+        return False
+    start = b'{"%s": "' % keys[0].encode()
+    return line[: len(start)] == start[: len(line)]
+
+
+def _begins_with_units(head: bytes) -> bool:
+    return begins_with(head, ("reference", "prompt"))
+
+
 def open_for_append(path: Path) -> BinaryIO:
-    """Open a file of lines for unbuffered appending; a last line without its end is cut away."""
+    """Open a file of JSON lines for unbuffered appending.
+
+    A last line without its end is what a kill left of one, and is cut away; one that is a whole object, as after an editor,
+    is given its end.
+    """
     file = open(path, "ab+", buffering=0)  # noqa: SIM115 - the caller closes it
     end = file.seek(0, os.SEEK_END)
     start = end
@@ -95,6 +124,17 @@ def open_for_append(path: Path) -> BinaryIO:
             break
         start -= step
     if start < end:
-        file.truncate(start)
+        file.seek(start)
+        if _is_object(file.read(min(end - start, _MAX_LINE_BYTES))):
+            file.write(b"\n")
+        else:
+            file.truncate(start)
     file.seek(0, os.SEEK_END)
     return file
+
+
+def _is_object(text: bytes) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False

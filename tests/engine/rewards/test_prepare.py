@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import os
 from collections import Counter
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -12,6 +14,7 @@ from scripted_judge import ScriptedServer, plain_answer
 from balcaprl.cli import main
 from balcaprl.config import TrainConfig
 from balcaprl.data import load_dataset
+from balcaprl.ownership import ForeignPathError, PathInUseError, claim_file
 from balcaprl.rewards.prepare import prepare_units, recaption
 from balcaprl.rewards.reference_units import UnitStore, open_for_append, units_path
 from balcaprl.types import JudgeStoppedError
@@ -138,6 +141,119 @@ def test_recaption_goes_on_at_any_record(data, tmp_path, kept):
         report = recaption(config(data, server), out)
         assert (report.num_present, report.num_done) == (kept, 12 - kept)
     assert out.read_bytes() == whole
+
+
+# ------------------------------------------------------------------------------------------------- what is not ours
+
+
+def linked(data, way):
+    """Another name of the data set itself."""
+    path = data.with_name("another name.jsonl")
+    if way == "the same":
+        return data
+    if way == "a hard link":
+        path.hardlink_to(data)
+    elif way == "a link":
+        path.symlink_to(data)
+    else:
+        (data.parent / "folder").symlink_to(data.parent)
+        path = data.parent / "folder" / ".." / data.parent.name / data.name
+    return path
+
+
+@pytest.mark.parametrize("way", ["the same", "a hard link", "a link", "a linked folder"])
+def test_recaption_never_writes_over_what_it_reads(data, way):
+    out = linked(data, way)
+    with ScriptedServer() as server:
+        written = data.with_name("ours.jsonl")
+        recaption(config(data, server), written)
+        data.write_bytes(written.read_bytes())  # of ours, and nevertheless the data set that is read
+        before, asked = data.read_bytes(), server.counts["requests"]
+        with pytest.raises(ForeignPathError, match=r"--out: .*data\.path"):
+            recaption(config(data, server), out)
+        assert server.counts["requests"] == asked
+    assert data.read_bytes() == before
+
+
+FOREIGN = [
+    b'{"note": "mine"}\n{"note": "no newline at its end"}',
+    b'{"note": "no newline at its end"}',
+    b'{"id": "r0", "image": "0.png", "reference": "of an earlier version"}\n',
+    b"\n",
+    b"half",
+    b"\x00\xff" * 50,
+    b"[" * 10_000 + b"\n",
+]
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+@pytest.mark.parametrize("command", ["recaption", "prepare"])
+def test_no_foreign_file_is_touched_and_nothing_is_asked(data, tmp_path, command, content):
+    path = tmp_path / "theirs.jsonl"
+    path.write_bytes(content)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    with ScriptedServer() as server:
+        settings = config(data, server, units=str(path))
+        run = prepare_units if command == "prepare" else partial(recaption, out=path)
+        with pytest.raises(ForeignPathError, match=r"theirs\.jsonl exists and is no"):
+            run(settings)
+        assert server.counts["requests"] == 0
+    assert path.read_bytes() == content
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+def test_a_unit_store_does_not_append_to_a_foreign_file(tmp_path):
+    path = tmp_path / "captions.json.units.jsonl"
+    path.write_bytes(b"mine, without an end")
+    with pytest.raises(ForeignPathError):
+        UnitStore(path).add("A cup.", ["A cup"], "m")
+    assert path.read_bytes() == b"mine, without an end"
+
+
+def test_one_process_at_a_time(data, tmp_path):
+    out = tmp_path / "new.jsonl"
+    with ScriptedServer() as server:
+        with claim_file(out, option="--out"), pytest.raises(PathInUseError, match=str(os.getpid())):
+            recaption(config(data, server), out)
+        with claim_file(units_path(data), option="x"), pytest.raises(PathInUseError, match=str(os.getpid())):
+            prepare_units(config(data, server))
+        assert server.counts["requests"] == 0
+
+
+def test_records_that_changed_are_asked_anew_and_what_else_is_there_stays(data, tmp_path):
+    out = tmp_path / "new.jsonl"
+    with ScriptedServer() as server:
+        recaption(config(data, server), out)
+        lines = [json.loads(line) for line in data.read_text().splitlines()]
+        lines[3]["reference"] = "Another cup."
+        del lines[5]
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        out.write_bytes(out.read_bytes() + b'{"a note": "of mine"}')
+        report = recaption(config(data, server), out)
+    assert (report.num_done, report.num_present) == (1, 10)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line.get("id") for line in found] == [*(f"r{i}" for i in range(12) if i != 5), "r5", None]
+    assert found[3]["reference"] == "Anew: Another cup."
+    assert found[-1] == {"a note": "of mine"}
+
+
+def test_a_whole_last_line_that_an_editor_left_without_its_end_is_kept(data, tmp_path):
+    out = tmp_path / "new.jsonl"
+    with ScriptedServer() as server:
+        recaption(config(data, server), out)
+        whole = out.read_bytes()
+        out.write_bytes(whole.removesuffix(b"\n"))
+        assert recaption(config(data, server), out).num_done == 0
+    assert out.read_bytes() == whole
+
+
+def test_recaption_through_a_link_writes_its_target(data, tmp_path):
+    target, link = tmp_path / "target.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(target)
+    with ScriptedServer() as server:
+        recaption(config(data, server), link)
+    assert link.is_symlink()
+    assert len(target.read_bytes().splitlines()) == 12
 
 
 def test_an_image_that_does_not_decode_is_counted(data, tmp_path):

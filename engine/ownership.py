@@ -1,0 +1,267 @@
+"""What belongs to whom: a command writes only into what does not exist, what is empty, or what carries its own mark.
+
+A folder that a command writes carries an empty-looking file, ``.balcaprl-run`` for a run: its name says whose the folder is,
+and it lies there before anything else is written. While a process writes, it holds a lock on that file, which the system
+drops when the process ends, however it ends; inside stands which process that is. A single file that is written over time is
+locked by a file beside it, ``.NAME.balcaprl-lock``, and tells by its first line whose it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import stat
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+if sys.platform != "win32":
+    import fcntl
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = ".balcaprl-"
+_NOBODYS = frozenset({"lost+found", ".DS_Store", ".gitkeep", ".gitignore"})
+"""Names that lie in folders which people call empty; no command writes them."""
+_MAX_OWNER_BYTES = 4096
+_held: weakref.WeakSet[Claim] = weakref.WeakSet()
+
+
+class ForeignPathError(ValueError):
+    """A path that a command was told to write, and that holds what is not its own."""
+
+
+class PathInUseError(ValueError):
+    """Another process, or another part of this one, writes there."""
+
+
+class Claim:
+    """What this process alone may write, until ``release``, or until the process ends."""
+
+    def __init__(self, path: Path, lock: Path, descriptor: int, forget: Callable[[], None]) -> None:
+        """Use ``claim_folder`` or ``claim_file``."""
+        self.path = path
+        self._lock = lock
+        self._descriptor: int | None = descriptor
+        self._forget = forget
+        self._close = weakref.finalize(self, os.close, descriptor)
+        _held.add(self)
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it has not been released, nor is a child's copy of its parent's."""
+        return self._descriptor is not None
+
+    def release(self) -> None:
+        """Let others write there; a mark on a folder that stayed empty goes. Releasing twice is harmless."""
+        if self._descriptor is None:
+            return
+        self._descriptor = None
+        try:
+            self._forget()  # while the lock is held: who takes it next looks whether the file is still the same
+        except OSError as error:  # the folder is gone, say: there is nothing left to tidy
+            logger.debug("%s: %s", self.path, error)
+        self._close()
+
+    def drop_in_child(self) -> None:
+        """In a forked child: the claim is the parent's. Closing here does not unlock, and no orphan keeps a dead run's lock."""
+        self._descriptor = None
+        self._close()
+
+
+def _drop_claims_in_child() -> None:
+    for claim in list(_held):
+        claim.drop_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_claims_in_child)
+
+
+def claim_folder(path: Path, kind: str, *, option: str, adopt: bool = False) -> Claim:
+    """Make a folder this process's own to write, marked as of ``kind``.
+
+    Args:
+        path: the folder; made if missing.
+        kind: what is written there, such as ``run``; one word.
+        option: what the user set to name the folder, for messages.
+        adopt: take a folder without a mark too: the caller has found in it what only this kind writes.
+
+    Raises:
+        NotADirectoryError: something else has this name.
+        ForeignPathError: the folder holds something, and no mark of this kind.
+        PathInUseError: another process writes there; the message says which.
+    """
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{option}: {path} is no folder; name another one")
+    created = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    mark = path / (_PREFIX + kind)
+    if not adopt:
+        _refuse_foreign_folder(path, kind, option)
+    marked = mark.exists()
+    descriptor = _lock(mark, path, option)
+
+    def forget() -> None:
+        if not marked and [entry.name for entry in path.iterdir()] == [mark.name]:
+            mark.unlink(missing_ok=True)
+            if created:
+                path.rmdir()
+
+    return Claim(path, mark, descriptor, forget)
+
+
+def claim_file(path: Path, *, option: str) -> Claim:
+    """Make a file this process's own to write; whether its content is ours is for the caller to tell.
+
+    Raises:
+        PathInUseError: another process writes it; the message says which.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}{_PREFIX}lock")
+    return Claim(path, lock, _lock(lock, path, option), lambda: lock.unlink(missing_ok=True))
+
+
+def has_mark(path: Path, kind: str) -> bool:
+    """Whether a folder carries the mark of ``kind``."""
+    return (path / (_PREFIX + kind)).is_file()
+
+
+def refuse_foreign_file(path: Path, is_ours: Callable[[bytes], bool], *, what: str, option: str) -> None:
+    """Refuse a file that is there, is not empty, and does not begin as ours do; read, and left as it is.
+
+    Args:
+        path: the file; it may be missing.
+        is_ours: tells it by its beginning, at most 1 MiB.
+        what: what a file of ours is, for the message.
+        option: what the user set to name the file.
+
+    Raises:
+        ForeignPathError: it is no file, or another one.
+    """
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise ForeignPathError(f"{option}: {path} is no ordinary file; name another one")
+    with open(path, "rb") as file:
+        head = file.read(1 << 20)
+    if head and not is_ours(head):
+        raise ForeignPathError(
+            f"{option}: {path} exists and is no {what}: it is left as it is. Name another file, or move this one away"
+        )
+
+
+def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Replace a file by ``data``, whole or not at all, flushed to disk.
+
+    What lies under the temporary name, a link say, is taken away and not followed.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.unlink(missing_ok=True)
+    try:
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
+            file.writelines([data] if isinstance(data, bytes) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Force a folder's entries to disk."""
+    if os.name == "nt":  # Windows cannot open a folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_foreign_folder(path: Path, kind: str, option: str) -> None:
+    if has_mark(path, kind):
+        return
+    found = sorted(entry.name for entry in path.iterdir() if entry.name not in _NOBODYS)
+    if not found:
+        return
+    others = [name.removeprefix(_PREFIX) for name in found if name.startswith(_PREFIX)]
+    whose = f"the folder of another kind of output ({others[0]})" if others else f"no {kind} folder of balcaprl"
+    shown = ", ".join(repr(name)[1:-1][:80] for name in found[:3]) + (", ..." if len(found) > 3 else "")
+    raise ForeignPathError(
+        f"{option}: {path} is not empty and is {whose} (it holds {shown}): nothing in it is touched. "
+        "Name a folder that is empty or does not exist yet"
+    )
+
+
+def _lock(lock: Path, path: Path, option: str) -> int:
+    """A descriptor of the lock file that holds its lock; it is not inherited by programs that this process starts."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    while True:
+        descriptor = os.open(lock, flags, 0o666)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_OWNER_BYTES:
+                raise ForeignPathError(f"{option}: {lock} is no mark of ours; remove it, or name another path")
+            _take(descriptor, path, option)
+            if _is_still(lock, descriptor):  # else its owner took it away in between
+                _write_owner(descriptor)
+                return descriptor
+            os.close(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+
+def _take(descriptor: int, path: Path, option: str) -> None:
+    if sys.platform == "win32":
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PathInUseError(
+            f"{option}: {path} is being written by {_owner(descriptor)}. Wait until it ends or stop it, or name another path"
+        ) from None
+    except OSError as error:
+        logger.warning(
+            "%s: this file system cannot lock (%s): see to it that no second process writes there", path, error.strerror
+        )
+
+
+def _is_still(lock: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(lock), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _write_owner(descriptor: int) -> None:
+    owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode() + b"\n"
+    os.pwrite(descriptor, owner, 0)
+    os.ftruncate(descriptor, len(owner))
+    os.fsync(descriptor)
+
+
+def _owner(descriptor: int) -> str:
+    try:
+        owner: Any = json.loads(os.pread(descriptor, _MAX_OWNER_BYTES, 0))
+        pid, host = int(owner["pid"]), ascii(str(owner["host"]))[1:-1][:100]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "another process"
+    here = pid == os.getpid() and host == socket.gethostname()
+    return f"this very process ({pid}), which has not closed it" if here else f"process {pid} on {host}"
