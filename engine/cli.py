@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from pydantic import ValidationError
 
 from balcaprl import __version__
+from balcaprl.checkpoint_settings import read_checkpoint_settings
 from balcaprl.cli_judge import add_judge_commands, judge_audit, judge_cache, prepare, recaption
-from balcaprl.config import STATE_FILE, TrainConfig
-from balcaprl.logtext import PrintableFormatter, printable_lines
+from balcaprl.config import TrainConfig
+from balcaprl.logtext import PrintableFormatter, printable, printable_lines
 from balcaprl.types import JudgeStoppedError
 
 RECIPES = Path(__file__).parent / "recipes"
-_CLOSING_S = 5.0
-"""As long as this a run that is stopped at once may take to close its judge, sampler and threads."""
 # What a user can mend: told in one line, without a traceback.
 _USER_ERRORS = (
     ValueError,
@@ -38,10 +36,14 @@ _USER_ERRORS = (
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = build_parser()
-    arguments = _spread_recipe(sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:] if argv is None else argv
     if not arguments:
         parser.print_help(sys.stderr)
         return 2
+    try:
+        arguments = _spread_recipe(arguments)
+    except _USER_ERRORS as error:
+        return _tell(arguments[0], error)
     options = parser.parse_args(arguments)
     command = options.command
     handler = logging.StreamHandler()
@@ -52,10 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _COMMANDS[command](options[command])
     except _USER_ERRORS as error:
-        print(printable_lines(f"balcaprl {command}: {error}"), file=sys.stderr)
-        if os.environ.get("BALCAPRL_TRACEBACK"):
-            raise
-        return 1
+        return _tell(command, error)
+
+
+def _tell(command: str, error: Exception) -> int:
+    print(printable_lines(f"balcaprl {command}: {error}"), file=sys.stderr)
+    if os.environ.get("BALCAPRL_TRACEBACK"):
+        raise error
+    return 1
 
 
 def build_parser() -> ArgumentParser:
@@ -82,7 +88,7 @@ def _spread_recipe(arguments: list[str]) -> list[str]:
     """Where a configuration comes from when ``--config`` does not say.
 
     ``train recipe.yaml`` means ``train --config recipe.yaml``; a bare name means a recipe that ships. ``evaluate FOLDER`` takes
-    the configuration of the run that wrote the checkpoint.
+    what is harmless of the configuration of the run that wrote the checkpoint.
     """
     if len(arguments) < 2 or arguments[1].startswith("-"):
         return arguments
@@ -90,10 +96,29 @@ def _spread_recipe(arguments: list[str]) -> list[str]:
     if command in ("train", "prepare", "recaption", "judge-audit"):
         shipped = RECIPES / f"{name}.yaml"
         return [command, "--config", str(shipped if shipped.is_file() and not Path(name).exists() else name), *rest]
-    state = Path(name) / STATE_FILE
-    if command == "evaluate" and state.is_file() and not any(a.split("=")[0] == "--config" for a in rest):
-        return [command, name, "--config", json.dumps(json.loads(state.read_text())["config"]), *rest]
+    if command == "evaluate" and not any(a.split("=")[0] == "--config" for a in rest):
+        return [command, name, *_settings_of_checkpoint(Path(name), rest), *rest]
     return arguments
+
+
+def _settings_of_checkpoint(checkpoint: Path, overrides: list[str]) -> list[str]:
+    """What a checkpoint says of its evaluation, as arguments; what it may not say is told on standard error."""
+    settings = read_checkpoint_settings(checkpoint)
+    if settings is None:
+        return []
+    told = [*settings.left_out, *([f"{settings.num_unknown} unknown keys"] if settings.num_unknown else [])]
+    if told:
+        print(
+            f"balcaprl evaluate: left out of the checkpoint's configuration, since a checkpoint names no servers, keys, files "
+            f"or code: {', '.join(told)}. To use them, name a recipe that you trust with --config, or give them here",
+            file=sys.stderr,
+        )
+    if settings.data_kind != "scenes" and not any(a.split("=")[0] in ("--data", "--data.kind") for a in overrides):
+        raise ValueError(
+            f"{checkpoint} was trained on data of kind {printable(settings.data_kind)}, which a checkpoint does not choose: "
+            "name its recipe with --config, or the data with --data.kind and --data.path"
+        )
+    return ["--config", json.dumps(settings.taken)] if settings.taken else []
 
 
 def _train_parser() -> ArgumentParser:
@@ -115,8 +140,15 @@ def _demo_parser() -> ArgumentParser:
 def _evaluate_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Score a checkpoint on held-out images, under the configuration of its run.")
     parser.add_argument("folder", type=Path, help="a stock transformers checkpoint folder")
-    parser.add_argument("--config", action=ActionConfigFile, help="a recipe; default: that of the run, if it has one")
-    parser.add_argument("--out", type=Path, default=None, help="also write scores and captions to this folder")
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="a recipe; default: what is harmless of the run's own"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="also write scores and captions to this folder, empty or of an evaluation",
+    )
     parser.add_class_arguments(TrainConfig)
     return parser
 
@@ -151,20 +183,8 @@ def _run_training(config: TrainConfig) -> int:
     trainer = Trainer(config)
     try:
         summary = trainer.train()
-    except KeyboardInterrupt:  # the second signal: nothing may hold it up, not even what is being closed
-        closing = threading.Thread(target=trainer.close, daemon=True)
-        closing.start()
-        closing.join(_CLOSING_S)
-        print(
-            "balcaprl: stopped at once; run the same command again to go on from the last checkpoint", file=sys.stderr
-        )
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(128 + signal.SIGINT)
-    except BaseException:
+    finally:
         trainer.close()
-        raise
-    trainer.close()
     print(json.dumps(summary, indent=2))
     print(f"report: {config.output_dir / 'report.html'}", file=sys.stderr)
     return 0 if trainer.stop_signal is None else 128 + trainer.stop_signal
