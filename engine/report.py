@@ -1,7 +1,8 @@
 """One self-contained HTML page about a run: scores before and after, curves, and captions marked up by their verdicts.
 
 The page loads nothing and runs nothing: styles, charts and pictures are inside it. Whatever a run folder lacks, the
-page says so. Captions, references and assertions are untrusted text: the template escapes everything but the charts.
+page says so. Captions, references and assertions are untrusted text: the template escapes everything but the charts. A run
+folder may come from somebody else: whatever lies in it, a page is made in bounded time and memory.
 """
 
 from __future__ import annotations
@@ -9,23 +10,22 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import json
 import logging
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-import yaml
 from markupsafe import Markup
-from PIL import Image
 
 from balcaprl.charts import Chart, Series, line_chart, moving_mean, stacked_chart
-from balcaprl.metrics import EVAL_CAPTIONS, EVALUATIONS, METRICS, eval_image_path, nanmean, read_jsonl
+from balcaprl.data.images import ImageError, load_image
+from balcaprl.metrics import eval_image_path, nanmean
+from balcaprl.ownership import ForeignPathError, has_mark, refuse_foreign_file, write_atomically
+from balcaprl.run_reading import RUN_FILES, Run, load_run, measured
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,11 @@ MODES = ("sampled", "greedy")
 MAX_IMAGES = 12
 MAX_IMAGE_SIDE = 512
 """Pixels; larger pictures are shrunk, so that a page of twelve stays small."""
+_MAX_PHASES = 24
+_MAX_COVERS = 400
+"""Spans of a caption that are marked; a page is no larger for more of them."""
+_MAX_TITLE = 8
+"""Assertions that a mark names, with at most 200 characters of each."""
 
 SCORES = {"b_capscore": "b-CapScore", "precision": "Precision", "recall": "Recall", "linguistic": "Linguistic"}
 VERDICTS = {
@@ -42,29 +47,6 @@ VERDICTS = {
     "false": "not true of the image",
 }
 """Verdict of an assertion -> what it means; later ones are worse, and win where spans overlap."""
-
-
-@dataclass
-class Run:
-    """What a run folder holds, as far as it can be read."""
-
-    output_dir: Path
-    config: dict[str, Any] = field(default_factory=dict)
-    config_text: str = ""
-    summary: dict[str, Any] = field(default_factory=dict)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    captions: list[dict[str, Any]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    def setting(self, path: str, default: Any = None) -> Any:
-        """A value of the configuration by its dotted path."""
-        value: Any = self.config
-        for key in path.split("."):
-            if not isinstance(value, dict) or key not in value:
-                return default
-            value = value[key]
-        return value
 
 
 @dataclass(frozen=True)
@@ -81,16 +63,25 @@ def write_report(output_dir: Path) -> Path:
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        ForeignPathError: the folder is no run's, or its ``report.html`` is none of ours.
     """
     output_dir = Path(output_dir)
     if not output_dir.is_dir():
         raise FileNotFoundError(f"{output_dir} is no run folder: it does not exist. Name a training run's output_dir.")
-    page = render_report(load_run(output_dir))
     path = output_dir / REPORT
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(page.encode("utf-8", errors="replace"))
-    os.replace(temporary, path)
+    names = {entry.name for entry in itertools.islice(output_dir.iterdir(), 10_000)}
+    if names and not has_mark(output_dir, "run") and not names & {*RUN_FILES, REPORT}:
+        raise ForeignPathError(f"{output_dir} is no run folder: it holds none of {', '.join(RUN_FILES)}")
+    refuse_foreign_file(path, _is_report, what="report of balcaprl", option=str(output_dir))
+    run = load_run(output_dir)
+    for problem in run.problems:
+        logger.info("%s: %s", output_dir, problem)
+    write_atomically(path, render_report(run).encode("utf-8", errors="replace"))
     return path
+
+
+def _is_report(head: bytes) -> bool:
+    return b"balcaprl</title>" in head[:2000]
 
 
 def render_report(run: Run) -> str:
@@ -109,66 +100,22 @@ def render_report(run: Run) -> str:
         scores=SCORES,
         verdicts=VERDICTS,
         config_text=run.config_text,
+        summary_text=run.summary_text,
     )
 
 
-# ---------------------------------------------------------------------------------------------------- reading
-
-
-def load_run(output_dir: Path) -> Run:
-    """Read a run folder; what is missing or broken is left out and told in ``problems``."""
-    run = Run(Path(output_dir))
-    run.config_text = _read_text(run, "config.yaml")
-    try:
-        config = yaml.safe_load(run.config_text) if run.config_text else {}
-        run.config = config if isinstance(config, dict) else {}
-    except yaml.YAMLError as error:
-        run.problems.append(f"config.yaml cannot be read: {error}")
-    try:
-        summary = json.loads(_read_text(run, "summary.json") or "{}")
-        run.summary = summary if isinstance(summary, dict) else {}
-    except ValueError as error:
-        run.problems.append(f"summary.json cannot be read: {error}")
-    run.metrics = _latest(read_jsonl(run.output_dir / METRICS), ("step",))
-    run.evaluations = _latest(read_jsonl(run.output_dir / EVALUATIONS), ("step", "mode"))
-    run.captions = _latest(read_jsonl(run.output_dir / EVAL_CAPTIONS), ("step", "mode", "sample_id", "rollout"))
-    if not run.metrics:
-        run.problems.append("No training step is logged.")
-    if not run.evaluations:
-        run.problems.append("No evaluation is logged: there is no before and after to compare.")
-    if not run.captions:
-        run.problems.append("No held-out captions are logged.")
-    return run
-
-
-def _read_text(run: Run, name: str) -> str:
-    try:
-        return (run.output_dir / name).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        run.problems.append(f"{name} is missing.")
-        return ""
-
-
-def _latest(records: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The last record of each key, in order of steps: a resumed run may log an evaluation twice."""
-    by_key = {tuple(str(record.get(key)) for key in keys): record for record in records}
-    return sorted(by_key.values(), key=lambda record: record["step"])
-
-
-def number(value: Any) -> float:
-    """The value as a float; NaN where it is no number."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+# ---------------------------------------------------------------------------------------------------- numbers
 
 
 def format_score(value: Any, digits: int = 3) -> str:
     """A number with a fixed number of digits, or a dash."""
-    value = number(value)
+    value = measured(value)
     return f"{value:.{digits}f}" if math.isfinite(value) else "\N{EN DASH}"
 
 
 def format_change(before: Any, after: Any) -> str:
     """The signed difference of two scores, or nothing where one of them is missing."""
-    change = round(number(after) - number(before), 3)
+    change = round(measured(after) - measured(before), 3)
     if not change:
         return "0.000"
     return f"{change:+.3f}".replace("-", "\N{MINUS SIGN}") if math.isfinite(change) else ""
@@ -189,16 +136,21 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         "length rule": "reward.length_rule",
         "seed": "seed",
     }
-    facts = [(name, str(run.setting(path))) for name, path in paths.items() if run.setting(path) is not None]
+    facts = [(name, str(run.setting(path))[:200]) for name, path in paths.items() if _is_fact(run.setting(path))]
     done = run.metrics[-1]["step"] if run.metrics else 0
-    facts.insert(0, ("steps", f"{done} of {run.setting('steps')}" if run.setting("steps") is not None else str(done)))
-    seconds = sum(s for s in (number(m.get("time/step")) for m in run.metrics) if math.isfinite(s))
+    planned = run.setting("steps")
+    facts.insert(0, ("steps", f"{done} of {planned}"[:200] if _is_fact(planned) else str(done)))
+    seconds = sum(s for s in (measured(m.get("time/step")) for m in run.metrics) if math.isfinite(s))
     if seconds:
         facts.append(("time in steps", f"{seconds / 60:.1f} min"))
-    rate = nanmean(number(m.get("tokens_per_second")) for m in run.metrics)
+    rate = nanmean(measured(m.get("tokens_per_second")) for m in run.metrics)
     if math.isfinite(rate):
         facts.append(("tokens a second", f"{rate:.0f}"))
     return facts
+
+
+def _is_fact(value: Any) -> bool:
+    return isinstance(value, str | float | bool) or (isinstance(value, int) and abs(value) < 1 << 63)
 
 
 def summary_table(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -236,7 +188,7 @@ def health_charts(run: Run) -> list[Chart]:
 def _column(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values (float64, NaN where there is none) of one key."""
     steps = np.array([record["step"] for record in records], dtype=np.float64)
-    return steps, np.array([number(record.get(key)) for record in records], dtype=np.float64)
+    return steps, np.array([measured(record.get(key)) for record in records], dtype=np.float64)
 
 
 def _smoothed(run: Run, key: str, colour: str) -> list[Series]:
@@ -273,8 +225,8 @@ def _length_chart(run: Run) -> Chart | None:
     series = _smoothed(run, "length_ratio", "c0") + _evaluated(run, "length_ratio", "ink")
     if not series:
         return None
-    low, high = number(run.setting("reward.tau_low")), number(run.setting("reward.tau_high"))
-    masked = run.setting("reward.length_rule") == "mask" and math.isfinite(low) and math.isfinite(high)
+    low, high = measured(run.setting("reward.tau_low")), measured(run.setting("reward.tau_high"))
+    masked = run.setting("reward.length_rule") == "mask" and 0.0 <= low <= high
     note = "Outside the shaded bounds the linguistic reward of a caption is 0." if masked else ""
     return line_chart("Caption length over reference length", series, band=(low, high) if masked else None, note=note)
 
@@ -292,7 +244,7 @@ def _metric_chart(run: Run, key: str, title: str) -> Chart | None:
 def _time_chart(run: Run) -> Chart | None:
     phases = list(dict.fromkeys(key for record in run.metrics for key in record if key.startswith("time/")))
     # A request's latency is no phase: many are under way at once, and all of it lies within the phases.
-    phases = [phase for phase in phases if phase != "time/step" and not phase.startswith("time/judge_")]
+    phases = [phase for phase in phases if phase != "time/step" and not phase.startswith("time/judge_")][:_MAX_PHASES]
     steps, whole = _column(run.metrics, "time/step")
     parts = {phase.removeprefix("time/"): _column(run.metrics, phase)[1] for phase in phases}
     if not parts:
@@ -365,12 +317,14 @@ def segments(caption: str, assertions: Sequence[Mapping[str, Any]]) -> list[Segm
     for assertion in assertions:
         for start, end in _spans(assertion, len(caption)):
             covers.append((start, end, assertion))
+    covers = covers[:_MAX_COVERS]
     cuts = sorted({0, len(caption), *(c[0] for c in covers), *(c[1] for c in covers)})
     pieces = []
     for start, end in itertools.pairwise(cuts):
         here = [a for s, e, a in covers if s <= start and end <= e]
         worst = max((verdict(a) for a in here), key=list(VERDICTS).index, default=None)
-        title = "\n".join(dict.fromkeys(f"{a.get('text')} ({verdict(a)})" for a in here))
+        titles = dict.fromkeys(f"{str(a.get('text'))[:200]} ({verdict(a)})" for a in here)
+        title = "\n".join(itertools.islice(titles, _MAX_TITLE))
         pieces.append(Segment(caption[start:end], worst, title))
     return pieces
 
@@ -390,9 +344,10 @@ def data_url(path: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        image = load_image(
+            path.name, path.parent, max_pixels=1 << 22, max_source_pixels=1 << 25, max_file_bytes=1 << 26
+        )
+    except ImageError as error:
         logger.warning("%s cannot be read and is left out of the report: %s", path, error)
         return None
     large = max(image.size) > MAX_IMAGE_SIDE

@@ -1,6 +1,8 @@
 import html
+import io
 import json
 import math
+import os
 import random
 import re
 from html.parser import HTMLParser
@@ -14,6 +16,7 @@ from PIL import Image, ImageDraw
 from balcaprl.charts import Series, line_chart, moving_mean, stacked_chart, thin
 from balcaprl.config import TrainConfig
 from balcaprl.metrics import eval_image_path, save_eval_image
+from balcaprl.ownership import ForeignPathError
 from balcaprl.report import MAX_IMAGES, format_change, load_run, segments, summary_table, write_report
 
 EVIL = '<script>alert("x")</script>'
@@ -362,3 +365,198 @@ def test_charts_take_their_colours_from_the_page():
         assert not re.search(r"#[0-9a-f]{6}", chart.svg)
     assert "var(--precision)" in band.svg
     assert band.legend[-1][0] == "allowed: 0.5 to 2"
+
+
+# ---------------------------------------------------------------------------------------------------- hostile folders
+
+
+def bomb(levels=9):
+    """YAML whose aliases stand for ten to the ninth values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return "\n".join([*lines, f"model: {{path: *a{levels - 1}}}"])
+
+
+def merge_bomb(levels=9):
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+CONFIGS = {
+    "alias bomb": bomb(),
+    "merge bomb": merge_bomb(),
+    "deep": "[" * 100_000,
+    "deep mapping": "{a: " * 50_000,
+    "huge number": "seed: " + "9" * 50_000,
+    "large number": "seed: 1"
+    + "0" * 400
+    + "\nsteps: 1"
+    + "0" * 400
+    + "\nreward: {length_rule: mask, tau_low: -.inf, tau_high: 1e300}",
+    "python": "seed: !!python/object/apply:os.system ['touch ran']",
+    "binary": "\x00\x01\ufffe" * 1000,
+    "no mapping": "- 1\n- 2\n",
+    "date": "seed: 2026-99-99",
+    "unhashable": "? [1, 2]\n: 3\n",
+    "large": "# " + "x" * (1 << 22),
+    "everything nested": yaml.safe_dump(
+        {"model": {"path": {"a": ["b"] * 1000}}, "seed": [1] * 1000, "steps": {"a": 1}}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_configuration_breaks_a_report(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "run", num_steps=3)
+    (run / "config.yaml").write_text(CONFIGS[name])
+    text = write_report(run).read_text()
+    Page(text)
+    assert "Before and after" in text
+    assert len(text) < 1_500_000
+    if name not in ("large number", "no mapping", "everything nested"):
+        assert "config.yaml cannot be read" in text or "config.yaml is larger" in text
+    assert not (tmp_path / "ran").exists()
+
+
+BIG = 10**400
+MEASURES = ("reward/recall", "time/step", "time/sample", "tokens_per_second", "recall", "b_capscore", "length_ratio")
+RECORDS = {
+    "10**400": dict.fromkeys((*MEASURES, "num_samples"), BIG),
+    "-10**400": dict.fromkeys(MEASURES, -BIG),
+    "1e308": dict.fromkeys(MEASURES, 1.7e308),
+    "infinite": dict.fromkeys(MEASURES, math.inf),
+    "texts": dict.fromkeys((*MEASURES, "num_samples"), "x" * 100_000),
+    "nested": {key: [[{"a": [1]}]] for key in (*MEASURES, "num_samples")},
+    "many phases": {f"time/{i}": 1.0 for i in range(20_000)},
+    "markup in keys": {f"time/{EVIL}": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_no_value_breaks_a_report(tmp_path, name):
+    run = make_run(tmp_path / "run", num_steps=12)
+    values = RECORDS[name]
+    write_lines(run / "metrics.jsonl", [{"step": s} | values for s in range(1, 12)])
+    write_lines(
+        run / "evaluations.jsonl", [{"step": s, "mode": m} | values for s in (0, 11) for m in ("sampled", "greedy")]
+    )
+    write_lines(run / "eval_captions.jsonl", [caption_record(s, "sampled", "scene-0", GOOD) | values for s in (0, 11)])
+    text = write_report(run).read_text()
+    page = Page(text)
+    assert not [tag for tag, _ in page.tags if tag == "script"]
+    assert len(text) < 1_500_000
+
+
+@pytest.mark.parametrize("step", [-1, BIG, True, 1.0, "1", None, 1 << 60])
+def test_a_record_of_no_step_is_broken(tmp_path, step):
+    run = make_run(tmp_path / "run", num_steps=3)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "reward/recall": 0.5}) + "\n")
+    assert [record["step"] for record in load_run(run).metrics] == [1, 2, 3]
+    assert "metrics.jsonl: 1 broken lines" in write_report(run).read_text()
+
+
+LOGS = ("metrics.jsonl", "evaluations.jsonl", "eval_captions.jsonl", "summary.json")
+JUNK = {
+    "deep": b'{"step": 1, "a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n",
+    "binary": bytes(range(256)) * 1000,
+    "zeros": b"\0" * (4 << 20),
+    "digits": b'{"step": ' + b"9" * 100_000 + b"}\n",
+    "no objects": b"[]\n3\nnull\n\n",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("junk", [*JUNK, "missing", "pipe", "folder", "sparse", "link out", "link to a device", "loop"])
+@pytest.mark.parametrize("name", LOGS)
+def test_no_file_breaks_a_report(tmp_path, name, junk):
+    run = make_run(tmp_path / "run", num_steps=3)
+    path, secret = run / name, tmp_path / "secret"
+    secret.write_text('{"step": 1, "mode": "sampled", "sample_id": "PRIVATE", "caption": "PRIVATE"}\n')
+    path.unlink()
+    if junk in JUNK:
+        path.write_bytes(JUNK[junk])
+    elif junk == "pipe":
+        os.mkfifo(path)
+    elif junk == "folder":
+        path.mkdir()
+    elif junk == "sparse":
+        with open(path, "wb") as file:
+            file.truncate(1 << 40)
+    elif junk != "missing":
+        path.symlink_to({"link out": secret, "link to a device": "/dev/zero", "loop": path}[junk])
+    text = write_report(run).read_text()
+    Page(text)
+    assert "PRIVATE" not in text
+    assert name in text or junk in ("missing", "empty")
+
+
+def test_assertions_without_end_make_no_page_without_end(tmp_path):
+    run = make_run(tmp_path / "run", num_steps=1)
+    spans = [[i, 20_000 - i] for i in range(2000)]
+    claims = [{"text": f"{i} " * 5000, "spans": spans, "verified": True, "pointable": True} for i in range(100)]
+    record = caption_record(0, "sampled", "scene-0", "x" * 1_000_000) | {
+        "assertions": claims,
+        "reference": "y" * 1_000_000,
+    }
+    write_lines(run / "eval_captions.jsonl", [record, record | {"step": 1}])
+    assert len(write_report(run).read_text()) < 4_000_000
+
+
+@pytest.mark.parametrize("kind", ["bomb", "eps", "pipe", "link out", "huge header"])
+def test_no_picture_breaks_a_report(tmp_path, kind):
+    run = make_run(tmp_path / "run", num_steps=1, num_images=1)
+    path = eval_image_path(run, "scene-0")
+    path.unlink()
+    if kind == "bomb":
+        Image.new("1", (12_000, 12_000)).save(path)
+    elif kind == "eps":
+        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link out":
+        draw_scene().save(tmp_path / "private.png")
+        path.symlink_to(tmp_path / "private.png")
+    else:
+        buffer = io.BytesIO()
+        draw_scene().save(buffer, format="PNG")
+        data = bytearray(buffer.getvalue())
+        data[16:24] = b"\x7f\xff\xff\xff" * 2
+        path.write_bytes(data)
+    assert "No picture saved" in write_report(run).read_text()
+
+
+def test_a_large_log_is_read_at_both_ends(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", num_steps=60)
+    monkeypatch.setattr("balcaprl.run_reading._MAX_LOG_BYTES", 20_000)
+    steps = [record["step"] for record in load_run(run).metrics]
+    assert steps[0] == 1
+    assert steps[-1] == 60
+    assert 10 < len(steps) < 60
+    assert "bytes in its middle" in write_report(run).read_text()
+
+
+def test_a_foreign_report_or_folder_is_left_alone(tmp_path):
+    run = make_run(tmp_path / "run", num_steps=1)
+    (run / "report.html").write_text("<title>my thesis</title>")
+    with pytest.raises(ForeignPathError, match=r"report\.html"):
+        write_report(run)
+    assert (run / "report.html").read_text() == "<title>my thesis</title>"
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").touch()
+    with pytest.raises(ForeignPathError, match="no run folder"):
+        write_report(tmp_path / "home")
+    assert len(list((tmp_path / "home").iterdir())) == 1
+
+
+def test_links_in_the_reports_place_are_not_followed(tmp_path):
+    run = make_run(tmp_path / "run", num_steps=1)
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (run / "report.html.tmp").symlink_to(precious)
+    (run / "report.html").symlink_to(tmp_path / "nowhere")
+    write_report(run)
+    assert precious.read_text() == "precious"
+    assert not (tmp_path / "nowhere").exists()
