@@ -137,7 +137,7 @@ class RefusalMemory:
             for line in file:
                 try:
                     self._take(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     continue  # half a line of a killed run, or a damaged one
 
     def _write(self, task: str) -> None:

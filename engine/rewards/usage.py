@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from balcaprl.config import EndpointConfig, ServerConfig
+from balcaprl.jsonl import number, read_json
+from balcaprl.ownership import write_atomically
 from balcaprl.types import JudgeStoppedError
 
 LEDGER = "judge_usage.json"
+_MAX_LEDGER_BYTES = 1 << 16
 _TOTALS = ("num_replies", "prompt_tokens", "completion_tokens", "cost")
 
 
@@ -86,15 +89,19 @@ class Ledger:
         self.totals: dict[str, float] = dict.fromkeys(_TOTALS, 0)
         self.in_flight = 0
         self._dearest = self._longest = 0.0
-        if path is not None and path.is_file():
+        if path is not None and path.exists():
             self._load(path)
 
     def _load(self, path: Path) -> None:
         try:
-            plain = json.loads(path.read_text(encoding="utf-8"))
-            self.totals = {name: plain[name] for name in _TOTALS}
+            plain = read_json(path, _MAX_LEDGER_BYTES)
+            totals = {name: plain[name] for name in _TOTALS}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: damaged account of what the judge cost; mend or remove it") from error
+        # What is no number, or less than nothing, would lift the budget.
+        if not all(0.0 <= number(value) < math.inf for value in totals.values()):
+            raise ValueError(f"{path}: damaged account of what the judge cost: {totals}; mend or remove it"[:500])
+        self.totals = totals
 
     def check(self) -> None:
         """Raise where no further request may be started.
@@ -104,10 +111,10 @@ class Ledger:
         """
         config, totals = self._config, self.totals
         tokens = totals["prompt_tokens"] + totals["completion_tokens"]
-        number = max(1.0, totals["num_replies"])
+        num_replies = max(1.0, totals["num_replies"])
         reserved = self.in_flight + 1
-        dearest = max(self._dearest, totals["cost"] / number)
-        longest = max(self._longest, tokens / number)
+        dearest = max(self._dearest, totals["cost"] / num_replies)
+        longest = max(self._longest, tokens / num_replies)
         if config.budget is not None and totals["cost"] + reserved * dearest > config.budget:
             raise BudgetSpentError(
                 f"the judge's budget is spent: {totals['cost']:.4g} of endpoint.budget {config.budget:g}; raise it to go on"
@@ -137,9 +144,7 @@ class Ledger:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_name(self._path.name + ".tmp")
-        partial.write_text(json.dumps(self.totals, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self._path)
+        write_atomically(self._path, (json.dumps(self.totals, indent=2) + "\n").encode())
 
 
 def _count(value: Any) -> int:
