@@ -10,14 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
-from pydantic import ValidationError
+from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
 
 from balcaprl import __version__
 from balcaprl.checkpoint_settings import read_checkpoint_settings
 from balcaprl.cli_judge import add_judge_commands, judge_audit, judge_cache, prepare, recaption
+from balcaprl.cli_parser import CommandParser, refuse, user_path
 from balcaprl.config import TrainConfig
+from balcaprl.config_base import expand_home
 from balcaprl.logtext import PrintableFormatter, printable, printable_lines
+from balcaprl.recipe import RecipeError, check_recipe, take_options
 from balcaprl.types import JudgeStoppedError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -35,15 +37,18 @@ _USER_ERRORS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = build_parser()
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments:
-        parser.print_help(sys.stderr)
+        build_parser().print_help(sys.stderr)
         return 2
     try:
-        arguments = _spread_recipe(arguments)
+        arguments = _checked(_spread_recipe(arguments))
+    except RecipeError as error:
+        refuse(f"balcaprl {arguments[0]}", str(error), error.hint)
     except _USER_ERRORS as error:
         return _tell(arguments[0], error)
+    parser = build_parser()
+    parser.command = arguments[0] if arguments[0] in _COMMANDS else ""
     options = parser.parse_args(arguments)
     command = options.command
     handler = logging.StreamHandler()
@@ -64,10 +69,10 @@ def _tell(command: str, error: Exception) -> int:
     return 1
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> CommandParser:
     """All commands with every field of every section explained."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="balcaprl", description="Balanced reinforcement learning for image captioners.")
+    parser = CommandParser(prog="balcaprl", description="Balanced reinforcement learning for image captioners.")
     parser.add_argument("--version", action="version", version=f"balcaprl {__version__}")
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand(
@@ -80,7 +85,7 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("report", _report_parser(), help="write report.html of a run folder anew")
     add_judge_commands(commands)
     commands.add_subcommand("warmstart", _warmstart_parser(), help="rebuild the demo's warm start from scratch")
-    commands.add_subcommand("doctor", ArgumentParser(), help="what is installed, what will be used, what is wrong")
+    commands.add_subcommand("doctor", CommandParser(), help="what is installed, what will be used, what is wrong")
     return parser
 
 
@@ -94,10 +99,14 @@ def _spread_recipe(arguments: list[str]) -> list[str]:
         return arguments
     command, name, *rest = arguments
     if command in ("train", "prepare", "recaption", "judge-audit"):
-        shipped = RECIPES / f"{name}.yaml"
-        return [command, "--config", str(shipped if shipped.is_file() and not Path(name).exists() else name), *rest]
+        shipped = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+        if not expand_home(name).exists():
+            if name not in shipped:
+                raise RecipeError(f"{name}: no such file", f"recipes that ship: {', '.join(shipped)}")
+            name = str(shipped[name])
+        return [command, "--config", name, *rest]
     if command == "evaluate" and not any(a.split("=")[0] == "--config" for a in rest):
-        return [command, name, *_settings_of_checkpoint(Path(name), rest), *rest]
+        return [command, name, *_settings_of_checkpoint(expand_home(name), rest), *rest]
     return arguments
 
 
@@ -121,31 +130,41 @@ def _settings_of_checkpoint(checkpoint: Path, overrides: list[str]) -> list[str]
     return ["--config", json.dumps(settings.taken)] if settings.taken else []
 
 
-def _train_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Train as a recipe and dotted overrides say.")
+def _checked(arguments: list[str]) -> list[str]:
+    """Recipes and options read and checked by the rules of ``balcaprl.recipe``, and handed on as one configuration."""
+    command, *rest = arguments
+    if command not in _CONFIGURED or {"-h", "--help"} & set(rest):
+        return arguments
+    plain, rest = take_options(rest)
+    config = check_recipe(plain).model_dump(mode="json", exclude_unset=True)
+    return [command, *rest, *(["--config", json.dumps(config)] if plain else [])]
+
+
+def _train_parser() -> CommandParser:
+    parser = CommandParser(description="Train as a recipe and dotted overrides say.")
     parser.add_argument("--config", action=ActionConfigFile, help="a recipe in YAML")
     parser.add_class_arguments(TrainConfig)
     return parser
 
 
-def _demo_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Train the small captioner that ships with the package on drawn scenes.")
-    parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder of everything the run writes")
+def _demo_parser() -> CommandParser:
+    parser = CommandParser(description="Train the small captioner that ships with the package on drawn scenes.")
+    parser.add_argument("--out", type=user_path, default=Path("demo-run"), help="folder of everything the run writes")
     parser.add_argument("--seed", type=int, default=0, help="seed of data order and sampling")
     parser.add_argument("--steps", type=int, default=None, help="training steps; default: those of the demo recipe")
     parser.add_argument("--sampler", choices=["auto", "vllm", "hf"], default="auto", help="who samples captions")
     return parser
 
 
-def _evaluate_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Score a checkpoint on held-out images, under the configuration of its run.")
-    parser.add_argument("folder", type=Path, help="a stock transformers checkpoint folder")
+def _evaluate_parser() -> CommandParser:
+    parser = CommandParser(description="Score a checkpoint on held-out images, under the configuration of its run.")
+    parser.add_argument("folder", type=user_path, help="a stock transformers checkpoint folder")
     parser.add_argument(
         "--config", action=ActionConfigFile, help="a recipe; default: what is harmless of the run's own"
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=user_path,
         default=None,
         help="also write scores and captions to this folder, empty or of an evaluation",
     )
@@ -153,25 +172,21 @@ def _evaluate_parser() -> ArgumentParser:
     return parser
 
 
-def _report_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Write report.html of a run folder anew.")
-    parser.add_argument("run", type=Path, help="the run folder")
+def _report_parser() -> CommandParser:
+    parser = CommandParser(description="Write report.html of a run folder anew.")
+    parser.add_argument("run", type=user_path, help="the run folder")
     return parser
 
 
-def _warmstart_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Train the demo's warm start from scratch (about 25 minutes on two cores).")
-    parser.add_argument("out", type=Path, help="checkpoint folder to write")
+def _warmstart_parser() -> CommandParser:
+    parser = CommandParser(description="Train the demo's warm start from scratch (about 25 minutes on two cores).")
+    parser.add_argument("out", type=user_path, help="checkpoint folder to write")
     return parser
 
 
 def _to_config(plain: dict[str, Any]) -> TrainConfig:
     plain.pop("config", None)
-    try:
-        return TrainConfig.model_validate(plain)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"bad configuration: {problems}") from error
+    return check_recipe(plain)
 
 
 def _run_training(config: TrainConfig) -> int:
@@ -247,6 +262,9 @@ _COMMANDS = {
     "warmstart": _warmstart,
     "doctor": _doctor,
 }
+
+_CONFIGURED = ("train", "evaluate", "prepare", "recaption", "judge-audit")
+"""The commands that take a whole configuration."""
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)

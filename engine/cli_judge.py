@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from balcaprl.cli_parser import CommandParser, user_path
 from balcaprl.config import EndpointConfig, TrainConfig
 from balcaprl.ownership import claim_file, refuse_foreign_file, write_atomically
 
@@ -35,41 +37,43 @@ def add_judge_commands(commands: Any) -> None:
     commands.add_subcommand("judge-cache", _cache_parser(), help="show and prune the judge model's reply cache")
 
 
-def _run_parser(description: str) -> ArgumentParser:
-    parser = ArgumentParser(description=description)
+def _run_parser(description: str) -> CommandParser:
+    parser = CommandParser(description=description)
     parser.add_argument("--config", action=ActionConfigFile, help="a recipe in YAML")
     parser.add_class_arguments(TrainConfig)
     return parser
 
 
-def _prepare_parser() -> ArgumentParser:
+def _prepare_parser() -> CommandParser:
     return _run_parser(
         "Take each reference caption apart into units, into a file beside the data. Goes on where it stopped."
     )
 
 
-def _recaption_parser() -> ArgumentParser:
+def _recaption_parser() -> CommandParser:
     parser = _run_parser("Rewrite each reference caption from its image and its old text. Goes on where it stopped.")
-    parser.add_argument("--out", type=Path, required=True, help="data set of kind jsonl to write")
+    parser.add_argument("--out", type=user_path, required=True, help="data set of kind jsonl to write")
     return parser
 
 
-def _audit_parser() -> ArgumentParser:
+def _audit_parser() -> CommandParser:
     parser = _run_parser("Compare a recipe's judge with the exact judge of drawn scenes.")
-    parser.add_argument("--scenes", type=int, default=50, help="drawn scenes")
-    parser.add_argument("--captions", type=int, default=4, help="captions of each")
+    parser.add_argument("--scenes", type=PositiveInt, default=50, help="drawn scenes")
+    parser.add_argument("--captions", type=PositiveInt, default=4, help="captions of each")
     parser.add_argument("--retest", type=bool, default=True, help="judge everything twice, to see how stable it is")
-    parser.add_argument("--out", type=Path, default=None, help="also write the report to this JSON file")
+    parser.add_argument("--out", type=user_path, default=None, help="also write the report to this JSON file")
     return parser
 
 
-def _cache_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Show what the reply cache holds; with a bound, prune it first.")
-    parser.add_argument("--cache", type=Path, default=EndpointConfig().cache, help="the cache file")
+def _cache_parser() -> CommandParser:
+    parser = CommandParser(description="Show what the reply cache holds; with a bound, prune it first.")
+    parser.add_argument("--cache", type=user_path, default=EndpointConfig().cache, help="the cache file")
     parser.add_argument(
-        "--max_mib", type=int, default=None, help="drop the least recently used entries beyond this size"
+        "--max_mib", type=NonNegativeInt, default=None, help="drop the least recently used entries beyond this size"
     )
-    parser.add_argument("--unused_days", type=float, default=None, help="drop entries unused for so many days")
+    parser.add_argument(
+        "--unused_days", type=NonNegativeFloat, default=None, help="drop entries unused for so many days"
+    )
     return parser
 
 

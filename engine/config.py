@@ -10,18 +10,13 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from balcaprl.config_base import Section as _Section
 from balcaprl.types import REWARD_NAMES
 
 STATE_FILE = "trainer_state.json"
 """The trainer's state in a checkpoint folder; holds the configuration of its run."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, validate_default=True, hide_input_in_errors=True
-    )
 
 
 class ModelConfig(_Section):
@@ -62,9 +57,9 @@ class DataConfig(_Section):
     """What the policy is asked. Records that carry an instruction of their own keep it."""
     max_pixels: int = Field(1_003_520, ge=784)
     """Larger images are shrunk to this many pixels, keeping their shape."""
-    max_source_pixels: int = Field(64_000_000, ge=1)
+    max_source_pixels: int = Field(64_000_000, ge=1, le=1 << 32)
     """Images whose header announces more are refused unread (decompression bombs)."""
-    max_file_bytes: int = Field(64 << 20, ge=1)
+    max_file_bytes: int = Field(64 << 20, ge=1, le=1 << 40)
     """Image files larger than this are refused unread."""
     check_headers: bool = True
     """Read the header of every image at start, so that refused and broken files are counted there. Off: paths and file
@@ -81,7 +76,7 @@ class SamplingConfig(_Section):
 
     temperature: float = Field(1.0, gt=0)
     """Divides the logits, in sampling and in the loss alike."""
-    max_completion_tokens: int = Field(128, ge=1)
+    max_completion_tokens: int = Field(128, ge=1, le=1_000_000)
     """A completion is cut here."""
     stop: tuple[str, ...] = ()
     """A completion ends where one of these texts appears; the text, not its tokens, is cut before it."""
@@ -99,9 +94,9 @@ class RolloutConfig(_Section):
     """Folder that this machine writes and the server reads under the same path; none: in ``output_dir``."""
     server_api_key_env: str = ""
     """Name of the environment variable that holds the server's key."""
-    prompts_per_step: int = Field(8, ge=1)
+    prompts_per_step: int = Field(8, ge=1, le=100_000)
     """Images, and thus groups, of one step."""
-    group_size: int = Field(8, ge=1)
+    group_size: int = Field(8, ge=1, le=10_000)
     """Completions of each image [G in the paper]."""
     sampling: SamplingConfig = SamplingConfig()
     """Sampling parameters."""
@@ -187,9 +182,9 @@ class RewardConfig(_Section):
     ``endpoint``: a judge model behind ``endpoint.servers``. ``none``: only ``custom`` rewards. ``auto``: by the data."""
     protocol: ProtocolConfig = ProtocolConfig()
     """What the endpoint judge is asked."""
-    custom: list[CustomReward] = []
+    custom: list[CustomReward] = Field([])
     """Further rewards."""
-    conditions: list[RewardCondition] = []
+    conditions: list[RewardCondition] = Field([])
     """Rewards that count only where another one is good enough."""
     precision_weight: float = Field(1.0, ge=0)
     """Weight of the precision reward's normalised score."""
@@ -252,7 +247,7 @@ class ServerConfig(_Section):
     """Name of the environment variable that holds the key; the key itself stands in no file."""
     weight: float = Field(1.0, gt=0)
     """Share of the images, against the other servers."""
-    max_concurrency: int = Field(64, ge=1)
+    max_concurrency: int = Field(64, ge=1, le=100_000)
     """Most requests at once; how many are worth it is found out while the run goes."""
     input_price: float = Field(0.0, ge=0)
     """Price of a million prompt tokens, in the currency of ``endpoint.budget``."""
@@ -278,7 +273,7 @@ class ServerConfig(_Section):
 class EndpointConfig(_Section):
     """How the judge model is reached. A resumed run may change all of it."""
 
-    servers: list[ServerConfig] = []
+    servers: list[ServerConfig] = Field([])
     """All of them serve the same model. Nothing else is ever contacted."""
     timeout_s: float = Field(120.0, gt=0)
     """A request that takes longer is given up and made again."""
@@ -304,9 +299,11 @@ class EndpointConfig(_Section):
     patience_s: float = Field(600.0, gt=0)
     """Without a single valid reply for so long, the run is saved and ends."""
     budget: float | None = Field(None, gt=0)
-    """Most that the run may spend, by the prices of its servers; then it is saved and ends."""
-    token_budget: int | None = Field(None, ge=1)
-    """Most tokens, of prompts and completions together."""
+    """Most that the run may spend, by the prices of its servers; then it is saved and ends. It is exceeded by what one request
+    takes, at most. Resumes go on counting; each call of ``prepare``, ``recaption`` and ``judge-audit`` counts for itself. What
+    a server does not tell counts as the most that it can be: a token for each byte of text and each 14 x 14 pixels."""
+    token_budget: int | None = Field(None, ge=1, le=10**15)
+    """Most tokens, of prompts and completions together; kept as ``budget`` is."""
     cache: Path | None = Path("~/.cache/balcaprl/judge.db")
     """File of the reply cache, shared by runs and processes; null: none."""
     cache_max_mib: int = Field(4096, ge=1)
@@ -378,9 +375,9 @@ class EvaluationConfig(_Section):
 
     every: int = Field(0, ge=0)
     """Steps between evaluations; 0: only before and after training."""
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, le=2**32 - 1)
     """Seed of the evaluation's sampling, the same at every evaluation."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, le=100_000)
     """Images that are captioned at once."""
 
 
@@ -413,11 +410,11 @@ class TrainConfig(_Section):
 
     output_dir: Path = Path("run")
     """Folder of everything the run writes."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**32 - 1)
     """Determines data order, sampling and initialisation."""
     steps: int = Field(200, ge=0)
     """Training steps."""
-    threads: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, le=10_000)
     """CPU threads of torch; 0: all cores."""
     model: ModelConfig = ModelConfig()
     """The policy."""

@@ -207,13 +207,13 @@ def test_components_import_one_way() -> None:
         assert cycle is None, "imports go round: " + ", ".join(steps)
 
 
-@pytest.mark.parametrize("file", ["config.py", "types.py"])
+@pytest.mark.parametrize("file", ["config.py", "config_base.py", "types.py"])
 def test_config_and_types_import_nothing_heavy(file: str) -> None:
     wrong = [
         i
         for i in imports_of(ENGINE / file)
         if i.imported.split(".")[0] not in LIGHT_MAY_IMPORT
-        and not any(within(i.imported, m) for m in ("balcaprl.config", "balcaprl.types"))
+        and not any(within(i.imported, m) for m in ("balcaprl.config", "balcaprl.config_base", "balcaprl.types"))
     ]
     assert not wrong, complaints(wrong, "only pydantic and the standard library")
 

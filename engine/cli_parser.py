@@ -1,0 +1,55 @@
+"""The parser of every command: its usage errors are three lines, not the usage of a hundred options."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser
+
+from balcaprl.config_base import expand_home
+from balcaprl.logtext import printable_lines
+from balcaprl.recipe import did_you_mean
+
+
+def user_path(text: str) -> Path:
+    """A path as a user writes it: ``~`` is the home folder, which no shell expands in ``--out=~/x``."""
+    return expand_home(text)
+
+
+def refuse(program: str, message: str, hint: str = "") -> NoReturn:
+    """Say what is wrong, what helps and where to look, in a line each, and exit with status 2."""
+    lines = [f"{program}: {message}", *([hint] if hint else []), f"`{program} --help` explains every option"]
+    print("\n".join(printable_lines(" ".join(line.split())) for line in lines), file=sys.stderr)
+    raise SystemExit(2)
+
+
+class CommandParser(ArgumentParser):
+    """Says what is wrong with a command line and which option may have been meant."""
+
+    command = ""
+    """Of the outermost parser: the command that is parsed, for messages."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        program = f"{parser.prog.partition(' [')[0]} {parser.command}".strip()
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if choice:
+            known = re.findall(r"[\w-]+", choice[2])
+            close = difflib.get_close_matches(choice[1], known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            refuse(program, f"{choice[1]} is no choice here", hint)
+        unknown = re.search(r"unrecognized arguments: (?:--([\w.]+))?", message)
+        if unknown and unknown[1]:
+            own = [name.removeprefix("--") for action in parser._actions for name in action.option_strings]
+            close = difflib.get_close_matches(unknown[1], own, n=1)
+            hint = f"did you mean --{close[0]}?" if close else did_you_mean(unknown[1]).replace("`", "`--", 1)
+            refuse(program, f"there is no option --{unknown[1]}", hint)
+        # Of a field's check only what it says, without its type and the address of its documentation.
+        plain = re.sub(r'Parser key "([^"]*)":', r"--\1:", message)
+        plain = re.sub(r"\d+ validation errors? for \S+\n\s*", "", plain)
+        plain = re.sub(r" \[type=.*|\n +For further information.*", "", plain)
+        refuse(program, plain)
