@@ -6,7 +6,19 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-interpreter test-isa lint bench gpu
+# Set where an NVIDIA GPU or its driver is. .venv stays the CPU's, which the demo and the tests are made for; the user is told.
+NVIDIA ?= $(firstword $(wildcard /proc/driver/nvidia /dev/nvidia0) $(shell command -v nvidia-smi))
+define GPU_NOTE
+
+An NVIDIA GPU is here ($(NVIDIA)), but $(VENV) gets the CPU build of torch: the demo and the tests run on the CPU.
+To train on the GPU, make an environment of its own:
+
+    $(PYTHON) -m venv .venv-gpu && .venv-gpu/bin/pip install -e '.[gpu]'
+
+endef
+export GPU_NOTE
+
+.PHONY: demo test test-interpreter test-isa test-newest lint bench gpu
 demo: $(VENV)/.cpu
 	$(BIN)/balcaprl demo --out demo-run
 
@@ -23,6 +35,21 @@ test-interpreter: $(VENV)/.test
 # The kernels' tests as if on older processors, and on this one with all that it has.
 test-isa: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/instruction_sets.py $(PARALLEL)
+
+# The newest packages that setup.py allows, without constraints.txt or vLLM, in an environment of their own: what plain
+# `pip install .` brings. CPU builds of torch where the index can be reached, else the registry's own.
+NEWEST := .venv-newest
+TORCHES = $(shell sed -n 's/^ *\("torch\(vision\)\?[<>=][^"]*"\).*/\1/p' setup.py)
+CORE := tests/engine/test_torchvision_compat.py tests/engine/test_extras.py tests/engine/rollout/test_hf.py
+
+test-newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/pip install --disable-pip-version-check -q --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) $(TORCHES)
+	$(NEWEST)/bin/pip install --disable-pip-version-check -q '.[test]'
+	$(NEWEST)/bin/balcaprl doctor
+	rm -rf build/newest-demo
+	$(NEWEST)/bin/balcaprl demo --out build/newest-demo --steps 2 --sampler hf
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest $(PARALLEL) $(CORE)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
@@ -43,6 +70,7 @@ gpu:
 	python bench/update_step.py --device cuda --dtype bfloat16
 
 $(VENV)/.torch: constraints.txt
+	$(if $(NVIDIA),@echo "$$GPU_NOTE")
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --no-deps --retries 0 --extra-index-url $(TORCH_INDEX) torch torchvision torchaudio
 	touch $@

