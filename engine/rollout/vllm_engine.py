@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from balcaprl.config import SamplingConfig
 from balcaprl.kernels.products import gapless
 from balcaprl.policy import Policy
+from balcaprl.policy.packing import is_per_token
 from balcaprl.rollout.adapters import has_split_head, merged_tensors, served_name
 from balcaprl.rollout.images import collapsed, image_spans, inputs_hash
 from balcaprl.rollout.sampler import instead_of_vllm
@@ -187,7 +188,9 @@ class VLLMEngine:
         """The trainer's own tensors; None where vLLM cuts this family's images in another way than one run of placeholders."""
         spans = image_spans(prompt.prompt_ids, self._policy.family.image_token_id(self._policy.model.config))
         processor = self._llm.llm_engine.renderer.get_mm_processor()
-        features = self._mm.BatchFeature(dict(prompt.image_inputs))
+        length = len(prompt.prompt_ids)
+        images = {key: value for key, value in prompt.image_inputs.items() if not is_per_token(key, value, length)}
+        features = self._mm.BatchFeature(images)
         try:
             items = self._mm.MultiModalKwargsItems.from_hf_inputs(
                 features, processor._get_mm_fields_config(features, {})

@@ -11,6 +11,7 @@ from balcaprl.config import SamplingConfig, TrainConfig
 from balcaprl.data import load_dataset
 from balcaprl.optim import PolicyOptimizer
 from balcaprl.policy import Policy
+from balcaprl.policy.head import LogitRule
 from balcaprl.policy.tiny import build_tiny_qwen
 from balcaprl.rollout.hf import HFRollout
 from balcaprl.update import PeakMemory, PolicyUpdate, WithoutAdapter
@@ -211,6 +212,16 @@ def test_adapters_equal_their_repeated_twin(tiny_model, batches):
     assert shared[1][0]["kl"] > 0
     assert all("lora_" in name for name in shared[0])
     assert_same(shared, repeated)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_head_that_is_no_matrix_trains_alike(tiny_model, batches, epochs):
+    """A cap far above all logits changes nothing, but has the logits computed as the model does."""
+    policies = [Policy.from_pretrained(tiny_model, device="cpu") for _ in range(2)]
+    policies[1].logit_rule = LogitRule(softcap=1e5)
+    assert [policy.head.is_linear for policy in policies] == [True, False]
+    options = {"loss": {"kl_coef": 0.1}, "epochs_per_batch": epochs}
+    assert_same(*(train(tiny_model, batches, policy=policy, **options) for policy in policies), weights=1e-4)
 
 
 def test_on_policy_ratios_are_exactly_one_and_no_forward_is_repeated(tiny_model, batches, monkeypatch):

@@ -16,8 +16,8 @@ SMALL = {
 }  # fmt: skip
 
 
-def make_sample(seed):
-    pixels = np.random.default_rng(seed).integers(0, 255, (112, 112, 3), dtype=np.uint8)
+def make_sample(seed, size=(112, 112)):
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     return Sample(f"s{seed}", lambda: Image.fromarray(pixels), "A red circle.", "Describe the image.")
 
 
