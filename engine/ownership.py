@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import stat
 import sys
@@ -29,6 +30,7 @@ _PREFIX = ".balcaprl-"
 _NOBODYS = frozenset({"lost+found", ".DS_Store", ".gitkeep", ".gitignore"})
 """Names that lie in folders which people call empty; no command writes them."""
 _MAX_OWNER_BYTES = 4096
+_PARTIAL = re.compile(r"\.(.+)\.\d+\.tmp", re.DOTALL)
 _held: weakref.WeakSet[Claim] = weakref.WeakSet()
 
 
@@ -181,6 +183,19 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
         partial.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def clear_leftovers(folder: Path, is_ours: Callable[[str], object]) -> None:
+    """Remove what ``write_atomically`` left half-written when its process was killed; for who has claimed the place.
+
+    Args:
+        folder: where to look.
+        is_ours: tells by the name of the file that was to be written.
+    """
+    for path in folder.glob(".*.tmp"):
+        match = _PARTIAL.fullmatch(path.name)
+        if match and is_ours(match[1]):
+            path.unlink(missing_ok=True)
 
 
 def fsync_folder(folder: Path) -> None:

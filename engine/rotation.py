@@ -50,6 +50,11 @@ class Part:
             logger.warning("%s is damaged, and the rest of it is left out: %s", self.path, error)
 
 
+def is_part(name: str) -> bool:
+    """Whether a part has such a name."""
+    return _PART.fullmatch(name) is not None
+
+
 def list_parts(folder: Path) -> list[Part]:
     """The compressed parts of a run, oldest first."""
     found = ((path, _PART.fullmatch(path.name)) for path in folder.iterdir()) if folder.is_dir() else ()

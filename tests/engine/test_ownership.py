@@ -338,3 +338,23 @@ def test_the_cache_takes_its_own_and_an_empty_file(tmp_path):
     again = ReplyCache(path, max_bytes=1 << 20)
     assert again.get(b"k") == b"v"
     again.close()
+
+
+def test_what_a_killed_process_left_half_written_goes_and_nothing_else(tmp_path):
+    with RunLog(tmp_path, tensorboard=False) as log:
+        log.log_step(1, {"loss": 0.5})
+    ours = [".metrics.jsonl.123.tmp", ".completions-00000001-00000002.jsonl.gz.9.tmp", ".config.yaml.1.tmp"]
+    theirs = [
+        ".mine.txt.123.tmp",
+        ".metrics.jsonl.tmp",
+        "metrics.jsonl.123.tmp",
+        ".metrics.jsonl.swp",
+        ".completions.9.tmp",
+    ]
+    for name in (*ours, *theirs):
+        (tmp_path / name).touch()
+    (tmp_path / "eval_images").mkdir()
+    (tmp_path / "eval_images" / ".a.png.5.tmp").touch()
+    RunLog(tmp_path, tensorboard=False, resume_step=1).close()
+    assert {path.name for path in tmp_path.glob("*tmp")} | {path.name for path in tmp_path.glob(".*swp")} == set(theirs)
+    assert list((tmp_path / "eval_images").iterdir()) == []

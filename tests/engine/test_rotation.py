@@ -105,6 +105,7 @@ def test_a_kill_in_the_middle_of_packing_or_of_cutting_back_is_mended(whole, tmp
         run(folder, 2, saved)
         write(folder, range(saved + 1, STEPS + 1), resume_step=saved)
         assert files(folder) == files(whole)
+        assert not list(folder.glob(".*.tmp"))
 
 
 def test_the_oldest_make_room_and_a_resumed_run_agrees(tmp_path):
