@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from balcaprl.checkpoint import list_checkpoints
 from balcaprl.config import TrainConfig
 from balcaprl.metrics import is_reproducible, read_jsonl
+from balcaprl.ownership import PathInUseError
 from balcaprl.policy import Policy
 from balcaprl.policy.tiny import build_tiny_qwen
 from balcaprl.rewards.scene_judge import SceneJudge
@@ -277,6 +278,25 @@ def test_a_run_is_not_resumed_under_another_configuration(tiny_model, tmp_path):
         Trainer(config(tiny_model, tmp_path, steps=2, optim={"lr": 5e-4}))
     with pytest.raises(ValueError, match="another output_dir"):
         Trainer(config(tiny_model, tmp_path, steps=2, checkpoint={"resume": False}))
+
+
+def test_a_run_of_before_there_were_marks_goes_on(tiny_model, tmp_path):
+    run(config(tiny_model, tmp_path, steps=1), NoisyJudge())
+    (tmp_path / ".balcaprl-run").unlink()
+    (tmp_path / "eval_images" / "mine.png").write_bytes(b"mine")
+    assert run(config(tiny_model, tmp_path, steps=2), NoisyJudge()).resumed_from == 1
+    assert (tmp_path / ".balcaprl-run").is_file()
+    assert (tmp_path / "eval_images" / "mine.png").read_bytes() == b"mine"
+
+
+def test_two_trainers_do_not_share_a_folder(tiny_model, tmp_path):
+    first = Trainer(config(tiny_model, tmp_path, steps=1), judge=NoisyJudge())
+    try:
+        with pytest.raises(PathInUseError, match=r"output_dir: .* this very process"):
+            Trainer(config(tiny_model, tmp_path, steps=1), judge=NoisyJudge())
+    finally:
+        first.close()
+    Trainer(config(tiny_model, tmp_path, steps=1), judge=NoisyJudge()).close()
 
 
 def test_zero_steps_still_evaluates_and_reports(tiny_model, tmp_path):
