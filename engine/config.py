@@ -249,10 +249,10 @@ class ServerConfig(_Section):
     """Share of the images, against the other servers."""
     max_concurrency: int = Field(64, ge=1, le=100_000)
     """Most requests at once; how many are worth it is found out while the run goes."""
-    input_price: float = Field(0.0, ge=0)
-    """Price of a million prompt tokens, in the currency of ``endpoint.budget``."""
-    output_price: float = Field(0.0, ge=0)
-    """Price of a million completion tokens."""
+    input_price: float | None = Field(None, ge=0)
+    """Price of a million prompt tokens, in the currency of ``endpoint.budget``, which needs it; 0 where they are free."""
+    output_price: float | None = Field(None, ge=0)
+    """Price of a million completion tokens, likewise."""
 
     # Not patterns of the fields: whoever checks those repeats what was given, which may be a password or a key.
     @field_validator("url")

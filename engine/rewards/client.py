@@ -26,7 +26,7 @@ from balcaprl.rewards.concurrency import AllServersGivenUpError, Clock, Dispatch
 from balcaprl.rewards.outcomes import HOPELESS, AttemptError, Blame, error_inside, error_of_status
 from balcaprl.rewards.protocol import Call, Reply, ReplyError, cache_key, parse_reply, request_body, subject_key
 from balcaprl.rewards.refusals import CallFailedError, CallIdentity, CallRefusedError, RefusalMemory, Refusals
-from balcaprl.rewards.usage import Ledger, Usage
+from balcaprl.rewards.usage import Ledger, Reservation, Usage, most_tokens
 from balcaprl.types import JudgeStoppedError
 
 if TYPE_CHECKING:
@@ -85,9 +85,6 @@ class JudgeClient:
             ],
             clock,
         )
-        if endpoint.budget is not None or endpoint.token_budget is not None:
-            for server in self.servers:  # until it is known what a request costs
-                server.limit.limit = 1
         self._session: aiohttp.ClientSession | None = None
         self._under_way: dict[bytes, _UnderWay] = {}
         self._watchdog: asyncio.Task[None] | None = None
@@ -188,7 +185,7 @@ class JudgeClient:
 
     async def _send_until_valid(self, call: Call, identity: CallIdentity, affinity: str, item: Hashable) -> Reply:
         """Attempts until one is valid or they are used up; counts the call's fate."""
-        bodies: dict[str, bytes] = {}
+        bodies: dict[str, Any] = {}
         ended = False
         self._refusals.note_start(call, item)
         try:
@@ -259,23 +256,23 @@ class JudgeClient:
             raise ImportError(f"the endpoint judge needs aiohttp and tenacity: {install_extra('judge')}") from error
         return tenacity
 
-    async def _attempt(self, call: Call, affinity: str, bodies: dict[str, bytes]) -> tuple[Reply, str]:
+    async def _attempt(self, call: Call, affinity: str, bodies: dict[str, Any]) -> tuple[Reply, str]:
         """One attempt at one server; counts how it ended. Gives the reply, and what the server calls the model."""
         server = await self._dispatcher.acquire(affinity, again=bool(bodies))  # a body was made for the first attempt
         try:
-            self.ledger.check()
-        except JudgeStoppedError:
+            model = server.config.model or self._protocol.model
+            if model not in bodies:
+                bodies[model] = request_body(call, self._protocol, model)
+            most = most_tokens(bodies[model], call.image.num_pixels if call.image is not None else 0)
+            reservation = await self.ledger.reserve(server.config, most)
+        except BaseException:
             server.breaker.note_neutral()
             self._dispatcher.release(server)
             raise
         started = self._clock()
-        self.ledger.in_flight += 1
         self.usage.num_attempts += 1
         try:
-            model = server.config.model or self._protocol.model
-            if model not in bodies:
-                bodies[model] = json.dumps(request_body(call, self._protocol, model)).encode()
-            reply = await self._exchange(call, server, bodies[model])
+            reply = await self._exchange(call, server, bodies[model], reservation)
             self.usage.num_valid += 1
             self.usage.latencies_s.append(self._clock() - started)
             server.note_served(self._clock() - started)
@@ -289,7 +286,7 @@ class JudgeClient:
             server.breaker.note_neutral()
             raise
         finally:
-            self.ledger.in_flight -= 1
+            self.ledger.release(self.usage, reservation)
             self._dispatcher.release(server)
         return reply, model
 
@@ -306,35 +303,40 @@ class JudgeClient:
         else:
             server.note_served(latency_s, valid=False)
 
-    async def _exchange(self, call: Call, server: Server, body: bytes) -> Reply:
+    async def _exchange(self, call: Call, server: Server, body: dict[str, Any], reservation: Reservation) -> Reply:
         import aiohttp
 
         url = server.config.url.rstrip("/") + "/chat/completions"
         headers = self._headers[server.config.url]
+        data = json.dumps(body).encode()
+        reservation.is_sent = True
         try:
-            async with self._http().post(url, data=body, headers=headers, allow_redirects=False) as response:
+            async with self._http().post(url, data=data, headers=headers, allow_redirects=False) as response:
                 if response.status != 200:
+                    reservation.is_sent = False  # no service asks money for an error
                     told = await response.content.read(_CHUNK)
                     raise error_of_status(response.status, response.headers, told, self._endpoint.patience_s)
                 kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
                 if kind != "application/json":
                     raise AttemptError("content_type", "the reply is not of type application/json")
-                data = bytearray()
+                reply = bytearray()
                 self._check_size(response.content_length or 0)  # what it announces need not be read
                 async for chunk in response.content.iter_chunked(_CHUNK):
-                    data += chunk
-                    self._check_size(len(data))
-        except (TimeoutError, asyncio.TimeoutError):
+                    reply += chunk
+                    self._check_size(len(reply))
+        except (TimeoutError, asyncio.TimeoutError) as error:
+            reservation.is_sent = not isinstance(error, aiohttp.ConnectionTimeoutError)
             raise AttemptError("timeout", f"no reply within {self._endpoint.timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, EOFError) as error:
+            reservation.is_sent = not isinstance(error, aiohttp.ClientConnectorError)
             raise AttemptError("connection", f"the connection failed ({type(error).__name__})") from None
-        return self._read_envelope(call, server.config, bytes(data))
+        return self._read_envelope(call, reservation, bytes(reply))
 
     def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self._endpoint.max_reply_bytes:
             raise AttemptError("too_large", "the reply exceeds endpoint.max_reply_bytes")
 
-    def _read_envelope(self, call: Call, server: ServerConfig, data: bytes) -> Reply:
+    def _read_envelope(self, call: Call, reservation: Reservation, data: bytes) -> Reply:
         """The reply inside the API's envelope; books what it cost whether or not it is valid."""
         if not data.strip():
             raise AttemptError("empty", "the reply is empty")
@@ -344,7 +346,7 @@ class JudgeClient:
             raise AttemptError("not_json", "the reply is no whole JSON object") from None
         if not isinstance(envelope, dict):
             raise AttemptError("schema", "the reply is no chat completion")
-        self.ledger.add(self.usage, server, envelope.get("usage"))
+        self.ledger.book(self.usage, reservation, envelope.get("usage"), len(data))
         inside = error_inside(envelope, self._endpoint.patience_s)
         if inside is not None:
             raise inside

@@ -67,6 +67,7 @@ class EncodedImage:
     """A data URL."""
     digest: str
     """SHA-256 of the encoded file."""
+    num_pixels: int = 0
 
 
 def encode_image(image: Image.Image, *, max_pixels: int, image_format: Literal["jpeg", "png"]) -> EncodedImage:
@@ -91,5 +92,7 @@ def encode_image(image: Image.Image, *, max_pixels: int, image_format: Literal["
         bare.save(buffer, format="PNG")
     data = buffer.getvalue()
     return EncodedImage(
-        f"data:image/{image_format};base64,{b64encode(data).decode()}", hashlib.sha256(data).hexdigest()
+        f"data:image/{image_format};base64,{b64encode(data).decode()}",
+        hashlib.sha256(data).hexdigest(),
+        bare.width * bare.height,
     )
