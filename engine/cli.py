@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from balcaprl.recipe import RecipeError, check_recipe, take_options
 from balcaprl.types import JudgeStoppedError
 
 RECIPES = Path(__file__).parent / "recipes"
+_CLOSING_S = 5.0
+"""As long as this a run that is stopped at once may take to close its judge, sampler and threads."""
 # What a user can mend: told in one line, without a traceback.
 _USER_ERRORS = (
     ValueError,
@@ -198,8 +201,20 @@ def _run_training(config: TrainConfig) -> int:
     trainer = Trainer(config)
     try:
         summary = trainer.train()
-    finally:
+    except KeyboardInterrupt:  # the second signal: nothing may hold it up, not even what is being closed
+        closing = threading.Thread(target=trainer.close, daemon=True)
+        closing.start()
+        closing.join(_CLOSING_S)
+        print(
+            "balcaprl: stopped at once; run the same command again to go on from the last checkpoint", file=sys.stderr
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(128 + signal.SIGINT)
+    except BaseException:
         trainer.close()
+        raise
+    trainer.close()
     print(json.dumps(summary, indent=2))
     print(f"report: {config.output_dir / 'report.html'}", file=sys.stderr)
     return 0 if trainer.stop_signal is None else 128 + trainer.stop_signal

@@ -161,6 +161,8 @@ class CustomReward(_Section):
     """Weight of its normalised score."""
     mask: bool = False
     """The length mask gates it, as it gates the linguistic reward."""
+    timeout_s: float = Field(300.0, gt=0)
+    """A call of a Python function that takes longer counts as failed; until it comes back, no other one is made (ours)."""
 
 
 class RewardCondition(_Section):

@@ -39,6 +39,7 @@ from balcaprl.rewards import (
 )
 from balcaprl.rewards.balance import within_group_correlations
 from balcaprl.rewards.columns import reward_of
+from balcaprl.rewards.custom import CustomRewards
 from balcaprl.rollout import Sampler, make_sampler
 from balcaprl.summary import write_summary
 from balcaprl.telemetry import SamplingAlarm, SamplingGap, device_metrics, speed_metrics, sync_metrics
@@ -83,6 +84,9 @@ class Trainer:
         torch.set_num_threads(config.threads or torch.get_num_threads())
         torch.manual_seed(config.seed)
         checkpoint = self._checkpoint_to_resume()
+        custom = CustomRewards(
+            config.reward.custom
+        )  # the user's own code first: it fails before anything heavy is loaded
         self.dataset: Dataset = load_dataset(config.data, seed=config.seed)
         self.judge = judge or make_judge(
             config.reward,
@@ -111,7 +115,7 @@ class Trainer:
             config.rollout,
             self.sampler,
             self.stream,
-            make_scorer=lambda: GroupScorer(self.judge, config.reward, self.policy.count_tokens),
+            make_scorer=lambda: GroupScorer(self.judge, config.reward, self.policy.count_tokens, custom),
             step_seed=lambda step: step_seed(config.seed, step),
             timer=self.timer,
         )

@@ -12,6 +12,7 @@ from balcaprl.ownership import Claim, claim_folder
 from balcaprl.policy import Policy
 from balcaprl.prompts import PromptMaker, held_out_prompts
 from balcaprl.rewards import close_judge, make_judge
+from balcaprl.rewards.custom import CustomRewards
 from balcaprl.rollout import make_sampler
 
 
@@ -36,6 +37,7 @@ def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None)
 def _evaluate(checkpoint: Path, config: TrainConfig, claim: Claim | None) -> dict[str, dict[str, float]]:
     out = claim.path if claim is not None else None
     model = config.model
+    CustomRewards(config.reward.custom)  # the user's own code first: it fails before anything heavy is loaded
     dataset = load_dataset(config.data, seed=config.seed)
     judge = make_judge(
         config.reward,

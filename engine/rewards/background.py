@@ -1,14 +1,55 @@
-"""An event loop in a thread of its own, so that scoring goes on while the caller samples or trains."""
+"""Threads that score while the caller samples or trains, and that no exit of the process waits for."""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import queue
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+class DaemonThread:
+    """Runs calls one after another in a daemon thread; starts with the first one.
+
+    Unlike the pools of ``concurrent.futures`` it is not waited for at the end of the process: foreign code may never return.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def submit(self, call: Callable[[], T]) -> concurrent.futures.Future[T]:
+        """Hand over a call and return at once."""
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(call())
+            except BaseException as error:  # the caller learns it; it may not end the thread
+                future.set_exception(error)
+
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._thread.start()
+        self._calls.put(run)
+        return future
+
+    def close(self) -> None:
+        """Begin no further call; never waits for the one under way."""
+        self._closed = True
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (run := self._calls.get()) is not None and not self._closed:
+            run()
 
 
 class BackgroundLoop:

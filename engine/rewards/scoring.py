@@ -17,13 +17,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from balcaprl.config import EndpointConfig, RewardConfig
+from balcaprl.rewards.background import DaemonThread
 from balcaprl.rewards.columns import reward_of
 from balcaprl.rewards.custom import CustomRewards
 from balcaprl.rewards.judge import BackgroundJudge, Judge, JudgeBatch, JudgeGroup, ScoreStats, score_safely, validated
@@ -141,7 +142,7 @@ class GroupScorer:
         """The groups of the batch, in its order."""
         self._unsubmitted: dict[int, _Handed] = {}
         self._custom = custom or CustomRewards(config.custom)
-        self._pool = ThreadPoolExecutor(1, "custom-rewards") if self._custom.names else None
+        self._pool = DaemonThread("custom-rewards") if self._custom.names else None
         self._extra: list[Future[list[dict[str, float]]]] = []
 
     @property
@@ -164,7 +165,7 @@ class GroupScorer:
             added = None if number is None else self._unsubmitted.pop(number, None)
             (added or self._open(self._batch, sample)).complete(group)
         if self._pool is not None:
-            self._extra.append(self._pool.submit(self._custom.score, sample, captions))
+            self._extra.append(self._pool.submit(partial(self._custom.score, sample, captions)))
         self._groups.append(group)
 
     def finish(self) -> ScoreStats:
@@ -179,7 +180,7 @@ class GroupScorer:
             extra: list[Any] = [future.result() for future in self._extra] or [None] * len(self._groups)
         finally:
             if self._pool is not None:
-                self._pool.shutdown(cancel_futures=True)
+                self._pool.close()
         for group, breakdowns, columns in zip(self._groups, judged, extra, strict=True):
             if columns is not None:
                 breakdowns = [

@@ -156,3 +156,50 @@ def test_real_photographs_train_with_the_lexical_judge(photograph_set, tmp_path)
     assert all(line["num_unscorable"] == 0 for line in lines)
     assert any(line["grad_norm"] and line["grad_norm"] > 0 for line in lines)
     assert len({c["sample_id"] for c in read_jsonl(tmp_path / "completions.jsonl")}) == 8
+
+
+def test_a_hanging_reward_cannot_keep_a_run_from_ending(tmp_path):
+    """The first signal is heard while the reward hangs, the second ends the run."""
+    import signal
+    import time
+
+    asked = tmp_path / "asked"
+    source = tmp_path / "mine.py"
+    source.write_text(
+        f"import pathlib, time\ndef f(sample, caption):\n    pathlib.Path({str(asked)!r}).touch()\n"
+        "    while True:\n        time.sleep(60)\n"
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "output_dir": str(tmp_path / "run"),
+                "data": {"num_eval": 0},
+                "rollout": {
+                    "sampler": "hf",
+                    "prompts_per_step": 1,
+                    "group_size": 2,
+                    "sampling": {"max_completion_tokens": 8},
+                },
+                "reward": {"custom": [{"name": "mine", "source": f"{source}:f"}]},
+            }
+        )
+    )
+    command = [sys.executable, "-m", "balcaprl.cli", "train", str(recipe)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            for _ in range(2400):
+                if asked.exists() or process.poll() is not None:
+                    break
+                time.sleep(0.1)
+            assert asked.exists(), process.stdout.read()
+            process.send_signal(signal.SIGINT)
+            time.sleep(1)
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert "stopping after this step" in output
+    assert "stopped at once" in output

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 
 import numpy as np
 import pytest
@@ -78,8 +79,6 @@ def test_all_kinds_of_functions(source, name):
 
 
 def test_asynchronous_captions_run_together(source):
-    import time
-
     rewards = CustomRewards([CustomReward(name="mine", source=source("slowly"))])
     started = time.monotonic()
     rewards.score(group().prompt.sample, [str(i) for i in range(50)])
@@ -305,3 +304,198 @@ def test_custom_rewards_can_be_used_from_a_running_loop(source):
         return groups[0].rollouts[0].breakdown.extra["mine"]
 
     assert asyncio.run(main()) == 1
+
+
+# ------------------------------------------------------------------------------------------------------ foreign code
+
+
+FOREIGN = """
+import asyncio, math, sys, threading, time
+from decimal import Decimal
+from fractions import Fraction
+import numpy as np
+import torch
+
+class Explosive:
+    def __float__(self): raise SystemExit(3)
+class Dull:
+    def __float__(self): raise RuntimeError("no float")
+class LongList(list):
+    def __len__(self): raise KeyboardInterrupt
+class Mute(Exception):
+    def __str__(self): raise RuntimeError("no words")
+
+def exits(sample, caption): sys.exit(7)
+def interrupts(sample, caption): raise KeyboardInterrupt
+def bare(sample, caption): raise BaseException("bare")
+def generator_exit(sample, caption): raise GeneratorExit
+def mute(sample, caption): raise Mute()
+def explosive(sample, caption): return Explosive()
+def dull(sample, caption): return Dull()
+def none(sample, caption): pass
+def dictionary(sample, caption): return {"score": 1.0}
+def text(sample, caption): return "0.5"
+def list_of_one(sample, caption): return [0.5]
+def complex_number(sample, caption): return 1 + 2j
+def numpy_complex(sample, caption): return np.complex64(1 + 2j)
+def torch_complex(sample, caption): return torch.tensor(1 + 2j)
+def huge(sample, caption): return 10**400
+def minus_infinite(sample, caption): return -math.inf
+def vector(sample, caption): return np.ones(3)
+async def exits_later(sample, caption): sys.exit(7)
+async def cancelled(sample, caption): raise asyncio.CancelledError
+def exits_all(sample, captions): sys.exit(7)
+async def exits_all_later(sample, captions): sys.exit(7)
+def dictionary_of_all(sample, captions): return dict.fromkeys(range(len(captions)), 1.0)
+def text_of_all(sample, captions): return "5" * len(captions)
+def set_of_all(sample, captions): return set(range(len(captions)))
+def too_many(sample, captions): return [1.0] * (len(captions) + 1)
+def one_number(sample, captions): return 1.0
+def explosive_all(sample, captions): return [Explosive() for _ in captions]
+def long_list(sample, captions): return LongList([1.0] * len(captions))
+
+def boolean(sample, caption): return True
+def integer(sample, caption): return 1
+def numpy_scalar(sample, caption): return np.float16(1)
+def numpy_array(sample, caption): return np.ones(1)
+def tensor(sample, caption): return torch.ones((), dtype=torch.bfloat16, requires_grad=True)
+def decimal(sample, caption): return Decimal(1)
+def fraction(sample, caption): return Fraction(1)
+def promised(sample, caption): return later(sample, caption)
+async def later(sample, caption): return 1.0
+def array_of_all(sample, captions): return np.ones(len(captions), np.float32)
+def tensor_of_all(sample, captions): return torch.ones(len(captions), 1)
+def tuple_of_all(sample, captions): return (1,) * len(captions)
+
+stop = threading.Event()
+calls = []
+def hangs(sample, caption):
+    calls.append(caption)
+    if "slow" in caption:
+        stop.wait()
+    return 1.0
+def hangs_all(sample, captions):
+    calls.append(captions)
+    stop.wait()
+def spins(sample, caption):
+    while not stop.is_set():
+        pass
+async def hangs_later(sample, caption):
+    while not stop.is_set():
+        await asyncio.sleep(0.01)
+async def blocks_the_loop(sample, caption):
+    stop.wait()
+class Slow:
+    def __float__(self):
+        stop.wait()
+        return 1.0
+def slow_number(sample, caption): return Slow()
+"""
+BAD = [
+    "exits", "interrupts", "bare", "generator_exit", "mute", "explosive", "dull", "none", "dictionary", "text", "list_of_one",
+    "complex_number", "numpy_complex", "torch_complex", "huge", "minus_infinite", "vector", "exits_later", "cancelled",
+    "exits_all", "exits_all_later", "dictionary_of_all", "text_of_all", "set_of_all", "too_many", "one_number",
+    "explosive_all", "long_list",
+]  # fmt: skip
+GOOD = [
+    "boolean", "integer", "numpy_scalar", "numpy_array", "tensor", "decimal", "fraction", "promised", "later",
+    "array_of_all", "tensor_of_all", "tuple_of_all",
+]  # fmt: skip
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    path = tmp_path / "foreign.py"
+    path.write_text(FOREIGN)
+    yield lambda name: f"{path}:{name}"
+    load_reward(f"{path}:hangs").__globals__["stop"].set()
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_whatever_foreign_code_does_its_scores_are_missing_and_the_others_stay(foreign, name):
+    config = configured({"name": "mine", "source": foreign(name)}, {"name": "other", "source": foreign("integer")})
+    groups = [group("a", "b"), group("c", "d")]
+    stats = score_groups(LexicalJudge(), groups, config)
+    assert stats.metrics()["custom/missing_mine"] == 4
+    assert stats.metrics()["custom/missing_other"] == 0
+    told = [r.breakdown.extra for g in groups for r in g.rollouts]
+    assert all(math.isnan(extra["mine"]) and extra["other"] == 1.0 for extra in told)
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_numbers_of_any_library_are_taken(foreign, name):
+    groups = [group("a", "b")]
+    stats = score_groups(LexicalJudge(), groups, configured({"name": "mine", "source": foreign(name)}))
+    assert stats.metrics()["custom/missing_mine"] == 0
+    assert [type(r.breakdown.extra["mine"]) for r in groups[0].rollouts] == [float, float]
+
+
+@pytest.mark.parametrize("name", ["hangs_all", "spins", "hangs_later", "blocks_the_loop", "slow_number"])
+def test_a_reward_that_never_returns_is_left_behind(foreign, name, caplog):
+    """The step goes on without its scores; it is not asked again while it is out, and does not keep the process from ending."""
+    import threading
+
+    from balcaprl.rewards import custom
+
+    custom._log_once.cache_clear()
+    config = configured(
+        {"name": "mine", "source": foreign(name), "timeout_s": 0.3}, {"name": "other", "source": foreign("integer")}
+    )
+    for _ in range(2):
+        groups = [group("slow", "b"), group("c", "d")]
+        stats = score_groups(LexicalJudge(), groups, config)
+        assert stats.metrics()["custom/missing_mine"] == 4
+        assert stats.metrics()["custom/missing_other"] == 0
+    assert "no answer within 0.3 s" in caplog.text
+    assert all(t.daemon for t in threading.enumerate() if t.name.startswith("custom-reward"))
+
+
+def test_a_reward_that_comes_back_late_is_asked_again(foreign):
+    rewards = CustomRewards([CustomReward(name="mine", source=foreign("hangs"), timeout_s=0.5)])
+    scope = load_reward(foreign("hangs")).__globals__
+    sample = group().prompt.sample
+    first = rewards.score(sample, ["good", "slow", "good"])
+    assert first[0] == {"mine": 1.0}
+    assert all(math.isnan(each["mine"]) for each in first[1:])
+    assert scope["calls"] == ["good", "slow"]
+    scope["stop"].set()
+    for _ in range(200):
+        again = rewards.score(sample, ["good"])
+        if again == [{"mine": 1.0}]:
+            break
+        time.sleep(0.05)
+    assert again == [{"mine": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("def f(sample, caption:\n    return 1", "SyntaxError"),
+        ("def g(sample, caption):\n    return 1", "has no attribute 'f'"),
+        ("import no_such_module_anywhere", "no_such_module_anywhere"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("raise SystemExit(3)", "SystemExit"),
+        ("undefined_name", "NameError"),
+        ("\x00", "null bytes|source code"),
+        ("f = 5", "int, expected a function"),
+        ("f = len", r"takes \("),
+    ],
+)
+def test_a_source_that_cannot_be_loaded_is_told_before_anything_heavy(tmp_path, text, told):
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    from balcaprl.config import TrainConfig
+    from balcaprl.evaluation.standalone import evaluate_checkpoint
+    from balcaprl.trainer import Trainer
+
+    config = TrainConfig.model_validate(
+        {
+            "output_dir": tmp_path / "run",
+            "model": {"path": str(tmp_path / "no_model")},
+            "data": {"kind": "jsonl", "path": str(tmp_path / "no_data.jsonl")},
+            "reward": {"custom": [{"name": "mine", "source": f"{path}:f"}]},
+        }
+    )
+    for start in (lambda: Trainer(config), lambda: evaluate_checkpoint(tmp_path / "no_model", config, None)):
+        with pytest.raises(ValueError, match=rf"(?s)reward\.custom.*({told})"):
+            start()
