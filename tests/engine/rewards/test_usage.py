@@ -273,7 +273,9 @@ def test_a_told_number_is_taken_where_it_can_be():
     )
 
 
-@pytest.mark.parametrize("content", ["[" * 50_000, "\x00" * 100, " " * (1 << 20) + "{}", '{"cost": 1' + "0" * 400 + "}"])
+@pytest.mark.parametrize(
+    "content", ["[" * 50_000, "\x00" * 100, " " * (1 << 20) + "{}", '{"cost": 1' + "0" * 400 + "}"]
+)
 def test_a_hostile_account_is_refused_too_and_left_as_it_is(content, tmp_path):
     path = tmp_path / "judge_usage.json"
     path.write_text(content)
