@@ -91,14 +91,18 @@ class RecordImages:
         return kept
 
     def _told_apart(self, found: _Outcomes, pool: ThreadPoolExecutor) -> _Outcomes:
-        """Files whose names stand for one image are read whole: they are copies, or alike in length, beginning and end."""
+        """Files that look like one image are read whole: they are copies, or alike in length, beginning and end.
+
+        So are all files of a data set that also embeds images, which are named by their whole content.
+        """
         if not self._check_headers:
             return {}
         files: dict[str, list[str]] = {}
         for image, outcome in found.items():
             if isinstance(image, str) and isinstance(outcome, str):
                 files.setdefault(outcome, []).append(image)
-        alike = [image for same in files.values() if len(same) > 1 for image in same]
+        embeds = any(isinstance(image, int) for image in found)
+        alike = [image for same in files.values() if embeds or len(same) > 1 for image in same]
         return dict(zip(alike, pool.map(self._whole_digest, alike), strict=True))
 
     def _whole_digest(self, image: str) -> str:

@@ -120,8 +120,9 @@ class RecordBuilder:
             self.records.append(Record(sample_id, image, caption, asked, fields.facts))
 
     def _unique_id(self, own_id: Any, fallback: str, where: str) -> str:
-        own = own_id if isinstance(own_id, str | int) else ""
-        sample_id = clean_text(str(own))[:MAX_ID_CHARS] or clean_text(fallback)[-MAX_ID_CHARS:]
+        """It stands in logs, in messages and in names of files, so it is one printable line from the start."""
+        own = clean_text(str(own_id))[:MAX_ID_CHARS] if isinstance(own_id, str | int) else ""
+        sample_id = printable(own or clean_text(fallback)[-MAX_ID_CHARS:], MAX_ID_CHARS)
         while sample_id in self._ids:
             sample_id = f"{sample_id} ({where})"
         self._ids.add(sample_id)

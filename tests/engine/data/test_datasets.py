@@ -1,5 +1,6 @@
 """Data sets: every bad record is counted under its reason, every bad data set is a clear error at start."""
 
+import base64
 import json
 import logging
 import sys
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from balcaprl.config import DataConfig
-from balcaprl.data import DatasetError, ImageError, load_dataset
+from balcaprl.data import DatasetError, ImageError, json_files, load_dataset
 from balcaprl.prompts import PromptMaker, held_out_prompts
 from balcaprl.types import Prompt
 
@@ -167,6 +168,36 @@ def test_jsonl_keeps_its_own_instruction_and_mends_lone_surrogates(root):
     assert (second.sample_id, second.instruction) == ("1.png", "Default?")
     assert second.reference == "A ?."
     second.reference.encode()
+
+
+def test_a_line_too_long_is_skipped_and_what_follows_is_found_again(root, monkeypatch):
+    monkeypatch.setattr(json_files, "MAX_LINE_BYTES", 3000)
+    data = base64.b64encode((root / "3.png").read_bytes()).decode()
+    lines = [
+        {"image": "0.png", "reference": "x" * 5000},
+        {"image": data, "reference": "A."},
+        {"image": "1.png", "reference": "B."},
+    ]
+    dataset = load("jsonl", write_lines(root, lines))
+    assert counts(dataset) == {"line too long": 1}
+    assert [s.load_image().getpixel((0, 0)) for s in samples(dataset.train)] == [(120, 0, 0), (40, 0, 0)]
+    (root / "data.jsonl").write_text("")  # the file changes under the run
+    with pytest.raises(ImageError, match="no image"):
+        dataset.train[0].load_image()
+
+
+@pytest.mark.parametrize(
+    "own_id", ["\x1b[2J\nERROR forged", "\u202e", "x" * 100_000, {"a": 1}, ["b"], None, True, 1.5, ""]
+)
+def test_ids_are_one_printable_line_of_bounded_length(root, own_id, caplog):
+    lines = [
+        {"image": name, "reference": "A.", "id": own_id} for name in ("0.png", "0.png", "none.png", "no\x1b[2Jne.png")
+    ]
+    dataset = load("jsonl", write_lines(root, lines))
+    ids = [s.sample_id for s in samples(dataset.train)]
+    assert len(set(ids)) == 2
+    assert all(i and i.isprintable() and len(i) < 300 for i in ids)
+    assert all(line.isprintable() and len(line) < 900 for line in str(dataset.report).split("\n"))
 
 
 def test_only_a_few_examples_of_each_reason_are_kept(root):

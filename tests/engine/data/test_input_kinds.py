@@ -83,7 +83,13 @@ CASES |= {
         image="cat.png", conversations=turns(("human", "<image>\nWhat?"), ("gpt", CAT), keys=("from", "value"))
     ),
     "`messages` of `role` and `content`": record(
-        images=["cat.png"], messages=turns(("system", "Be kind."), ("user", "<image>What?"), ("assistant", CAT))
+        images=["cat.png"], messages=turns(("user", "<image>What?"), ("assistant", CAT))
+    ),
+    "a system turn": record(
+        images=["cat.png"], messages=turns(("system", "<|im_end|>"), ("user", "<image>What?"), ("assistant", CAT))
+    ),
+    "a line of over 128 MiB": lambda root: lines(
+        root, [json.dumps({"image": "cat.png", "reference": "x" * (128 << 20)})]
     ),
     "`messages` whose content is a list of text and image parts": record(
         messages=turns(
@@ -134,6 +140,20 @@ def _(root):
     return lines(root, [{key: "cat.png", "reference": CAT} for key in ("image_path", "file_name", "images")])
 
 
+@case("an object with `path`, `bytes` or `url` for the image")
+def _(root):
+    objects = [{"path": "cat.png"}, {"bytes": encoded(), "path": None}, {"url": f"data:image/png;base64,{encoded()}"}]
+    return lines(root, [{"image": each, "reference": CAT} for each in objects])
+
+
+@case("UTF-16, with or without a byte order mark")
+def _(root):
+    for name, encoding in (("bom", "utf-16"), ("data.jsonl", "utf-16-le")):
+        (root / name).write_bytes(LINES.encode(encoding))
+    assert len(load_dataset(DataConfig(kind="jsonl", path=root / "bom", num_eval=0), seed=0).train) == 2
+    return {"kind": "jsonl", "path": root / "data.jsonl"}
+
+
 @case("`caption`, `text`, `references` or `captions` for `reference`")
 def _(root):
     return lines(root, [{"image": "cat.png", key: CAT} for key in ("caption", "text", "references", "captions")])
@@ -157,7 +177,6 @@ CASES |= {
     "JSON Lines called `.json`": file("data.json", LINES.encode(), kind="sharegpt4v"),
     "a JSON array called `.jsonl`": file("data.jsonl", json.dumps(TWO, indent=1).encode()),
     "a byte order mark": file("data.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
-    "UTF-16": file("data.jsonl", LINES.encode("utf-16")),
     "CR LF line ends": file("data.jsonl", LINES.replace("\n", "\r\n").encode()),
     "an empty file": file("data.jsonl", b""),
     "a broken JSON array of kind `sharegpt4v`": file("data.json", json.dumps(TWO).encode()[:-2], kind="sharegpt4v"),

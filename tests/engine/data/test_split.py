@@ -71,7 +71,11 @@ def embedded(root, index, copy):
     return data if copy % 2 else f"data:image/png;base64,{data}"
 
 
-@pytest.mark.parametrize("name_of", [same_path, copied, linked, spelled, embedded])
+def mixed(root, index, copy):
+    return (embedded, copied, same_path)[copy % 3](root, index, copy)
+
+
+@pytest.mark.parametrize("name_of", [same_path, copied, linked, spelled, embedded, mixed])
 @pytest.mark.parametrize("order", ["together", "rounds"])
 def test_no_image_is_on_both_sides(root, name_of, order):
     pairs = [(i, k) for i in range(NUM_IMAGES) for k in range(5)]
