@@ -45,7 +45,7 @@ def plain_config(tiny_model, out, server, steps=3, **endpoint):
         "reward": {"judge": "endpoint", "protocol": {"model": "judge"}},
         "endpoint": {
             "servers": [{"url": server.url, "api_key_env": "TEST_JUDGE_KEY", "input_price": 1.0}],
-            "cache": str(out / "cache.db"), "timeout_s": 0.3, "retry_wait_s": 0.01, "max_retry_wait_s": 0.05,
+            "cache": str(out / "cache.db"), "timeout_s": 2.0, "retry_wait_s": 0.01, "max_retry_wait_s": 0.05,
             "breaker_wait_s": 0.05, "max_attempts": 8, "required_share": 0.9, "grace_s": 0.2, "patience_s": 20, **endpoint,
         },
     }  # fmt: skip
@@ -68,7 +68,9 @@ def run(plain):
 def test_a_run_with_every_fault_finishes_and_the_key_is_found_nowhere(tiny_model, tmp_path, caplog, capfd):
     caplog.set_level("DEBUG")
     out = tmp_path / "run"
-    with ScriptedServer(faults=dict.fromkeys(FAULTS, 0.025), hang_s=1.0, seed=3, keep_bodies=True) as server:
+    # Those that hang for as long as the client waits are few: that is long, so that no sound reply takes as much.
+    faults = dict.fromkeys(FAULTS, 0.025) | {"timeout": 0.01, "slow_drip": 0.01}
+    with ScriptedServer(faults=faults, hang_s=120.0, seed=3, keep_bodies=True) as server:
         trainer = run(plain_config(tiny_model, out, server, steps=6))
         assert {asked.authorization for asked in server.asked} == {f"Bearer {KEY}"}
         assert sum(server.counts[fault] for fault in FAULTS) > 10
@@ -91,13 +93,14 @@ def test_a_run_with_every_fault_finishes_and_the_key_is_found_nowhere(tiny_model
 @pytest.mark.skipif(not os.environ.get("BALCAPRL_SLOW"), reason="takes a minute or two: set BALCAPRL_SLOW=1 to run it")
 def test_fifty_steps_learn_while_every_fault_is_drawn_at_a_fifth(tiny_model, tmp_path):
     """All but one of 44 replies are faulty: no NaN reaches the weights, they are learnt, and every step's counters add up."""
-    waits = {"timeout_s": 0.1, "retry_wait_s": 0.0, "breaker_wait_s": 0.01, "grace_s": 0.0, "patience_s": 60}
-    with ScriptedServer(faults=dict.fromkeys(FAULTS, 0.2), independent=True, hang_s=0.3, seed=4) as server:
+    waits = {"timeout_s": 1.5, "retry_wait_s": 0.0, "breaker_wait_s": 0.01, "grace_s": 0.0, "patience_s": 60}
+    faults = dict.fromkeys(FAULTS, 0.2) | {"timeout": 0.02, "slow_drip": 0.02}
+    with ScriptedServer(faults=faults, independent=True, hang_s=120.0, seed=4) as server:
         plain = plain_config(tiny_model, tmp_path / "run", server, steps=50, required_share=0.3, **waits)
         plain["rollout"]["prompts_per_step"] = 1
         trainer = run(plain)
         assert not server.problems
-        assert sum(server.counts[fault] for fault in FAULTS) > 0.96 * server.counts["requests"]
+        assert sum(server.counts[fault] for fault in FAULTS) > 0.94 * server.counts["requests"]
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert len(lines) == 50
     for line in lines:

@@ -291,11 +291,14 @@ def test_a_step_goes_on_without_its_stragglers(judges):
         judge = judges(server, required_share=0.8, grace_s=0.3)
         started = time.monotonic()
         breakdowns = judge.score(sample(), [f"A red cup {i}." for i in range(9)] + ["A straggler stands."])
-        assert 0.25 < time.monotonic() - started < 5
+        assert time.monotonic() - started > 0.25, "the grace"
         hold.set()
         assert all(b.precision >= 0 for b in breakdowns[:9])
         assert breakdowns[9].error is not None
-        adds_up(judge.take_metrics())
+        metrics = judge.take_metrics()
+        adds_up(metrics)
+        assert metrics["judge/cancelled"] > 0, "not waited for until its time was up"
+        assert "judge/failed_timeout" not in metrics
 
 
 def test_missing_scores_are_asked_for_again_until_the_share_is_there(judges):

@@ -40,6 +40,10 @@ KIND = {
     "text_not_json": {"not_json"},
 }
 """Fault -> how it may be counted."""
+HANGING = ("timeout", "slow_drip")
+"""Faults that are over only when the client's time is up. It is long beside a sound reply's on the slowest machine, so that
+none but these run out of it, and the server hangs for longer still. So they are few, where others are many."""
+LIMIT_S, HANG_S = 1.5, 120.0
 STYLE = ("clarity", "fluency", "coherence")
 REWARD = RewardConfig.model_validate({"judge": "endpoint", "protocol": {"model": "judge"}})
 
@@ -63,7 +67,7 @@ def opinion(asked):
 
 def judge_for(server, **changes):
     settings = {
-        "timeout_s": 0.3, "retry_wait_s": 0.01, "max_retry_wait_s": 0.05, "breaker_wait_s": 0.05, "max_attempts": 8,
+        "timeout_s": 20, "retry_wait_s": 0.01, "max_retry_wait_s": 0.05, "breaker_wait_s": 0.05, "max_attempts": 8,
         "required_share": 0.95, "grace_s": 0.2, "patience_s": 30, "cache": None, **changes,
     }  # fmt: skip
     return EndpointJudge(REWARD, EndpointConfig.model_validate({"servers": [{"url": server.url}], **settings}))
@@ -152,23 +156,23 @@ def check_counters(metrics, server):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_at_a_fifth(fault):
-    """8 steps: all scores arrive but those that were not waited for; each fault is counted as what it is."""
-    limit = 0.3 if "timeout" in KIND[fault] else 20
-    with ScriptedServer(opinion, faults={fault: 0.2}, hang_s=1.0, seed=FAULTS.index(fault)) as server:
-        metrics, missing = run_steps(server, 8, timeout_s=limit)
+    """All scores arrive but those that were not waited for; each fault is counted as what it is."""
+    num_steps, limit = (3, LIMIT_S) if fault in HANGING else (8, 20)
+    with ScriptedServer(opinion, faults={fault: 0.2}, hang_s=HANG_S, seed=FAULTS.index(fault)) as server:
+        metrics, missing = run_steps(server, num_steps, timeout_s=limit)
         counted, cancelled, late = check_counters(metrics, server)
         assert server.counts[fault] > 0
         assert set(counted) <= KIND[fault]
         assert server.counts[fault] - cancelled <= sum(counted.values()) <= server.counts[fault] + late
-        assert missing <= 0.06 * 8 * 18
+        assert missing <= 0.06 * num_steps * 18
         assert not server.problems
 
 
 def test_all_faults_together_for_fifty_steps():
-    """Every kind at once, 3% each: half of all replies are faulty."""
-    faults = dict.fromkeys(FAULTS, 0.03)
-    with ScriptedServer(opinion, faults=faults, hang_s=1.0, seed=5) as server:
-        metrics, missing = run_steps(server, 50, timeout_s=0.15, grace_s=0.1)
+    """Every kind at once, 3% each but for those that hang: half of all replies are faulty."""
+    faults = {fault: 0.005 if fault in HANGING else 0.033 for fault in FAULTS}
+    with ScriptedServer(opinion, faults=faults, hang_s=HANG_S, seed=5) as server:
+        metrics, missing = run_steps(server, 50, timeout_s=LIMIT_S, grace_s=0.1)
         counted, cancelled, late = check_counters(metrics, server)
         assert all(server.counts[fault] > 0 for fault in FAULTS)
         injected = sum(server.counts[fault] for fault in FAULTS)
@@ -178,19 +182,18 @@ def test_all_faults_together_for_fifty_steps():
 
 
 def test_a_fifth_of_each_fault_all_at_once():
-    """Each kind drawn by itself at 20%: all but one of 44 replies are faulty. Steps go on with what there is.
-
-    A step takes a second, for that many attempts at each call: 50 of them where BALCAPRL_SLOW is set, else 8.
+    """Each kind drawn by itself at 20%, those that hang at 2%: all but one of 30 replies are faulty. Steps go on with what
+    there is: 50 of them where BALCAPRL_SLOW is set, else 8.
     """
     num_steps = 50 if os.environ.get("BALCAPRL_SLOW") else 8
-    faults = dict.fromkeys(FAULTS, 0.2)
-    with ScriptedServer(opinion, faults=faults, independent=True, hang_s=0.3, seed=6) as server:
-        waits = {"timeout_s": 0.1, "retry_wait_s": 0.0, "breaker_wait_s": 0.01, "grace_s": 0.0}
+    faults = {fault: 0.02 if fault in HANGING else 0.2 for fault in FAULTS}
+    with ScriptedServer(opinion, faults=faults, independent=True, hang_s=HANG_S, seed=6) as server:
+        waits = {"timeout_s": LIMIT_S, "retry_wait_s": 0.0, "breaker_wait_s": 0.01, "grace_s": 0.0}
         metrics, missing = run_steps(server, num_steps, num_groups=1, required_share=0.3, **waits)
         counted, cancelled, late = check_counters(metrics, server)
         injected = sum(server.counts[fault] for fault in FAULTS)
-        assert 0.96 < injected / server.counts["requests"] < 0.99
-        assert min(server.counts[fault] for fault in FAULTS) > 0.03 * server.counts["requests"]
+        assert 0.94 < injected / server.counts["requests"] < 0.99
+        assert min(server.counts[fault] for fault in FAULTS if fault not in HANGING) > 0.03 * server.counts["requests"]
         assert injected - cancelled <= sum(counted.values()) <= injected + late
         assert set(counted) == set().union(*KIND.values())
         assert missing <= 0.7 * num_steps * 9
