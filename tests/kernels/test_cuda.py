@@ -6,7 +6,7 @@ Edge cases are the interpreter's; ``conftest.py`` runs those tests on a GPU too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ from balcaprl.kernels import (
     shared_prefix_attention,
 )
 from balcaprl.kernels.shared_prefix_reference import shared_prefix_attention_reference
-from balcaprl.kernels.testing import assert_as_accurate
+from balcaprl.kernels.testing import Compared, assert_as_accurate_over
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 HALF_AND_SINGLE = [torch.float32, torch.bfloat16, torch.float16]
@@ -41,10 +41,10 @@ def ragged(num_tokens: int, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-def head(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+def head(shape: tuple[int, int, int], dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     """Inputs of the head's ops on the CPU; ratios lie away from the clip's bounds, on both sides."""
     num_tokens, width, vocabulary = shape
-    generator = torch.Generator().manual_seed(num_tokens)
+    generator = torch.Generator().manual_seed(num_tokens + 10_000 * seed)
     weight = (torch.randn(vocabulary, width, generator=generator) / math.sqrt(width)).to(dtype)
     hidden = torch.randn(num_tokens, width, generator=generator).to(dtype)
     targets = torch.randint(0, vocabulary, (num_tokens,), generator=generator)
@@ -70,58 +70,71 @@ def outputs(
     return [loss.detach(), *torch.autograd.grad(loss, [made[name] for name in leaves])]
 
 
-def check(function: Callable[..., Any], made: dict[str, Tensor], leaves: tuple[str, ...], dtype: torch.dtype) -> None:
-    """``auto`` against the reference in float64 and in ``dtype``; and the same bits again."""
-    first, second = (outputs(function, on_gpu(made, leaves), leaves) for _ in range(2))
-    working = outputs(function, on_gpu(made, leaves), leaves, impl="reference")
-    exact = outputs(function, on_gpu(made, leaves, torch.float64), leaves, impl="reference")
-    for name, actual, plain, wanted, again in zip(("loss", *leaves), first, working, exact, second, strict=True):
-        assert torch.equal(actual, again), name
-        kind = "forward" if name == "loss" else "gradient"
-        assert_as_accurate(actual, plain, wanted.double(), kind=kind, name=name)
+def check(function: Callable[..., Any], make: Callable[[int], dict[str, Tensor]], leaves: tuple[str, ...]) -> None:
+    """``auto`` against the reference in float64 and in the working dtype; and the same bits again. ``make`` takes a seed."""
+
+    def compared(seed: int) -> Iterator[Compared]:
+        made = make(seed)
+        first, second = (outputs(function, on_gpu(made, leaves), leaves) for _ in range(2))
+        working = outputs(function, on_gpu(made, leaves), leaves, impl="reference")
+        exact = outputs(function, on_gpu(made, leaves, torch.float64), leaves, impl="reference")
+        for name, actual, plain, wanted, again in zip(("loss", *leaves), first, working, exact, second, strict=True):
+            assert torch.equal(actual, again), name
+            # The loss is a sum of terms of a size of about 1 and of both signs.
+            kind, scale = ("forward", 1.0) if name == "loss" else ("gradient", 0.0)
+            yield Compared(name, actual, plain, wanted.double(), kind, scale)
+
+    assert_as_accurate_over(compared, num_problems=2, most=32)
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_policy_loss(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    check(linear_policy_loss, head(shape, dtype), ("hidden", "weight"), dtype)
+    check(linear_policy_loss, lambda seed: head(shape, dtype, seed), ("hidden", "weight"))
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_logprobs_and_entropy(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    made = {k: v for k, v in head(shape, dtype).items() if k in ("hidden", "weight", "targets")}
-    upstream = torch.randn(shape[0], generator=torch.Generator().manual_seed(0)).cuda()
-    results = []
-    for impl, wanted in (("auto", dtype), ("reference", dtype), ("reference", torch.float64)):
-        moved = on_gpu(made, ("hidden", "weight"), wanted)
-        logprobs, entropy = linear_logprobs(**moved, impl=impl)
-        gradients = torch.autograd.grad((logprobs * upstream.to(logprobs)).sum(), (moved["hidden"], moved["weight"]))
-        results.append([logprobs.detach(), entropy, *gradients])
-    for index, name in enumerate(("logprobs", "entropy", "hidden", "weight")):
-        actual, plain, exact = (each[index] for each in results)
-        assert_as_accurate(actual, plain, exact, kind="forward" if index < 2 else "gradient", name=name)
+    def compared(seed: int) -> Iterator[Compared]:
+        made = {k: v for k, v in head(shape, dtype, seed).items() if k in ("hidden", "weight", "targets")}
+        upstream = torch.randn(shape[0], generator=torch.Generator().manual_seed(seed)).cuda()
+        results = []
+        for impl, wanted in (("auto", dtype), ("reference", dtype), ("reference", torch.float64)):
+            moved = on_gpu(made, ("hidden", "weight"), wanted)
+            logprobs, entropy = linear_logprobs(**moved, impl=impl)
+            loss = (logprobs * upstream.to(logprobs)).sum()
+            results.append([logprobs.detach(), entropy, *torch.autograd.grad(loss, (moved["hidden"], moved["weight"]))])
+        names = ("logprobs", "entropy", "hidden", "weight")
+        for index, (name, *values) in enumerate(zip(names, *results, strict=True)):
+            yield Compared(name, *values, "forward" if index < 2 else "gradient")
+
+    assert_as_accurate_over(compared, num_problems=2, most=32)
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize(("num_tokens", "vocabulary"), [(1, 100), (300, 5000), (257, 32_064)])
 def test_logits_policy_loss(num_tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(vocabulary)
-    logits = (2.0 * torch.randn(num_tokens, vocabulary, generator=generator)).to(dtype)
-    targets = torch.randint(0, vocabulary, (num_tokens,), generator=generator)
-    old = logits.double().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0].float()
-    steps = torch.tensor([-0.6, 0.0, 0.6])[torch.randint(0, 3, (num_tokens,), generator=generator)]
-    made = {"logits": logits, "targets": targets, "old_logprobs": old + steps, **ragged(num_tokens, generator)}
-    check(logits_policy_loss, made, ("logits",), dtype)
+    def make(seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(vocabulary + 100_000 * seed)
+        logits = (2.0 * torch.randn(num_tokens, vocabulary, generator=generator)).to(dtype)
+        targets = torch.randint(0, vocabulary, (num_tokens,), generator=generator)
+        old = logits.double().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0].float()
+        steps = torch.tensor([-0.6, 0.0, 0.6])[torch.randint(0, 3, (num_tokens,), generator=generator)]
+        return {"logits": logits, "targets": targets, "old_logprobs": old + steps, **ragged(num_tokens, generator)}
+
+    check(logits_policy_loss, make, ("logits",))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 1000, 200_000])
 def test_policy_loss(num_tokens: int) -> None:
-    generator = torch.Generator().manual_seed(num_tokens)
-    logprobs = -3.0 * torch.rand(num_tokens, generator=generator)
-    steps = torch.tensor([-0.6, 0.0, 0.6])[torch.randint(0, 3, (num_tokens,), generator=generator)]
-    made = {"logprobs": logprobs, "old_logprobs": logprobs + steps, **ragged(num_tokens, generator)}
-    check(policy_loss, made, ("logprobs",), torch.float32)
+    def make(seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(num_tokens + 1_000_000 * seed)
+        logprobs = -3.0 * torch.rand(num_tokens, generator=generator)
+        steps = torch.tensor([-0.6, 0.0, 0.6])[torch.randint(0, 3, (num_tokens,), generator=generator)]
+        return {"logprobs": logprobs, "old_logprobs": logprobs + steps, **ragged(num_tokens, generator)}
+
+    check(policy_loss, make, ("logprobs",))
 
 
 @pytest.mark.parametrize("method", ["c-gdpo", "gdpo", "grpo"])
@@ -137,22 +150,25 @@ def test_grouped_advantages(method: str) -> None:
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(16, 2, 128), (8, 2, 64), (4, 4, 80)])
 def test_shared_prefix_attention(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     layout = SharedPrefixLayout.from_lengths([281, 70], [[64, 33, 128, 1], [100, 20]], device="cuda")
-    generator = torch.Generator().manual_seed(head_dim)
     shapes = [(layout.num_tokens, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)]
-    values = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    results = []
-    for function, wanted in (
-        (shared_prefix_attention, dtype),
-        (shared_prefix_attention_reference, dtype),
-        (shared_prefix_attention_reference, torch.float64),
-    ):
-        *inputs, upstream = (value.to("cuda", wanted) for value in values)
-        inputs = [x.requires_grad_() for x in inputs]
-        out = function(*inputs, layout)
-        results.append([out.detach(), *torch.autograd.grad(out, inputs, upstream)])
-    for index, name in enumerate(("out", "query", "key", "value")):
-        actual, plain, exact = (each[index] for each in results)
-        assert_as_accurate(actual, plain, exact, kind="forward" if index == 0 else "gradient", name=name)
+
+    def compared(seed: int) -> Iterator[Compared]:
+        generator = torch.Generator().manual_seed(head_dim + 1000 * seed)
+        values = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        results = []
+        for function, wanted in (
+            (shared_prefix_attention, dtype),
+            (shared_prefix_attention_reference, dtype),
+            (shared_prefix_attention_reference, torch.float64),
+        ):
+            *inputs, upstream = (value.to("cuda", wanted) for value in values)
+            inputs = [x.requires_grad_() for x in inputs]
+            out = function(*inputs, layout)
+            results.append([out.detach(), *torch.autograd.grad(out, inputs, upstream)])
+        for index, (name, *each) in enumerate(zip(("out", "query", "key", "value"), *results, strict=True)):
+            yield Compared(name, *each, "forward" if index == 0 else "gradient")
+
+    assert_as_accurate_over(compared, num_problems=2, most=32)
 
 
 def test_compiled_as_one_graph() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from balcaprl.kernels import grouped_advantages, launch, native
 from balcaprl.kernels.grouped_advantages import _MAX_TRITON_GROUP, METHODS, grouped_advantages_reference
-from balcaprl.kernels.testing import assert_as_accurate
+from balcaprl.kernels.testing import Compared, assert_as_accurate_over
 
 NAN = math.nan
 IMPLS = ("reference", "native", pytest.param("triton", marks=pytest.mark.interpreter))
@@ -280,10 +281,13 @@ def test_triton_agrees_with_the_float64_reference() -> None:
 
 
 def test_comparison_rule_holds_for_native(impl: str) -> None:
-    rewards = torch.rand(64, 3, generator=torch.Generator().manual_seed(3))
-    exact = grouped_advantages_reference(rewards.double(), 8)
-    working = grouped_advantages_reference(rewards, 8)
-    assert_as_accurate(grouped_advantages(rewards, 8, impl=impl), working, exact)
+    def compared(seed: int) -> Iterator[Compared]:
+        rewards = torch.rand(64, 3, generator=torch.Generator().manual_seed(3 + seed))
+        exact = grouped_advantages_reference(rewards.double(), 8)
+        working = grouped_advantages_reference(rewards, 8)
+        yield Compared("advantages", grouped_advantages(rewards, 8, impl=impl), working, exact)
+
+    assert_as_accurate_over(compared)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from balcaprl.kernels import LogProbs, launch, linear_logprobs
 from balcaprl.kernels.linear_logprobs import chunk_ranges, linear_logprobs_reference
-from balcaprl.kernels.testing import assert_as_accurate
+from balcaprl.kernels.testing import Compared, assert_as_accurate_over
 
 
 @pytest.fixture(autouse=True)
@@ -115,25 +115,27 @@ def test_triton_is_as_accurate(
         for name in ("stats", "grad_logits", "grad_hidden", "grad_weight"):
             tiles = {"BLOCK_T": 16, "BLOCK_V": 16, "BLOCK_D": 16}
             stack.enter_context(launch.overridden(f"_head_{name}_kernel", **tiles))
-        check_accuracy("triton", dtype, shape, num_seeds=4 if shape[0] < 10 or shape[1] == 1 else 1)
+        check_accuracy("triton", dtype, shape, num_problems=4 if shape[0] < 10 or shape[1] == 1 else 1)
 
 
-def check_accuracy(impl: str, dtype: torch.dtype, shape: tuple[int, int, int], num_seeds: int = 1) -> None:
-    """Values and gradients of ``num_seeds`` problems, taken together; some tokens have no gradient."""
-    sides: list[list[tuple[Tensor, ...]]] = [[], [], []]
-    for seed in range(num_seeds):
+def check_accuracy(impl: str, dtype: torch.dtype, shape: tuple[int, int, int], num_problems: int = 4) -> None:
+    """Values and gradients of several problems; some tokens have no gradient."""
+
+    def compared(seed: int) -> Iterator[Compared]:
         hidden, weight, targets = problem(*shape, dtype, seed)
         upstream = torch.linspace(-1, 2, shape[0], dtype=torch.float64).clamp(min=0.0) + 0.5 * (shape[0] == 1)
+        sides = []
         functions = (lambda *a: linear_logprobs(*a, impl=impl), whole_logits, whole_logits)
-        for side, function, precision in zip(sides, functions, (dtype, dtype, torch.float64), strict=True):
+        for function, precision in zip(functions, (dtype, dtype, torch.float64), strict=True):
             leaves = [x.detach().to(precision).requires_grad_() for x in (hidden, weight)]
             result = function(*leaves, targets)
             gradients = torch.autograd.grad((result.logprobs * upstream.to(result.logprobs)).sum(), leaves)
             assert gradients[0].dtype == gradients[1].dtype == precision
-            side.append((*(x.detach() for x in result), *gradients))
-    for index, name in enumerate((*LogProbs._fields, "hidden", "weight")):
-        values = [torch.stack([results[index] for results in side]) for side in sides]
-        assert_as_accurate(*values, kind="forward" if index < 2 else "gradient", name=name)
+            sides.append((*(x.detach() for x in result), *gradients))
+        for index, (name, *values) in enumerate(zip((*LogProbs._fields, "hidden", "weight"), *sides, strict=True)):
+            yield Compared(name, *values, "forward" if index < 2 else "gradient")
+
+    assert_as_accurate_over(compared, num_problems=num_problems)
 
 
 def test_only_the_gradients_that_are_asked_for() -> None:

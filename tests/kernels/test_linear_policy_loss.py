@@ -15,7 +15,7 @@ from torch import Tensor
 
 from balcaprl.kernels import launch, linear_logprobs, linear_policy_loss, native_head, policy_loss
 from balcaprl.kernels.linear_policy_loss import linear_policy_loss_reference
-from balcaprl.kernels.testing import assert_as_accurate
+from balcaprl.kernels.testing import Compared, assert_as_accurate_over
 
 
 @pytest.fixture(autouse=True)
@@ -175,23 +175,29 @@ def test_two_halves_of_the_vocabulary_are_as_accurate(
     num_tokens, _, vocabulary = shape
     monkeypatch.setattr(native_head, "_LOGITS_BYTES", 4 * num_tokens * (vocabulary - vocabulary // 2))
     monkeypatch.setattr(native_head, "FILTER_BLOCK", 3)
-    data = problem(*shape, dtype=torch.float32, temperature=0.8)
     options = {**FULL, "kl_coef": 0.0} if zeros else FULL
-    if zeros:
-        data["advantages"] = data["advantages"] * (torch.arange(len(data["advantages"])) % 2)
     calls = []
     by_halves = native_head._gradients_by_halves
     monkeypatch.setattr(native_head, "_gradients_by_halves", lambda *given: calls.append(0) or by_halves(*given))
-    actual = loss_and_gradients(linear_policy_loss, data, **options, impl="native")
-    separate = separate_gradients(data, options)
-    assert calls if zeros else len(calls) == 2, (
-        "by halves; the backward alone has fewer tokens where some have no gradient"
-    )
-    exact = loss_and_gradients(linear_policy_loss_reference, cast(data, torch.float64), **options)
-    working = loss_and_gradients(linear_policy_loss_reference, data, **options)
-    for mine, alone, *others in zip(actual[1:], separate, working[1:], exact[1:], strict=True):
-        assert_as_accurate(mine, *others, kind="gradient")
-        assert_as_accurate(alone, *others, kind="gradient")
+
+    def compared(seed: int) -> Iterator[Compared]:
+        calls.clear()
+        data = problem(*shape, dtype=torch.float32, temperature=0.8, seed=seed)
+        if zeros:
+            data["advantages"] = data["advantages"] * (torch.arange(len(data["advantages"])) % 2)
+        actual = loss_and_gradients(linear_policy_loss, data, **options, impl="native")
+        separate = separate_gradients(data, options)
+        assert calls if zeros else len(calls) == 2, (
+            "by halves; the backward alone has fewer tokens where some have no gradient"
+        )
+        exact = loss_and_gradients(linear_policy_loss_reference, cast(data, torch.float64), **options)
+        working = loss_and_gradients(linear_policy_loss_reference, data, **options)
+        names = ("hidden", "weight")
+        for name, mine, alone, *others in zip(names, actual[1:], separate, working[1:], exact[1:], strict=True):
+            yield Compared(name, mine, *others, "gradient")
+            yield Compared(f"{name}, the backward alone", alone, *others, "gradient")
+
+    assert_as_accurate_over(compared)
 
 
 def separate_gradients(data: Problem, options: dict[str, float]) -> tuple[Tensor, ...]:
@@ -204,34 +210,39 @@ def separate_gradients(data: Problem, options: dict[str, float]) -> tuple[Tensor
 
 
 def check_accuracy(
-    shape: tuple[int, int, int], dtype: torch.dtype, impl: str, *, num_seeds: int = 1, **options: Any
+    shape: tuple[int, int, int], dtype: torch.dtype, impl: str, *, num_problems: int = 4, **options: Any
 ) -> None:
-    """Holds losses and gradients of ``num_seeds`` problems, taken together, to the rule of ``testing``."""
-    triples = []
-    for seed in range(num_seeds):
+    """Holds losses and gradients of several problems to the rule of ``testing``."""
+
+    def compared(seed: int) -> Iterator[Compared]:
         data = problem(*shape, dtype=dtype, temperature=0.8, seed=seed)
         exact = loss_and_gradients(linear_policy_loss_reference, cast(data, torch.float64), **FULL)
         working = loss_and_gradients(linear_policy_loss_reference, cast(data, dtype), **FULL)
         actual = loss_and_gradients(linear_policy_loss, cast(data, dtype), **FULL, **options, impl=impl)
         assert actual[1].dtype == actual[2].dtype == dtype
-        triples.append((actual, working, exact))
-    for index, (name, kind) in enumerate((("loss", "forward"), ("hidden", "gradient"), ("weight", "gradient"))):
-        values = [torch.stack([triple[side][index] for triple in triples]) for side in range(3)]
-        if name == "loss":
-            # A sum of terms of both signs and a size of about 2: their rounding counts, not that of what is left.
-            values = [torch.cat([v, torch.full_like(v[:1], 2.0)]) for v in values]
-        assert_as_accurate(*values, kind=kind, name=name)
+        loss, *gradients = zip(actual, working, exact, strict=True)
+        # A sum of terms of both signs and a size of about 2: their rounding counts, not that of what is left.
+        yield Compared("loss", *loss, "forward", scale=2.0)
+        for name, values in zip(("hidden", "weight"), gradients, strict=True):
+            yield Compared(name, *values, "gradient")
+
+    assert_as_accurate_over(compared, num_problems=num_problems)
 
 
 def test_logits_of_large_magnitude() -> None:
     """A confident policy: exp without the maximum taken away would overflow."""
-    data = problem(20, 8, 50, dtype=torch.float32)
-    data["hidden"] = (data["hidden"].detach() * 300).requires_grad_()
-    data["old_logprobs"] = None
-    exact = loss_and_gradients(linear_policy_loss_reference, cast(data, torch.float64))
-    working = loss_and_gradients(linear_policy_loss_reference, data)
-    for actual, *others in zip(loss_and_gradients(linear_policy_loss, data), working, exact, strict=True):
-        assert_as_accurate(actual, *others, kind="gradient")
+
+    def compared(seed: int) -> Iterator[Compared]:
+        data = problem(20, 8, 50, dtype=torch.float32, seed=seed)
+        data["hidden"] = (data["hidden"].detach() * 300).requires_grad_()
+        data["old_logprobs"] = None
+        exact = loss_and_gradients(linear_policy_loss_reference, cast(data, torch.float64))
+        working = loss_and_gradients(linear_policy_loss_reference, data)
+        actual = loss_and_gradients(linear_policy_loss, data)
+        for name, *values in zip(("loss", "hidden", "weight"), actual, working, exact, strict=True):
+            yield Compared(name, *values, "gradient")
+
+    assert_as_accurate_over(compared)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -500,7 +511,7 @@ def test_size_of_chunks() -> None:
 @pytest.mark.parametrize("shape", TRITON_SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_triton_is_as_accurate_as_the_reference(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     # Few tokens have few roundings, and the reference is exact by luck: several problems are taken together.
-    check_accuracy(shape, dtype, "triton", num_seeds=4 if shape[0] * shape[1] < 1000 else 1)
+    check_accuracy(shape, dtype, "triton", num_problems=4 if shape[0] * shape[1] < 1000 else 1)
 
 
 @pytest.mark.interpreter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from balcaprl.kernels import launch, logits_policy_loss, native
 from balcaprl.kernels.logits_policy_loss import logits_policy_loss_reference
 from balcaprl.kernels.policy_loss import policy_loss_reference
-from balcaprl.kernels.testing import assert_as_accurate
+from balcaprl.kernels.testing import Compared, assert_as_accurate_over
 from balcaprl.kernels.token_loss import PolicyLoss
 
 IMPLS = [
@@ -164,29 +165,28 @@ EXTRAS = [{}, {**FULL, "temperature": 0.6, "reduction": "sequence-mean"}]
 @pytest.mark.parametrize(("lengths", "vocabulary"), SHAPES)
 def test_accuracy(impl: str, dtype: torch.dtype, lengths: tuple[int, ...], vocabulary: int) -> None:
     """The rule over several batches: of a few numbers the plain version's error is small by luck now and then."""
-    num_seeds = 12 if impl != "triton" else 2 if sum(lengths) > 6 else 5  # the interpreter is slow
+    num_problems = 8 if impl != "triton" else 2 if sum(lengths) > 6 else 4  # the interpreter is slow
     for extra in EXTRAS:
-        # Actual, working, exact; of each the gradients and the scalars of all batches.
-        gradients: list[list[Tensor]] = [[], [], []]
-        scalars: list[list[Tensor]] = [[], [], []]
-        for seed in range(num_seeds):
+
+        def compared(seed: int, extra: dict[str, Any] = extra) -> Iterator[Compared]:
             data = batch(lengths, vocabulary, dtype, seed=seed, temperature=extra.get("temperature", 1.0))
-            results = (
+            (result, gradient), *others = (
                 run(logits_policy_loss, data, impl=impl, **extra),
                 run(logits_policy_loss_reference, data, **extra),
                 run(logits_policy_loss_reference, data, torch.float64, **extra),
             )
-            for (result, gradient), gradients_of, scalars_of in zip(results, gradients, scalars, strict=True):
-                gradients_of.append(gradient)
-                scalars_of.append(torch.stack([value.detach() for value in result]))
-        assert gradients[0][0].dtype == dtype
-        assert_as_accurate(*(torch.cat(values) for values in gradients), kind="gradient")
-        actual_SM, working_SM, exact_SM = (torch.stack(values) for values in scalars)
-        if impl == "triton":
-            torch.testing.assert_close(actual_SM, exact_SM.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
-            continue
-        for name, *values in zip(PolicyLoss._fields, actual_SM.T, working_SM.T, exact_SM.T, strict=True):
-            assert_as_accurate(*values, name=name)
+            assert gradient.dtype == dtype
+            yield Compared("gradient", gradient, *(each for _, each in others), "gradient")
+            scalars = [result, *(each for each, _ in others)]
+            if impl == "triton":
+                actual, _, exact = (torch.stack([value.detach() for value in each]) for each in scalars)
+                torch.testing.assert_close(actual, exact.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
+                return
+            for name, *values in zip(PolicyLoss._fields, *scalars, strict=True):
+                # Sums and means of terms of a size of about 1 and of both signs: theirs are the roundings that count.
+                yield Compared(name, *(value.detach() for value in values), scale=1.0)
+
+        assert_as_accurate_over(compared, num_problems=num_problems)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -195,32 +195,39 @@ def test_accuracy(impl: str, dtype: torch.dtype, lengths: tuple[int, ...], vocab
 def test_accuracy_of_the_log_probabilities(
     impl: str, dtype: torch.dtype, lengths: tuple[int, ...], vocabulary: int
 ) -> None:
-    data = batch(lengths, vocabulary, dtype)
-    targets = data["targets"][:, None]
-    actual = torch.ops.balcaprl.logits_policy_loss(*op_arguments(data, impl))[4]
-    working = (data["logits"].float() / 0.7).log_softmax(-1).gather(1, targets)[:, 0]
-    exact = (data["logits"].double() / 0.7).log_softmax(-1).gather(1, targets)[:, 0]
-    assert_as_accurate(actual, working, exact)
+    def compared(seed: int) -> Iterator[Compared]:
+        data = batch(lengths, vocabulary, dtype, seed=seed)
+        targets = data["targets"][:, None]
+        actual = torch.ops.balcaprl.logits_policy_loss(*op_arguments(data, impl))[4]
+        working = (data["logits"].float() / 0.7).log_softmax(-1).gather(1, targets)[:, 0]
+        exact = (data["logits"].double() / 0.7).log_softmax(-1).gather(1, targets)[:, 0]
+        yield Compared("logprobs", actual, working, exact)
+
+    assert_as_accurate_over(compared, num_problems=4 if impl != "triton" else 1)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("peak", [0.0, 30.0, 3e4])
 def test_flat_peaked_and_huge_logits(impl: str, peak: float) -> None:
     """From p = 1 / V to targets whose probability rounds to 1, where 1 - p must keep its digits."""
-    data = batch((4, 3), 203, torch.float32, peak=peak)
-    data = {k: data[k] for k in ("logits", "targets", "advantages", "cu_seqlens")}
-    data["targets"] = data["logits"].argmax(-1)
 
-    def on_policy(function, dtype: torch.dtype, **options) -> tuple[Tensor, Tensor]:
-        leaf = data["logits"].to(dtype).requires_grad_()
-        loss = function(leaf, data["targets"], None, data["advantages"], data["cu_seqlens"], **options).loss
+    def on_policy(data: dict[str, Any], function, dtype: torch.dtype, **options) -> tuple[Tensor, Tensor]:
+        leaf, targets = data["logits"].to(dtype).requires_grad_(), data["logits"].argmax(-1)
+        loss = function(leaf, targets, None, data["advantages"], data["cu_seqlens"], **options).loss
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
-    actual = on_policy(logits_policy_loss, torch.float32, impl=impl)
-    working = on_policy(logits_policy_loss_reference, torch.float32)
-    exact = on_policy(logits_policy_loss_reference, torch.float64)
-    assert_as_accurate(actual[0], working[0], exact[0])
-    assert_as_accurate(actual[1], working[1], exact[1], kind="gradient")
+    def compared(seed: int) -> Iterator[Compared]:
+        data = batch((4, 3), 203, torch.float32, seed=seed, peak=peak)
+        losses, gradients = zip(
+            on_policy(data, logits_policy_loss, torch.float32, impl=impl),
+            on_policy(data, logits_policy_loss_reference, torch.float32),
+            on_policy(data, logits_policy_loss_reference, torch.float64),
+            strict=True,
+        )
+        yield Compared("loss", *losses)
+        yield Compared("gradient", *gradients, "gradient")
+
+    assert_as_accurate_over(compared)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

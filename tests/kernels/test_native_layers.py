@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from balcaprl.kernels import native, native_layers
-from balcaprl.kernels.testing import assert_as_accurate
+from balcaprl.kernels.testing import Compared, assert_as_accurate_over
 
 SHAPES = [
     (1, 1), (1, 3), (2, 15), (3, 16), (5, 17), (7, 63), (1, 64), (2, 65), (9, 128), (63, 192), (64, 96), (65, 256), (127, 513),
@@ -30,14 +31,14 @@ def plain_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def norm_inputs(shape: tuple[int, ...], scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(sum(shape))
+def norm_inputs(shape: tuple[int, ...], scale: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape) + 100_000 * seed)
     x = scale * torch.randn(shape, generator=generator)
     return x, 1.0 + 0.1 * torch.randn(shape[-1], generator=generator)
 
 
-def silu_inputs(shape: tuple[int, ...], scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(sum(shape))
+def silu_inputs(shape: tuple[int, ...], scale: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape) + 100_000 * seed)
     return scale * torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
 
 
@@ -48,25 +49,33 @@ def run(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], upstream: T
     return out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))
 
 
-def check(ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
-    """Output and gradients, by the rule of ``kernels.testing``."""
-    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
-    exact = run(plain, tuple(x.double() for x in inputs), upstream)
-    results = zip(run(ours, inputs, upstream), run(plain, inputs, upstream), exact, strict=True)
-    for index, (actual, working, yardstick) in enumerate(results):
-        assert_as_accurate(actual, working, yardstick, kind="gradient" if index else "forward")
+def check(
+    ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs_of: Callable[[int], tuple[Tensor, ...]]
+) -> None:
+    """Output and gradients, by the rule of ``kernels.testing``; ``inputs_of`` takes a seed."""
+
+    def compared(seed: int) -> Iterator[Compared]:
+        inputs = inputs_of(seed)
+        upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1 + seed))
+        exact = run(plain, tuple(x.double() for x in inputs), upstream)
+        results = zip(run(ours, inputs, upstream), run(plain, inputs, upstream), exact, strict=True)
+        for index, values in enumerate(results):
+            yield Compared(f"gradient {index}" if index else "output", *values, "gradient" if index else "forward")
+
+    assert_as_accurate_over(compared)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rms_norm_is_as_accurate_as_plain(level: str, shape: tuple[int, ...]) -> None:
     for scale in (1.0, 1e-4, 300.0):
-        check(lambda x, weight: native_layers.rms_norm(x, weight, 1e-6), plain_rms_norm, norm_inputs(shape, scale))
+        inputs_of = functools.partial(norm_inputs, shape, scale)
+        check(lambda x, weight: native_layers.rms_norm(x, weight, 1e-6), plain_rms_norm, inputs_of)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_silu_mul_is_as_accurate_as_plain(level: str, shape: tuple[int, ...]) -> None:
     for scale in (1.0, 1e-4, 30.0):
-        check(native_layers.silu_mul, plain_silu_mul, silu_inputs(shape, scale))
+        check(native_layers.silu_mul, plain_silu_mul, functools.partial(silu_inputs, shape, scale))
 
 
 @pytest.mark.parametrize("head_dim", [2, 6, 10, 32, 64, 80, 96, 128])
@@ -83,7 +92,11 @@ def test_rotate_is_as_accurate_as_plain(level: str, shape: tuple[int, ...], head
         turned = torch.cat([-high, low], dim=-1)
         return x * cos.to(x.dtype).unsqueeze(-2) + turned * sin.to(x.dtype).unsqueeze(-2)
 
-    check(lambda x: native_layers.rotate(x, cos, sin), plain, (x,))
+    check(
+        lambda x: native_layers.rotate(x, cos, sin),
+        plain,
+        lambda seed: (torch.randn(*shape, head_dim, generator=torch.Generator().manual_seed(seed)),),
+    )
     turned = x.transpose(0, 1).contiguous().transpose(0, 1) if len(shape) > 1 else x
     assert torch.equal(native_layers.rotate(turned, cos, sin), native_layers.rotate(x, cos, sin))
 

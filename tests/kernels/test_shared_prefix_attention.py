@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from balcaprl.kernels import SharedPrefixLayout, shared_prefix_attention
 from balcaprl.kernels.shared_prefix_reference import shared_prefix_attention_reference
-from balcaprl.kernels.testing import assert_as_accurate
+from balcaprl.kernels.testing import Compared, assert_as_accurate_over
 
 # (prompt lengths, completion lengths of each group, query heads, key heads, head size)
 HAND_PICKED = [
@@ -79,19 +79,22 @@ def test_the_specification_is_plain_attention_of_each_sequence(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_implementation_is_as_accurate_as_the_specification(case, dtype, impl):
-    exact = run(shared_prefix_attention_reference, *make_inputs(case, torch.float64))
-    inputs, grad_out, layout = make_inputs(case, dtype)
-    actual = run(shared_prefix_attention, inputs, grad_out, layout, impl=impl)
-    if dtype == torch.float64:
-        for a, e in zip(actual, exact, strict=True):
-            torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
-        return
-    working = run(shared_prefix_attention_reference, inputs, grad_out, layout)
-    assert all(a.dtype == dtype for a in actual)
-    assert_as_accurate(actual[0], working[0], exact[0])
-    # The three gradients at once: where one is nearly 0 by cancellation, its own rounding alone says nothing.
-    gradients = [torch.cat([g.flatten() for g in each[1:]]) for each in (actual, working, exact)]
-    assert_as_accurate(*gradients, kind="gradient")
+    def compared(seed):
+        exact = run(shared_prefix_attention_reference, *make_inputs(case, torch.float64, seed))
+        inputs, grad_out, layout = make_inputs(case, dtype, seed)
+        actual = run(shared_prefix_attention, inputs, grad_out, layout, impl=impl)
+        assert all(a.dtype == dtype for a in actual)
+        if dtype == torch.float64:
+            for a, e in zip(actual, exact, strict=True):
+                torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+            return
+        working = run(shared_prefix_attention_reference, inputs, grad_out, layout)
+        yield Compared("out", actual[0], working[0], exact[0])
+        # The three gradients at once: where one is nearly 0 by cancellation, its own rounding alone says nothing.
+        gradients = (torch.cat([g.flatten() for g in each[1:]]) for each in (actual, working, exact))
+        yield Compared("gradients", *gradients, "gradient")
+
+    assert_as_accurate_over(compared, num_problems=2)
 
 
 def test_gradcheck_of_the_specification_and_of_sdpa():

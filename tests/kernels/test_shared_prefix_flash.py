@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from balcaprl.kernels import SharedPrefixLayout, launch, shared_prefix_attention, shared_prefix_flash
 from balcaprl.kernels.shared_prefix_attention import resolve_impl
 from balcaprl.kernels.shared_prefix_reference import shared_prefix_attention_reference
-from balcaprl.kernels.testing import assert_as_accurate
+from balcaprl.kernels.testing import Compared, assert_as_accurate_over
 
 # (prompt lengths, completion lengths of each group, query heads, key heads, head size)
 CASES = [
@@ -173,10 +174,10 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-def make_inputs(case: tuple, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, SharedPrefixLayout]:
+def make_inputs(case: tuple, dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], Tensor, SharedPrefixLayout]:
     prompts, completions, num_heads, num_kv_heads, head_dim = case
     layout = SharedPrefixLayout.from_lengths(prompts, completions)
-    generator = torch.Generator().manual_seed(layout.num_tokens)
+    generator = torch.Generator().manual_seed(layout.num_tokens + 10_000 * seed)
     shapes = [(layout.num_tokens, h, head_dim) for h in (num_heads, num_kv_heads, num_kv_heads, num_heads)]
     values = [torch.randn(shape, generator=generator).bfloat16().to(dtype) for shape in shapes]
     return [x.requires_grad_() for x in values[:3]], values[3], layout
@@ -201,13 +202,16 @@ def test_equal_to_the_specification_in_double_precision(case: tuple) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_as_accurate_as_the_specification(case: tuple, dtype: torch.dtype) -> None:
-    exact = run(shared_prefix_attention_reference, *make_inputs(case, torch.float64))
-    working = run(shared_prefix_attention_reference, *make_inputs(case, dtype))
-    actual = run(shared_prefix_attention, *make_inputs(case, dtype), impl="flash")
-    assert all(a.dtype == dtype for a in actual)
-    assert_as_accurate(actual[0], working[0], exact[0])
-    gradients = [torch.cat([g.flatten() for g in each[1:]]) for each in (actual, working, exact)]
-    assert_as_accurate(*gradients, kind="gradient")
+    def compared(seed: int) -> Iterator[Compared]:
+        exact = run(shared_prefix_attention_reference, *make_inputs(case, torch.float64, seed))
+        working = run(shared_prefix_attention_reference, *make_inputs(case, dtype, seed))
+        actual = run(shared_prefix_attention, *make_inputs(case, dtype, seed), impl="flash")
+        assert all(a.dtype == dtype for a in actual)
+        yield Compared("out", actual[0], working[0], exact[0])
+        gradients = (torch.cat([g.flatten() for g in each[1:]]) for each in (actual, working, exact))
+        yield Compared("gradients", *gradients, "gradient")
+
+    assert_as_accurate_over(compared, num_problems=2)
 
 
 @pytest.mark.usefixtures("library")

@@ -9,6 +9,7 @@ import torch
 from product_watch import ProductWatch, poisoned
 
 from balcaprl.config import SamplingConfig
+from balcaprl.kernels.testing import Compared, assert_as_accurate_over
 from balcaprl.policy import Group, Policy
 from balcaprl.policy.layers import stock_layers
 from balcaprl.rollout.hf import HFRollout
@@ -126,14 +127,14 @@ def make_group(policy, sizes, lengths, seed):
     return Group(torch.tensor([words[0], *image_ids, *words[1:]]), completions, image_inputs, f"sample-{seed}")
 
 
-def make_groups(policy):
+def make_groups(policy, seed=0):
     """Ragged and empty completions, several images, none, different sizes, G = 1, and a group of empty ones alone."""
     return [
-        make_group(policy, [(8, 8)], [5, 1, 0, 7], 0),
-        make_group(policy, [(4, 6), (6, 4)], [3, 2], 1),
-        make_group(policy, [(4, 4)], [0, 0], 2),
-        make_group(policy, [], [4, 4], 3),
-        make_group(policy, [(6, 10)], [6], 4),
+        make_group(policy, [(8, 8)], [5, 1, 0, 7], 10 * seed),
+        make_group(policy, [(4, 6), (6, 4)], [3, 2], 10 * seed + 1),
+        make_group(policy, [(4, 4)], [0, 0], 10 * seed + 2),
+        make_group(policy, [], [4, 4], 10 * seed + 3),
+        make_group(policy, [(6, 10)], [6], 10 * seed + 4),
     ]
 
 
@@ -240,18 +241,21 @@ def test_compiled_layers_change_nothing(name):
 def test_autocast_equals_its_repeated_twin(name):
     """bfloat16 products round differently in the two layouts: both stay within its error of the float32 result."""
     policy = make_policy(name)
-    groups = make_groups(policy)
-    exact = run(policy, lambda: policy.logprobs(policy.pack(groups, "shared")))
-    policy.autocast_dtype = torch.bfloat16
-    results = [run(policy, lambda s=s: policy.logprobs(policy.pack(groups, s))) for s in ("shared", "repeated")]
-    errors = [(logprobs - exact[0]).norm() / exact[0].norm() for logprobs, _ in results]
-    assert 1e-5 < errors[0] < 2 * errors[1]
-    names = [n for n in exact[1] if not n.endswith(("k_proj.bias", "qkv.bias"))]
-    gradient_errors = [
-        torch.stack([(gradients[n] - exact[1][n]).norm() / exact[1][n].norm() for n in names]).median()
-        for _, gradients in results
-    ]
-    assert gradient_errors[0] < 2 * gradient_errors[1]
+
+    def compared(seed):
+        policy.autocast_dtype = None
+        groups = make_groups(policy, seed)
+        exact = run(policy, lambda: policy.logprobs(policy.pack(groups, "shared")))
+        policy.autocast_dtype = torch.bfloat16
+        results = [run(policy, lambda s=s: policy.logprobs(policy.pack(groups, s))) for s in ("shared", "repeated")]
+        errors = [(logprobs - exact[0]).norm() / exact[0].norm() for logprobs, _ in results]
+        assert errors[0] > 1e-5, "nothing was computed in bfloat16"
+        yield Compared("logprobs", *(each[0] for each in results), exact[0].double())
+        names = [n for n in exact[1] if not n.endswith(("k_proj.bias", "qkv.bias"))]
+        sides = [torch.cat([(g[n] / exact[1][n].norm()).flatten() for n in names]) for _, g in (*results, exact)]
+        yield Compared("gradients", *sides[:2], sides[2].double(), "gradient")
+
+    assert_as_accurate_over(compared, num_problems=2, most=32)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava"])
