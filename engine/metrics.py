@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import psutil
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from balcaprl import rotation
 from balcaprl.extras import pip_install
@@ -386,14 +386,19 @@ class ProgressLine:
         self.console = console or Console(stderr=True)
         self._num_steps, self._start_step = num_steps, start_step
         self._every_steps, self._every_seconds = every_steps, every_seconds
-        self._started = self._printed_at = time.monotonic()
+        self._printed_at = time.monotonic()
         self._printed_step = start_step
-        self._progress: Progress | None = None
+        # Off a terminal it is never started, and only reckons. The first step, which loads and compiles, counts for nothing.
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=12))
+        self._progress = Progress(
+            *columns,
+            console=self.console,
+            transient=False,
+            speed_estimate_period=_ETA_WINDOW_S,
+            get_time=lambda: time.monotonic(),
+        )
+        self._task = self._progress.add_task(f"step {start_step}/{num_steps}", total=num_steps, completed=start_step)
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=12))
-            self._progress = Progress(*columns, console=self.console, transient=False)
-            self._task = self._progress.add_task(f"step {start_step}/{num_steps}", total=num_steps)
-            self._progress.update(self._task, completed=start_step)
             self._progress.start()
 
     def __enter__(self) -> ProgressLine:
@@ -404,9 +409,11 @@ class ProgressLine:
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show the state after ``step`` steps; metrics that are missing are left out of the line."""
-        line = f"step {step}/{self._num_steps}{format_metrics(metrics)}  eta {self._eta(step)}"
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, description=line)
+        self._progress.update(self._task, completed=step)
+        task = self._progress.tasks[0]
+        line = f"step {step}/{self._num_steps}{format_metrics(metrics)}  eta {TimeRemainingColumn().render(task)}"
+        if self.console.is_terminal:
+            self._progress.update(self._task, description=line)
             return
         now = time.monotonic()
         due = step - self._printed_step >= self._every_steps or now - self._printed_at >= self._every_seconds
@@ -421,17 +428,12 @@ class ProgressLine:
 
     def close(self) -> None:
         """Leave the last line standing and give the terminal back; closing twice is harmless."""
-        if self._progress is not None:
+        if self.console.is_terminal:
             self._progress.stop()
-            self._progress = None
 
-    def _eta(self, step: int) -> str:
-        done = step - self._start_step
-        if done <= 0:
-            return "-"
-        seconds = round((time.monotonic() - self._started) / done * max(0, self._num_steps - step))
-        hours, rest = divmod(seconds, 3600)
-        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+_ETA_WINDOW_S = 3600.0
+"""The time that is left is reckoned from the steps of the last hour."""
 
 
 _SHOWN = (

@@ -336,9 +336,16 @@ def test_eta_counts_this_process_only(monkeypatch):
     monkeypatch.setattr("balcaprl.metrics.time.monotonic", lambda: clock.now)
     stream = io.StringIO()
     progress = ProgressLine(1000, start_step=900, console=Console(file=stream))
-    clock.now += 40 * 10.0
-    progress.update(910, {})
-    assert "eta 1:00:00" in stream.getvalue()
+    clock.now += 3000.0  # loads, compiles and evaluates: says nothing of the steps to come
+    progress.update(901, {})
+    assert "eta -:--:--" in stream.getvalue()
+    for step in range(902, 911):
+        clock.now += 40.0
+        progress.update(step, {})
+    assert "eta 1:00:00" in stream.getvalue().splitlines()[-1]
+    clock.now += 90 * 40.0
+    progress.update(1000, {})
+    assert "eta 0:00:00" in stream.getvalue().splitlines()[-1]
 
 
 def test_reading_a_run_needs_no_torch():
