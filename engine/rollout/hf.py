@@ -126,8 +126,8 @@ class _TokenPicker:
     """From hidden states (R, D) to sampled ids (R,) and their log-probabilities (R,)."""
 
     def __init__(self, policy: Policy, temperature: float, seed: int | None) -> None:
-        self._head = policy.sampled_head
-        self._banned = [token for token in policy.banned_token_ids if token < self._head.num_tokens]
+        self._head = policy.head
+        self._banned = list(policy.banned_token_ids)
         self._temperature = temperature
         self._generator = None if seed is None else torch.Generator(policy.device).manual_seed(seed)
 

@@ -96,7 +96,6 @@ def sampler_logprobs(policy: Policy, group: Group) -> torch.Tensor:
     """Log-probabilities (T,) of a few tokens with the banned ids removed, exact even where the policy prefers those."""
     packed = policy.pack([group])
     with policy.autocast():
-        head = policy.sampled_head
-        logits = head.logits(policy.hidden_states(packed)).float()
-    logits[:, [token for token in policy.banned_token_ids if token < head.num_tokens]] = -torch.inf
+        logits = policy.head.logits(policy.hidden_states(packed)).float()
+    logits[:, list(policy.banned_token_ids)] = -torch.inf
     return logits.log_softmax(-1).gather(1, packed.targets[:, None])[:, 0].cpu()
