@@ -62,6 +62,7 @@ LORA = ["peft>=0.17,<0.22"]
 TEST = [
     *JUDGE,
     "jsonschema>=4.20",
+    "cryptography>=42",  # a certificate for a test's server
     "pytest>=8",
     "hypothesis>=6",
     "pytest-benchmark>=4",

@@ -6,9 +6,10 @@ configuration and its seed. Fields marked *ours* stand where the paper (arXiv 26
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -238,6 +239,31 @@ class RewardConfig(_Section):
         )
 
 
+class RequestOptions(_Section):
+    """In what form a server takes requests, where it departs from the common one; part of the cache's key."""
+
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the longest reply is called; reasoning models of some services want ``max_completion_tokens``."""
+    temperature: bool = True
+    """Send ``reward.protocol.temperature``; off for models that take their own alone."""
+    schema_bounds: bool = True
+    """Keep lengths and counts in the schemas; off for services that know a strict subset of JSON Schema."""
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of each request, such as ``reasoning_effort: low``."""
+
+    @field_validator("extra_body")
+    @classmethod
+    def _keeps_what_is_asked(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        own = {"model", "messages", "response_format", "stream", "n"} & extra.keys()
+        if own:
+            raise ValueError(f"{', '.join(sorted(own))} cannot be replaced")
+        try:
+            json.dumps(extra, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected what JSON can say: {error}") from None
+        return extra
+
+
 class ServerConfig(_Section):
     """One OpenAI-compatible server of the judge model."""
 
@@ -255,6 +281,10 @@ class ServerConfig(_Section):
     """Price of a million prompt tokens, in the currency of ``endpoint.budget``, which needs it; 0 where they are free."""
     output_price: float | None = Field(None, ge=0)
     """Price of a million completion tokens, likewise."""
+    request: RequestOptions = RequestOptions()
+    """The form of its requests."""
+    proxy_from_env: bool = False
+    """Reach it through the proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name; without this they are not looked at."""
 
     # Not patterns of the fields: whoever checks those repeats what was given, which may be a password or a key.
     @field_validator("url")
@@ -300,6 +330,8 @@ class EndpointConfig(_Section):
     """How long stragglers are waited for once the required share is there."""
     patience_s: float = Field(600.0, gt=0)
     """Without a single valid reply for so long, the run is saved and ends."""
+    reach_s: float = Field(60.0, gt=0)
+    """Where no server was ever reached for so long (nothing listens there), the run ends (ours)."""
     budget: float | None = Field(None, gt=0)
     """Most that the run may spend, by the prices of its servers; then it is saved and ends. It is exceeded by what one request
     takes, at most. Resumes go on counting; each call of ``prepare``, ``recaption`` and ``judge-audit`` counts for itself. What

@@ -23,7 +23,7 @@ from balcaprl.config import EndpointConfig, ProtocolConfig, ServerConfig
 from balcaprl.extras import install_extra
 from balcaprl.rewards.cache import ReplyCache
 from balcaprl.rewards.concurrency import AllServersGivenUpError, Clock, Dispatcher, Server
-from balcaprl.rewards.outcomes import HOPELESS, AttemptError, Blame, error_inside, error_of_status
+from balcaprl.rewards.outcomes import HOPELESS, AttemptError, Blame, Unreached, error_inside, error_of_status, text_of
 from balcaprl.rewards.protocol import Call, Reply, ReplyError, cache_key, parse_reply, request_body, subject_key
 from balcaprl.rewards.refusals import CallFailedError, CallIdentity, CallRefusedError, RefusalMemory, Refusals
 from balcaprl.rewards.usage import Ledger, Reservation, Usage, most_tokens
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 16
 _KEEP_ALIVE_S = 60.0
+_JSON_TYPES = ("application/json", "text/json", "text/plain")
 
 
 @dataclass
@@ -76,7 +77,7 @@ class JudgeClient:
         self._headers = {server.url: _headers(server) for server in endpoint.servers}
         keys = [header["Authorization"].split()[1] for header in self._headers.values() if "Authorization" in header]
         self._refusals = Refusals(refusals or RefusalMemory(), keys)
-        self._models = list(dict.fromkeys(server.model or protocol.model for server in endpoint.servers))
+        self._forms = {_form(server, protocol.model): server for server in endpoint.servers}
         self._retry_library()
         self._dispatcher = Dispatcher(
             [
@@ -85,10 +86,11 @@ class JudgeClient:
             ],
             clock,
         )
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
         self._under_way: dict[bytes, _UnderWay] = {}
         self._watchdog: asyncio.Task[None] | None = None
         self._last_valid = 0.0
+        self._last_failure = ""
         self.stopped: JudgeStoppedError | None = None
 
     @property
@@ -150,19 +152,22 @@ class JudgeClient:
         """Close all connections and write the account."""
         if self._watchdog is not None:
             self._watchdog.cancel()
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        for session in self._sessions.values():
+            await session.close()
+        self._sessions.clear()
         self.ledger.save()
         self._refusals.memory.close()
 
     # ------------------------------------------------------------------------------------------------ cache
 
     def _identify(self, call: Call) -> CallIdentity:
-        by_model = {model: cache_key(call, self._protocol, model) for model in self._models}
+        by_model = {
+            form: cache_key(call, self._protocol, server.model or self._protocol.model, server.request)
+            for form, server in self._forms.items()
+        }
         servers = "\n".join(sorted(f"{server.config.url} {server.config.model}" for server in self.servers)).encode()
         key = hashlib.sha256(b"".join(by_model.values()) + servers).digest()
-        subject = subject_key(call, self._protocol, ",".join(self._models))
+        subject = subject_key(call, self._protocol, ",".join(self._forms))
         return CallIdentity(by_model, key, subject and hashlib.sha256(subject + servers).digest())
 
     def _cached(self, identity: CallIdentity, call: Call) -> Reply | None:
@@ -237,7 +242,7 @@ class JudgeClient:
         tenacity, endpoint = self._retry_library(), self._endpoint
         error = state.outcome.exception() if state.outcome is not None else None
         asked = error.wait_s if isinstance(error, AttemptError) else None
-        if asked is not None and sum(server.is_free for server in self.servers) <= 1:
+        if asked and sum(server.is_free for server in self.servers) <= 1:
             return asked * random.uniform(1.0, 1.1)
         if isinstance(error, AttemptError) and error.server_is_sound:
             if error.blame is Blame.REPLY:
@@ -257,13 +262,14 @@ class JudgeClient:
         return tenacity
 
     async def _attempt(self, call: Call, affinity: str, bodies: dict[str, Any]) -> tuple[Reply, str]:
-        """One attempt at one server; counts how it ended. Gives the reply, and what the server calls the model."""
+        """One attempt at one server; counts how it ended. Gives the reply, and the form in which it was asked for."""
         server = await self._dispatcher.acquire(affinity, again=bool(bodies))  # a body was made for the first attempt
         try:
             model = server.config.model or self._protocol.model
-            if model not in bodies:
-                bodies[model] = request_body(call, self._protocol, model)
-            most = most_tokens(bodies[model], call.image.num_pixels if call.image is not None else 0)
+            form = _form(server.config, model)
+            if form not in bodies:
+                bodies[form] = request_body(call, self._protocol, model, server.config.request)
+            most = most_tokens(bodies[form], call.image.num_pixels if call.image is not None else 0)
             reservation = await self.ledger.reserve(server.config, most)
         except BaseException:
             server.breaker.note_neutral()
@@ -272,12 +278,13 @@ class JudgeClient:
         started = self._clock()
         self.usage.num_attempts += 1
         try:
-            reply = await self._exchange(call, server, bodies[model], reservation)
+            reply = await self._exchange(call, server, bodies[form], reservation)
             self.usage.num_valid += 1
             self.usage.latencies_s.append(self._clock() - started)
             server.note_served(self._clock() - started)
         except AttemptError as error:
             self.usage.failures[error.kind] += 1
+            self._last_failure = str(error)
             self._note(server, call, error, self._clock() - started)
             error.server_is_sound = server.is_sound
             raise
@@ -288,7 +295,7 @@ class JudgeClient:
         finally:
             self.ledger.release(self.usage, reservation)
             self._dispatcher.release(server)
-        return reply, model
+        return reply, form
 
     def _note(self, server: Server, call: Call, error: AttemptError, latency_s: float) -> None:
         """Tell the server's state how an attempt failed."""
@@ -296,6 +303,8 @@ class JudgeClient:
             server.note_overloaded(error.wait_s or 0.0)
         elif error.blame in (Blame.ACCESS, Blame.FORM):
             server.note_refused(": ".join(filter(None, (str(error), self._refusals.shown(error, call)))))
+        elif error.unreached is not None and not server.was_reached:
+            server.note_unreachable(str(error), for_good=error.unreached in (Unreached.DNS, Unreached.TLS))
         elif error.blame is Blame.SERVER:
             server.note_failed(overloaded=error.kind == "timeout")
         elif error.blame is Blame.ITEM:
@@ -306,30 +315,35 @@ class JudgeClient:
     async def _exchange(self, call: Call, server: Server, body: dict[str, Any], reservation: Reservation) -> Reply:
         import aiohttp
 
-        url = server.config.url.rstrip("/") + "/chat/completions"
+        url = server.config.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         headers = self._headers[server.config.url]
         data = json.dumps(body).encode()
         reservation.is_sent = True
         try:
-            async with self._http().post(url, data=data, headers=headers, allow_redirects=False) as response:
+            session = self._http(server.config.proxy_from_env)
+            async with session.post(url, data=data, headers=headers, allow_redirects=False) as response:
+                server.was_reached, server.unreached_since = True, None
                 if response.status != 200:
                     reservation.is_sent = False  # no service asks money for an error
                     told = await response.content.read(_CHUNK)
                     raise error_of_status(response.status, response.headers, told, self._endpoint.patience_s)
                 kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-                if kind != "application/json":
+                if kind not in _JSON_TYPES and not kind.endswith("+json"):
                     raise AttemptError("content_type", "the reply is not of type application/json")
                 reply = bytearray()
                 self._check_size(response.content_length or 0)  # what it announces need not be read
                 async for chunk in response.content.iter_chunked(_CHUNK):
                     reply += chunk
                     self._check_size(len(reply))
-        except (TimeoutError, asyncio.TimeoutError) as error:
-            reservation.is_sent = not isinstance(error, aiohttp.ConnectionTimeoutError)
+        except aiohttp.ConnectionTimeoutError:
+            reservation.is_sent = False
+            limit = self._endpoint.connect_timeout_s
+            raise _unreached("timeout", f"no connection within {limit:g} s", Unreached.SILENT) from None
+        except (TimeoutError, asyncio.TimeoutError):
             raise AttemptError("timeout", f"no reply within {self._endpoint.timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, EOFError) as error:
             reservation.is_sent = not isinstance(error, aiohttp.ClientConnectorError)
-            raise AttemptError("connection", f"the connection failed ({type(error).__name__})") from None
+            raise _connection_error(error) from None
         return self._read_envelope(call, reservation, bytes(reply))
 
     def _check_size(self, num_bytes: int) -> None:
@@ -352,11 +366,9 @@ class JudgeClient:
             raise inside
         try:
             choice = envelope["choices"][0]
-            text, finish_reason = choice["message"]["content"], choice.get("finish_reason")
+            text, finish_reason = text_of(choice["message"]["content"]), choice.get("finish_reason")
         except (KeyError, IndexError, TypeError, AttributeError):
             raise AttemptError("schema", "the reply is no chat completion") from None
-        if text is None:
-            raise AttemptError("empty", "the reply is empty")
         if not isinstance(text, str):
             raise AttemptError("schema", "the reply is no text")
         try:
@@ -365,17 +377,17 @@ class JudgeClient:
             # What was cut off once is mostly cut off again, at full price.
             raise AttemptError(error.kind, str(error), weight=2 if error.kind == "truncated" else 1) from None
 
-    def _http(self) -> aiohttp.ClientSession:
-        if self._session is None:
+    def _http(self, proxy_from_env: bool) -> aiohttp.ClientSession:
+        if proxy_from_env not in self._sessions:
             import aiohttp
 
             endpoint = self._endpoint
             timeout = aiohttp.ClientTimeout(total=endpoint.timeout_s, sock_connect=endpoint.connect_timeout_s)
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
-            self._session = aiohttp.ClientSession(
-                connector=connector, timeout=timeout, trust_env=False, cookie_jar=aiohttp.DummyCookieJar()
+            self._sessions[proxy_from_env] = aiohttp.ClientSession(
+                connector=connector, timeout=timeout, trust_env=proxy_from_env, cookie_jar=aiohttp.DummyCookieJar()
             )
-        return self._session
+        return self._sessions[proxy_from_env]
 
     # ------------------------------------------------------------------------------------------------ patience
 
@@ -387,19 +399,68 @@ class JudgeClient:
 
     async def _watch(self) -> None:
         """Ends all calls when none was answered validly for too long; runs while there are any."""
-        patience = self._endpoint.patience_s
+        patience, reach = self._endpoint.patience_s, self._endpoint.reach_s
         while self._under_way:
-            await asyncio.sleep(min(1.0, patience / 10))
+            await asyncio.sleep(min(1.0, patience / 10, reach / 10))
+            self._end_if_unreached(reach)
+            if self.stopped is not None:
+                return
             if self._clock() - self._last_valid > patience:
                 failures = ", ".join(f"{kind} {count}" for kind, count in self.usage.failures.most_common(5))
                 servers = ", ".join(server.config.url for server in self.servers)
                 self.stopped = JudgeStoppedError(
                     f"no valid reply of a judge server for {patience:g} s (endpoint.patience_s) from {servers}; "
                     f"failures since the last step: {failures or 'none, they do not answer'}"
+                    + (f"; the last: {self._last_failure}" if self._last_failure else "")
                 )
-                for under_way in list(self._under_way.values()):
-                    under_way.task.cancel()
+                self._cancel_all()
                 return
+
+    def _end_if_unreached(self, reach_s: float) -> None:
+        """Stop where every server could only be knocked at since the first attempt: none listens at these addresses."""
+        now, servers = self._clock(), self.servers
+        if all(s.unreached_since is not None and now - s.unreached_since > reach_s for s in servers):
+            told = "; ".join(f"{server.config.url}: {server.why_unreached}" for server in servers)
+            self.stopped = JudgeStoppedError(
+                f"no judge server was ever reached, for {reach_s:g} s (endpoint.reach_s): {told}. Is it running, and is the "
+                "url right?"
+            )
+            self._cancel_all()
+
+    def _cancel_all(self) -> None:
+        for under_way in list(self._under_way.values()):
+            under_way.task.cancel()
+
+
+def _form(server: ServerConfig, model: str) -> str:
+    """What the model is called and how it is asked; servers that agree in both get the same bodies."""
+    options = server.request.model_dump_json(exclude_defaults=True)
+    return (server.model or model) + (f" {options}" if options != "{}" else "")
+
+
+def _connection_error(error: BaseException) -> AttemptError:
+    """Why there was no connection; the libraries' own texts stay out, as they may hold a proxy's password."""
+    import aiohttp
+
+    kind, name = "connection", type(error).__name__
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return _unreached(kind, "the server's host name is not known: check the url", Unreached.DNS)
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return _unreached(kind, "the server's TLS certificate is not trusted, or is for another host", Unreached.TLS)
+    if isinstance(error, aiohttp.ClientSSLError):
+        return _unreached(kind, "no TLS connection could be made: does the server speak https?", Unreached.TLS)
+    if isinstance(error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError):
+        return AttemptError(kind, f"the proxy of the environment cannot be used ({name})")
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(cause, ConnectionRefusedError):
+        return _unreached(kind, "the connection was refused: no server listens at this address", Unreached.REFUSED)
+    return AttemptError(kind, f"the connection failed ({name})")
+
+
+def _unreached(kind: str, message: str, why: Unreached) -> AttemptError:
+    error = AttemptError(kind, message)
+    error.unreached = why
+    return error
 
 
 def _headers(server: ServerConfig) -> dict[str, str]:

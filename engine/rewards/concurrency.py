@@ -163,6 +163,11 @@ class Server:
     paused_until: float = -math.inf
     """It asked to be left alone until then."""
     num_refusals: int = 0
+    was_reached: bool = False
+    """Whether it ever answered anything."""
+    unreached_since: float | None = None
+    """Since when nobody could be spoken to there, if nobody ever was."""
+    why_unreached: str = ""
     given_up: str = ""
     """Why it is never asked again, if so."""
     recent: deque[bool] = field(default_factory=lambda: deque(maxlen=16))
@@ -220,6 +225,16 @@ class Server:
         self.breaker.note_success()
         self.recent.append(False)
         self.num_refusals = 0
+
+    def note_unreachable(self, why: str, *, for_good: bool) -> None:
+        """No connection to it was ever made; for good where waiting will not make one."""
+        self.why_unreached = why
+        if self.unreached_since is None:
+            self.unreached_since = self.clock()
+        if for_good:
+            self.note_refused(why)
+        else:
+            self.note_failed()
 
     def note_refused(self, why: str) -> None:
         """It does not want us: wrong key, wrong model, wrong address."""

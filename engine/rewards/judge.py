@@ -152,7 +152,8 @@ _SECRETS = (
     re.compile(r"//[^/\s@]+@"),  # user and password of a URL
     re.compile(r"\b(?=[\w-]*\d)[\w-]{20,}\b"),  # long and with digits: a key, if not a harmless id
 )
-_LONG_QUOTE = re.compile(r"'[^']{20,}'|\"[^\"]{20,}\"")
+_LONG_QUOTE = re.compile(r"'(?![a-z_.]+')[^']{20,}'|\"(?![a-z_.]+\")[^\"]{20,}\"")
+"""The name of an option, however long, is none."""
 
 
 def redact(text: str, private: Sequence[str]) -> str:

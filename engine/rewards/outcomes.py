@@ -19,10 +19,12 @@ told (a bare 400) is taken for the item's; whether it is not rather all requests
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from typing import Any
@@ -59,6 +61,15 @@ BLAME = {
 """Kind -> blame; all other kinds are replies that are no good."""
 
 
+class Unreached(StrEnum):
+    """Why no server could be spoken to."""
+
+    REFUSED = "refused"
+    SILENT = "silent"
+    DNS = "dns"
+    TLS = "tls"
+
+
 class AttemptError(Exception):
     """One attempt that brought no valid reply."""
 
@@ -73,6 +84,8 @@ class AttemptError(Exception):
         default = {Blame.OVERLOAD: 0, Blame.ITEM: HOPELESS}.get(self.blame, 1)
         self.weight = default if weight is None else weight
         """How many of ``max_attempts`` it uses up; ``HOPELESS``: all."""
+        self.unreached: Unreached | None = None
+        """Where no server was spoken to: why."""
         self.wait_s = wait_s
         """How long the server asks to wait."""
         self.server_is_sound = False
@@ -154,9 +167,10 @@ def error_of_status(status: int, headers: Any, payload: bytes, longest_wait_s: f
     told = _told_error(payload)
     message = f"the server answered HTTP {status}"
     kind = _kind_of(status, told)
-    retry_after = headers.get("Retry-After")
-    if kind is None and (status == 429 or (status == 503 and retry_after is not None)):
-        return AttemptError("overloaded", message, words=told.message, wait_s=_seconds(retry_after, longest_wait_s))
+    if kind is None and status in (429, 503):
+        wait_s = asked_wait_s(headers, longest_wait_s)
+        if status == 429 or wait_s is not None:
+            return AttemptError("overloaded", message, words=told.message, wait_s=wait_s)
     if kind is None:
         kind = _kind_of_status(status)
     if BLAME.get(kind) is Blame.ACCESS:
@@ -175,7 +189,8 @@ def error_inside(envelope: dict[str, Any], longest_wait_s: float) -> AttemptErro
         if told:
             code = told.get("code") if isinstance(told, dict) else None
             status = code if isinstance(code, int) and 400 <= code < 600 else 500
-            return error_of_status(status, {}, json.dumps({"error": told}).encode(), longest_wait_s)
+            headers = _mapping(_mapping(_mapping(told).get("metadata")).get("headers"))
+            return error_of_status(status, headers, json.dumps({"error": told}).encode(), longest_wait_s)
     feedback = envelope.get("promptFeedback") or envelope.get("prompt_feedback")
     if isinstance(feedback, dict) and (feedback.get("blockReason") or feedback.get("block_reason")):
         return AttemptError("content_filter", "the server blocked the prompt")
@@ -274,15 +289,83 @@ def _is_filtered(results: Any) -> bool:
     )
 
 
-def _seconds(retry_after: str | None, longest_s: float) -> float | None:
-    """A Retry-After header in seconds, bounded; None where there is none or it makes no sense."""
-    if retry_after is None:
+# ------------------------------------------------------------------------------------------------------ waiting
+
+_EPOCH = 1e9
+"""A larger number of seconds is a date."""
+_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")
+_RESETS = ("requests", "tokens", "input-tokens", "output-tokens")
+
+
+def asked_wait_s(headers: Mapping[str, Any], longest_s: float) -> float | None:
+    """How long a server asks to wait, bounded; None where it does not say, or nothing sensible.
+
+    Told by ``Retry-After-Ms``, ``Retry-After`` (seconds or a date), or when a limit is reset: of several limits the latest of
+    those that are used up, or else the soonest.
+    """
+    plain = {str(name).lower(): str(value).strip() for name, value in headers.items()}
+    for name, unit in (("retry-after-ms", 1e-3), ("x-ms-retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        seconds = _seconds(plain.get(name, ""), unit)
+        if seconds is not None:
+            return min(seconds, longest_s)
+    resets, used_up = [], []
+    for prefix in ("x-ratelimit", "ratelimit", "anthropic-ratelimit"):
+        for limit in ("", *_RESETS):
+            for name in (f"{prefix}-reset-{limit}".rstrip("-"), f"{prefix}-{limit}-reset"):
+                seconds = _seconds(plain.get(name, ""), 1.0)
+                if seconds is not None:
+                    resets.append(seconds)
+                    remaining = name.replace("reset", "remaining")
+                    used_up += [seconds] if plain.get(remaining) in ("0", "0.0") else []
+    if not resets:
         return None
+    return min(max(used_up) if used_up else min(resets), longest_s)
+
+
+def _seconds(text: str, unit: float) -> float | None:
+    """From a number, a duration such as ``1m30s`` or ``20ms``, or a date as seconds, milliseconds or text."""
     try:
-        seconds = float(retry_after)
+        number = float(text)
     except ValueError:
+        return _seconds_of_text(text)
+    if not math.isfinite(number):
+        return None
+    if number * unit > _EPOCH:
+        return _until(number * unit / (1000.0 if number * unit > 1000 * _EPOCH else 1.0))
+    return max(0.0, number * unit)
+
+
+def _until(date_s: float) -> float | None:
+    """Seconds until a date; one that is past tells nothing."""
+    seconds = date_s - time.time()
+    return seconds if seconds > 0 else None
+
+
+def _seconds_of_text(text: str) -> float | None:
+    duration = _DURATION.fullmatch(text) if text and len(text) < 40 else None
+    if duration is not None:
+        days, hours, minutes, seconds, milliseconds = (float(part or 0) for part in duration.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds + milliseconds / 1000
+    for read in (parsedate_to_datetime, datetime.fromisoformat):
         try:
-            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except ValueError:
-            return None
-    return min(max(0.0, seconds), longest_s) if seconds == seconds else None
+            return _until(read(text.replace("Z", "+00:00")).timestamp())
+        except (ValueError, OverflowError, TypeError):
+            continue
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------ contents
+
+
+def text_of(content: Any) -> Any:
+    """The text of a message: as it is, of its text parts where it comes in parts, empty where there is none."""
+    if content is None:
+        return ""
+    if isinstance(content, list) and all(isinstance(part, dict | str) for part in content):
+        texts = [part if isinstance(part, str) else part.get("text") for part in content if not _is_thought(part)]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content
+
+
+def _is_thought(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") not in (None, "text", "output_text")

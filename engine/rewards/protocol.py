@@ -26,12 +26,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from balcaprl.config import ProtocolConfig
+from balcaprl.config import ProtocolConfig, RequestOptions
 from balcaprl.rewards.encoding import EncodedImage, encode_data
+from balcaprl.rewards.reply_text import find_objects, read_json, tidied
 from balcaprl.rewards.unicode_text import count_letters, find_phrase
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -190,33 +191,46 @@ def messages(call: Call) -> list[dict[str, Any]]:
     return [{"role": "system", "content": call.task.prompt}, {"role": "user", "content": content}]
 
 
-def request_body(call: Call, config: ProtocolConfig, model: str) -> dict[str, Any]:
-    """The body of a chat completion request."""
+def request_body(
+    call: Call, config: ProtocolConfig, model: str, options: RequestOptions | None = None
+) -> dict[str, Any]:
+    """The body of a chat completion request, in the form that a server takes."""
+    options = options or RequestOptions()
     body: dict[str, Any] = {
         "model": model,
         "messages": messages(call),
         "temperature": config.temperature,
-        "max_tokens": config.max_reply_tokens,
+        options.token_limit: config.max_reply_tokens,
         "response_format": {"type": "json_object"},
     }
+    if not options.temperature:
+        del body["temperature"]
     if config.response_format == "json_schema":
-        schema = {"name": call.task.name, "strict": True, "schema": reply_schema(call, config)}
+        plain = reply_schema(call, config)
+        schema = {
+            "name": call.task.name,
+            "strict": True,
+            "schema": plain if options.schema_bounds else _without_bounds(plain),
+        }
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     if config.disable_thinking:
         body["chat_template_kwargs"] = {"enable_thinking": False}
-    return body
+    return {**body, **options.extra_body}
 
 
-def cache_key(call: Call, config: ProtocolConfig, model: str | None = None) -> bytes:
+def cache_key(
+    call: Call, config: ProtocolConfig, model: str | None = None, options: RequestOptions | None = None
+) -> bytes:
     """SHA-256 of all that a reply depends on: the request as a server gets it, prompt and schema included.
 
     Args:
         call: what is asked; its image counts by digest.
         config: what is asked in what form.
         model: as the server calls it; default: ``config.model``.
+        options: in what form it takes requests.
     """
     image = None if call.image is None else replace(call.image, url=f"sha256:{call.image.digest}")
-    body = request_body(replace(call, image=image), config, config.model if model is None else model)
+    body = request_body(replace(call, image=image), config, config.model if model is None else model, options)
     parts = [call.task.identity, body, reply_schema(call, config)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
 
@@ -242,6 +256,16 @@ def reply_schema(call: Call, config: ProtocolConfig) -> dict[str, Any]:
     if "assertions" in schema["properties"]:
         schema["properties"]["assertions"]["maxItems"] = min(config.max_items, most_assertions(call.data["caption"]))
     return schema
+
+
+def _without_bounds(node: Any, key: str = "") -> Any:
+    """A schema for services that know a strict subset; replies are held to the bounds in any case."""
+    if isinstance(node, list):
+        return [_without_bounds(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    bounds = () if key == "properties" else ("minLength", "maxLength", "minItems", "maxItems", "minimum", "maximum")
+    return {name: _without_bounds(item, name) for name, item in node.items() if name not in bounds}
 
 
 def most_assertions(caption: str) -> int:
@@ -293,17 +317,63 @@ def parse_reply(call: Call, text: str, config: ProtocolConfig, *, finish_reason:
     Raises:
         ReplyError: the reply is empty, cut off, no JSON, of another schema, or counts something other than what was asked.
     """
-    if finish_reason == "length":
+    if finish_reason is not None and finish_reason.lower() in ("length", "max_tokens"):
         raise ReplyError("truncated", "the reply was cut at protocol.max_reply_tokens")
     if not text.strip():
         raise ReplyError("empty", "the reply is empty")
     try:
-        # strict=False: servers' grammars for bounded strings let raw control characters through (xgrammar's does).
-        plain = json.loads(text, strict=False, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError):
-        raise ReplyError("not_json", "the reply is no whole JSON object") from None
+        return _validated(call, read_json(text), config)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ReplyError):
+            raise
+    return _found_in_prose(call, text, config)
+
+
+def _found_in_prose(call: Call, text: str, config: ProtocolConfig) -> Reply:
+    """The one verdict in a reply that is more than an object. Where there are two that differ, or where the only one stands in
+    the very text that is judged, nobody can tell whose it is."""
     try:
-        reply = call.task.reply.model_validate(plain)
+        objects = find_objects(text)
+    except (ValueError, RecursionError):
+        objects = []
+    valid: list[Reply] = []
+    errors: list[ReplyError] = []
+    for plain in objects:
+        try:
+            reply = _validated(call, plain, config)
+        except ReplyError as error:
+            errors.append(error)
+            continue
+        if reply not in valid:
+            valid.append(reply)
+    if len(valid) > 1:
+        raise ReplyError("schema", "the reply holds verdicts that differ")
+    if valid and valid[0] not in _verdicts_in_data(call, config):
+        return valid[0]
+    if valid:
+        raise ReplyError("schema", "the reply's only verdict stands in the text that is judged")
+    raise errors[-1] if errors else ReplyError("not_json", "the reply holds no whole JSON object")
+
+
+def _verdicts_in_data(call: Call, config: ProtocolConfig) -> list[Reply]:
+    """What a caption or reference holds that could pass for a reply."""
+    found = []
+    for key in ("caption", "reference"):
+        try:
+            objects = find_objects(str(call.data.get(key, "")))
+        except (ValueError, RecursionError):
+            objects = []
+        for plain in objects:
+            try:
+                found.append(_validated(call, plain, config))
+            except ReplyError:
+                continue
+    return found
+
+
+def _validated(call: Call, plain: Any, config: ProtocolConfig) -> Reply:
+    try:
+        reply = call.task.reply.model_validate(tidied(plain, _fields_of(call.task.reply)))
     except ValidationError as error:
         where = ", ".join(".".join(map(str, e["loc"])) or "reply" for e in error.errors()[:3])
         raise ReplyError("schema", f"the reply does not fit its schema at {where[:120]}") from None
@@ -312,15 +382,17 @@ def parse_reply(call: Call, text: str, config: ProtocolConfig, *, finish_reason:
     return reply
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    plain = dict(pairs)
-    if len(plain) < len(pairs):
-        raise ValueError("a key stands twice")
-    return plain
+def _fields_of(reply: type[Reply]) -> dict[str, Any]:
+    """For ``tidied``: the keys of a reply and what stands under them."""
+    kinds: dict[str, Any] = {}
+    for name, field in reply.model_fields.items():
+        if field.annotation == dict[str, bool]:
+            kinds[name] = dict
+        elif field.annotation == list[JudgedAssertion]:
+            kinds[name] = _fields_of(JudgedAssertion)
+        else:
+            kinds[name] = field.annotation
+    return kinds
 
 
 def _check_scores(reply: Reply, config: ProtocolConfig) -> None:

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import random
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -103,7 +104,10 @@ class ScriptedServer:
     retry_after: str = "0.05"
     hang_s: float = 30.0
     keep_bodies: bool = False
+    respond: Callable[[Asked, dict[str, Any]], web.Response | None] | None = None
+    """Sends another response than the plain one, given what was asked and the plain reply; None from it: the plain one."""
     port: int = 0
+    ssl_context: ssl.SSLContext | None = None
     counts: Counter[str] = field(default_factory=Counter)
     """``requests``, ``valid``, and each fault as often as it was injected."""
     usage: Counter[str] = field(default_factory=Counter)
@@ -136,7 +140,7 @@ class ScriptedServer:
         self._room = asyncio.Semaphore(self.slots)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handle_signals=False)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port)
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=self.ssl_context)
         await site.start()
         self.port = self._runner.addresses[0][1]
 
@@ -187,6 +191,10 @@ class ScriptedServer:
             return web.json_response({"error": "bad request"}, status=400)
         if self.keep_bodies:
             self.asked.append(asked)
+        if self.respond is not None:
+            response = self.respond(asked, reply)
+            if response is not None:
+                return response
         return await self._send(request, asked, reply, fault)
 
     async def _send(self, request: web.Request, asked: Asked, reply: Any, fault: str | None) -> web.StreamResponse:
@@ -225,7 +233,7 @@ def spoil(reply: dict[str, Any], fault: str | None) -> tuple[str, str]:
     if fault == "cut_off":
         return json.dumps(reply)[:-5], "length"
     if fault == "text_not_json":
-        return "Sure! Here is my answer: " + json.dumps(reply), "stop"
+        return "Sure! Here is my answer: " + str(reply), "stop"
     if fault == "wrong_schema":
         return json.dumps({"score": 5, "verdict": "great"}), "stop"
     if fault == "nan":
