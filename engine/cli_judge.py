@@ -177,7 +177,7 @@ def judge_cache(options: Namespace) -> int:
         report = cache.report()
     finally:
         cache.close()
-    print(f"{report.path}: {report.num_entries:,} replies, {report.num_bytes / 2**20:.1f} MiB")
+    print(f"{report.path}: {report.num_entries:,} replies, {report.file_bytes / 2**20:.1f} MiB on disk")
     for name, count in report.by_task.items():
         print(f"  {name}: {count:,}")
     if report.num_entries:

@@ -341,7 +341,7 @@ class EndpointConfig(_Section):
     cache: Path | None = Path("~/.cache/balcaprl/judge.db")
     """File of the reply cache, shared by runs and processes; null: none."""
     cache_max_mib: int = Field(4096, ge=1)
-    """Bound of the cache; the entries that were unused for longest make room."""
+    """Bound of the cache's files together; the entries that were unused for longest make room."""
     units: Path | None = None
     """Reference units that ``balcaprl prepare`` wrote. Default: beside ``data.path``, if they are there."""
 

@@ -1,42 +1,68 @@
 """Replies of judge models on disk: one SQLite file, shared by runs and processes, bounded.
 
 Write-ahead logging makes every ``put`` one transaction: after kill -9 the file holds all that was committed and nothing half.
-Keys are hashes of everything that a reply depends on (``protocol.cache_key``); values are validated replies. Neither captions,
-images nor keys of servers are stored. A cache that fails, because a disk is full or a file damaged, costs money, not the run:
-failures are counted, logged once, and the cache is left alone.
+Keys are hashes of everything that a reply depends on (``protocol.cache_key``); values are validated replies, each with a
+checksum, so that a flipped bit is a miss. Neither captions, images nor keys of servers are stored. File, log and index of the
+log together stay within the bound: pages are counted before they are written, the least recently used entries make room, and
+the log is written back after an eighth of it.
+
+A cache that fails costs money, not the run. A damaged file is set aside, beside the new one; one that cannot be written is left
+alone; both are said once. A file that is somebody else's is refused at the start and not touched.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import logging
 import os
 import sqlite3
 import threading
 import time
-import urllib.parse
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _BUSY_S = 30.0
+_PAGE = 4096
+_LEAST_BYTES = 1 << 20
+"""A smaller bound holds for the values alone: SQLite's own structures need some room."""
+_INDEX_BYTES = 1 << 16
+_MOST_LOG_BYTES = 8 << 20
+_CHECKPOINT_MS = 100
 _TOUCH_BATCH = 256
-_EVICT_TO = 0.9
+_EVICT_BATCH = 8
+_VACUUM_PAGES = 64
+_SPARE_PAGES = 12
+"""More than one insertion takes beside its value."""
+_MOST_REPAIRS = 3
 _ENTRY_OVERHEAD = 100
 """Bytes of a row beside its value."""
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS replies (
-    key BLOB PRIMARY KEY, value BLOB NOT NULL, task TEXT NOT NULL, model TEXT NOT NULL,
-    created REAL NOT NULL, used REAL NOT NULL
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS replies_used ON replies (used);
-CREATE TABLE IF NOT EXISTS size (only INTEGER PRIMARY KEY CHECK (only = 0), bytes INTEGER NOT NULL);
-INSERT OR IGNORE INTO size VALUES (0, 0);
-CREATE TRIGGER IF NOT EXISTS grow AFTER INSERT ON replies
-    BEGIN UPDATE size SET bytes = bytes + length(NEW.value) + 100; END;
-CREATE TRIGGER IF NOT EXISTS shrink AFTER DELETE ON replies
-    BEGIN UPDATE size SET bytes = bytes - length(OLD.value) - 100; END;
-"""
+_MAGIC = b"SQLite format 3\0"
+_APPLICATION = 0x62636A63
+_SUFFIXES = ("", ".db", ".sqlite", ".sqlite3")
+_NOT_THE_FILES = ("unable to open", "locked", "full", "disk I/O", "permission")
+"""Errors at the start that tell of the machine; all others tell of what stands in the file."""
+_CORRUPT = (11, 26)
+"""SQLITE_CORRUPT and SQLITE_NOTADB, which Python names from 3.11 on."""
+_SHORT_READ = 522
+_SCHEMA = (
+    "CREATE TABLE replies (key BLOB NOT NULL UNIQUE, value BLOB NOT NULL, checksum BLOB NOT NULL, task TEXT NOT NULL, "
+    "model TEXT NOT NULL, created REAL NOT NULL, used REAL NOT NULL)",
+    "CREATE INDEX replies_used ON replies (used)",
+    "CREATE TABLE size (only INTEGER PRIMARY KEY CHECK (only = 0), bytes INTEGER NOT NULL)",
+    "INSERT INTO size VALUES (0, 0)",
+    "CREATE TRIGGER grow AFTER INSERT ON replies "
+    f"BEGIN UPDATE size SET bytes = bytes + length(NEW.value) + {_ENTRY_OVERHEAD}; END",
+    "CREATE TRIGGER shrink AFTER DELETE ON replies "
+    f"BEGIN UPDATE size SET bytes = bytes - length(OLD.value) - {_ENTRY_OVERHEAD}; END",
+    f"PRAGMA application_id = {_APPLICATION}",
+)
 
 
 @dataclass(frozen=True)
@@ -46,11 +72,13 @@ class CacheReport:
     path: Path
     num_entries: int
     num_bytes: int
-    """Values and their bookkeeping; the file may be larger."""
+    """Values and their bookkeeping."""
     by_task: dict[str, int]
     """Entries by task and model."""
     oldest: float
     """When the entry was used that was unused for longest; seconds since the epoch, 0 in an empty cache."""
+    file_bytes: int
+    """On disk, with the log."""
 
 
 class ReplyCache:
@@ -58,7 +86,8 @@ class ReplyCache:
 
     Args:
         path: the file; made if missing, its folder too, readable by the user alone.
-        max_bytes: when the values outgrow it, the least recently used ones go until a tenth is free.
+        max_bytes: most that its files may take; the entries that were unused for longest make room. A value of more than a
+            sixteenth of it is not kept.
 
     Raises:
         ValueError: the file is there and is no such cache.
@@ -67,54 +96,98 @@ class ReplyCache:
     def __init__(self, path: Path, max_bytes: int) -> None:
         self.path = Path(path).expanduser()
         self._max_bytes = max_bytes
+        on_disk = max(max_bytes, _LEAST_BYTES)
+        self._log_bytes = min(_MOST_LOG_BYTES, on_disk // 4)
+        self._max_pages = min((1 << 32) - 2, (on_disk - self._log_bytes - _INDEX_BYTES) // _PAGE)
+        self._max_value = on_disk // 16
         self.num_failures = 0
+        self.num_damaged = 0
+        """Entries whose checksum was wrong."""
+        self._num_repairs = 0
         self._broken = False
         self._touched: dict[bytes, float] = {}
+        self._touch_batch = min(_TOUCH_BATCH, self._log_bytes // _PAGE // 8)
         self._lock = threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _refuse_foreign(self.path)
-        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-        self._connection = sqlite3.connect(
-            self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=16
-        )
         try:
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=NORMAL")
-            self._connection.executescript(_SCHEMA)
+            self._connection = self._open()
         except sqlite3.DatabaseError as error:
-            self._connection.close()
-            raise ValueError(f"endpoint.cache: {self.path} is no judge cache ({error}); move it away") from error
+            writable = os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
+            if any(sign in str(error) for sign in _NOT_THE_FILES) or ("readonly" in str(error) and not writable):
+                raise ValueError(f"endpoint.cache: {self.path} cannot be used ({error}); name another file") from error
+            self._set_aside(error)
+            self._connection = self._open()
+
+    # ------------------------------------------------------------------------------------------------ entries
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key, or None."""
-        with self._lock:
-            if self._broken:
-                return None
-            try:
-                row = self._connection.execute("SELECT value FROM replies WHERE key = ?", (key,)).fetchone()
-                if row is not None:
-                    self._touched[key] = time.time()
-                    if len(self._touched) >= _TOUCH_BATCH:
-                        self._flush_touched()
-            except sqlite3.Error as error:
-                self._note_failure(error)
-                return None
-        return None if row is None else bytes(row[0])
+        return self._guarded(lambda: self._get(key), None)
 
     def put(self, key: bytes, value: bytes, *, task: str, model: str) -> None:
-        """Store a value; on return it is committed."""
+        """Store a value in place of what is there; on return it is committed."""
+        if len(value) <= self._max_value:
+            self._guarded(lambda: self._put(key, value, task, model), None)
+
+    def _get(self, key: bytes) -> bytes | None:
+        row = self._connection.execute("SELECT value, checksum FROM replies WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            return None
+        value, checksum = row
+        if not isinstance(value, bytes) or checksum != _checksum(key, value):
+            self.num_damaged += 1
+            logger.warning("the judge cache %s holds a damaged entry, which counts as missing", self.path)
+            self._connection.execute("DELETE FROM replies WHERE key = ?", (key,))
+            return None
+        self._touched[key] = time.time()
+        if len(self._touched) >= self._touch_batch:
+            self._flush_touched()
+        return value
+
+    def _put(self, key: bytes, value: bytes, task: str, model: str) -> None:
         now = time.time()
-        with self._lock:
-            if self._broken:
+        row = (key, value, _checksum(key, value), task, model, now, now)
+        if not self._hold_log():
+            return
+        self._make_room(len(value))
+        with self._transaction():
+            self._connection.execute("DELETE FROM replies WHERE key = ?", (key,))
+            self._connection.execute("INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Evict until a value of so many bytes fits, by pages and by bytes."""
+        needed = num_bytes // _PAGE + _SPARE_PAGES
+        while True:
+            pages = self._pragma("page_count") - self._pragma("freelist_count") + needed - self._max_pages
+            excess = max(pages * _PAGE, self._num_bytes() + num_bytes + _ENTRY_OVERHEAD - self._max_bytes)
+            if excess <= 0 or not self._hold_log() or not self._evict(excess):
                 return
-            try:
-                self._connection.execute(
-                    "INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?)", (key, value, task, model, now, now)
-                )
-                if self._num_bytes() > self._max_bytes:
-                    self._evict(int(_EVICT_TO * self._max_bytes))
-            except sqlite3.Error as error:
-                self._note_failure(error)
+
+    def _evict(self, num_bytes: int) -> int:
+        """Drop some entries that were unused for longest, in one small transaction; returns how many."""
+        self._flush_touched()
+        with self._transaction():
+            rows = self._connection.execute(
+                "SELECT rowid, length(value) FROM replies ORDER BY used, rowid LIMIT ?", (_EVICT_BATCH,)
+            ).fetchall()
+            doomed = []
+            for rowid, size in rows:
+                if num_bytes <= 0:
+                    break
+                doomed.append((rowid,))
+                num_bytes -= size + _ENTRY_OVERHEAD
+            self._connection.executemany("DELETE FROM replies WHERE rowid = ?", doomed)
+        return len(doomed)
+
+    def _flush_touched(self) -> None:
+        """When entries were used, written now and then: a write at each look-up would cost more than the look-up."""
+        touched, self._touched = self._touched, {}
+        if touched:
+            with self._transaction():
+                rows = [(used, key) for key, used in touched.items()]
+                self._connection.executemany("UPDATE replies SET used = ? WHERE key = ?", rows)
+
+    # ------------------------------------------------------------------------------------------------ upkeep
 
     def prune(self, *, max_bytes: int | None = None, unused_days: float | None = None) -> int:
         """Drop entries unused for so many days, then the least recently used until the bound holds; returns how many."""
@@ -122,11 +195,16 @@ class ReplyCache:
             self._flush_touched()
             before = self._count()
             if unused_days is not None:
-                self._connection.execute("DELETE FROM replies WHERE used < ?", (time.time() - 86_400 * unused_days,))
-            if max_bytes is not None:
-                self._evict(max_bytes)
+                oldest = (time.time() - 86_400 * unused_days, _TOUCH_BATCH)
+                some = "DELETE FROM replies WHERE rowid IN (SELECT rowid FROM replies WHERE used < ? LIMIT ?)"
+                while self._connection.execute(some, oldest).rowcount > 0:
+                    pass
+            while (
+                max_bytes is not None and self._num_bytes() > max_bytes and self._evict(self._num_bytes() - max_bytes)
+            ):
+                pass
             dropped = before - self._count()
-            self._connection.execute("VACUUM")
+            self._shrink(0)
             return dropped
 
     def report(self) -> CacheReport:
@@ -136,18 +214,24 @@ class ReplyCache:
             groups = self._connection.execute("SELECT task, model, COUNT(*) FROM replies GROUP BY 1, 2 ORDER BY 1, 2")
             by_task = {f"{task}, {model}": count for task, model, count in groups}
             oldest = self._connection.execute("SELECT MIN(used) FROM replies").fetchone()[0] or 0.0
-            return CacheReport(self.path, sum(by_task.values()), self._num_bytes(), by_task, oldest)
+            on_disk = sum(path.stat().st_size for path in self._files(self.path) if path.exists())
+            return CacheReport(self.path, sum(by_task.values()), self._num_bytes(), by_task, oldest, on_disk)
 
     def close(self) -> None:
         """Write what is left and close; closing twice is harmless."""
         with self._lock:
-            try:
-                if not self._broken:
+            if not self._broken:
+                with contextlib.suppress(sqlite3.Error):
                     self._flush_touched()
-            except sqlite3.Error as error:
-                self._note_failure(error)
             self._broken = True
-            self._connection.close()
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.close()
+
+    def _shrink(self, max_pages: int) -> None:
+        """Give pages back to the file system, a few at a time, until so many are left or none is free."""
+        while self._pragma("page_count") > max_pages and self._pragma("freelist_count"):
+            self._connection.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def _count(self) -> int:
         return int(self._connection.execute("SELECT COUNT(*) FROM replies").fetchone()[0])
@@ -155,61 +239,177 @@ class ReplyCache:
     def _num_bytes(self) -> int:
         return int(self._connection.execute("SELECT bytes FROM size").fetchone()[0])
 
-    def _flush_touched(self) -> None:
-        """When entries were used, written now and then: a write at each look-up would cost more than the look-up."""
-        touched, self._touched = self._touched, {}
-        if not touched:
+    def _pragma(self, name: str) -> int:
+        return int(self._connection.execute(f"PRAGMA {name}").fetchone()[0])
+
+    def _hold_log(self) -> bool:
+        """Write the log back where it has grown; False if another process's look-ups keep it from that, and it is full.
+
+        SQLite does so by itself only in a moment when nobody reads, which many processes may not leave it.
+        """
+        log = self._files(self.path)[1]
+        for _ in range(2):
+            size = log.stat().st_size if log.exists() else 0
+            if size <= self._log_bytes // 4:
+                return True
+            self._connection.execute(f"PRAGMA busy_timeout = {_CHECKPOINT_MS}")
+            try:
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            finally:
+                self._connection.execute(f"PRAGMA busy_timeout = {int(1000 * _BUSY_S)}")
+        return size <= self._log_bytes // 2
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.execute("ROLLBACK")
+            raise
+
+    # ------------------------------------------------------------------------------------------------ opening
+
+    def _open(self) -> sqlite3.Connection:
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"endpoint.cache: {self.path} is no ordinary file; name another one")
+        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        self._refuse_what_is_not_ours()
+        connection = sqlite3.connect(
+            self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=16
+        )
+        connection.text_factory = lambda data: data.decode("utf-8", "replace")
+        try:
+            self._set_up(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._opened = _identity(self.path)
+        return connection
+
+    def _set_up(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self._is_earlier_version()  # before anything is written to what may be another's
+        for setting in (
+            f"page_size = {_PAGE}",
+            "auto_vacuum = INCREMENTAL",
+            "journal_mode = WAL",
+            "synchronous = NORMAL",
+        ):
+            connection.execute(f"PRAGMA {setting}")
+        with self._transaction():
+            is_earlier = self._is_earlier_version()
+            if is_earlier is not None:
+                for statement in (*(("DROP TABLE replies", "DROP TABLE size") if is_earlier else ()), *_SCHEMA):
+                    connection.execute(statement)
+        if is_earlier:
+            connection.execute("VACUUM")
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        connection.execute("PRAGMA cell_size_check = ON")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {max(8, self._log_bytes // _PAGE // 2)}")
+        connection.execute(f"PRAGMA journal_size_limit = {self._log_bytes // 2}")
+        connection.execute(f"PRAGMA max_page_count = {self._max_pages}")
+        if self._pragma("page_count") > self._max_pages:  # written under a wider bound
+            self._make_room(0)
+            self._shrink(self._max_pages)
+
+    def _is_earlier_version(self) -> bool | None:
+        """Whether the file's keys are never asked for again; None where it needs no change."""
+        if self._pragma("application_id") == _APPLICATION:
+            return None
+        tables = {name for (name,) in self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if tables not in (set(), {"replies", "size"}):
+            raise ValueError(f"endpoint.cache: {self.path} is no judge cache, but another database; name another file")
+        return bool(tables)
+
+    def _refuse_what_is_not_ours(self) -> None:
+        """Text, and what is not even named like a database, is somebody's; other bytes in our place were a cache once."""
+        with open(self.path, "rb") as file:
+            head = file.read(_PAGE)
+        if head.startswith(_MAGIC) or _MAGIC.startswith(head):
             return
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            rows = [(used, key) for key, used in touched.items()]
-            self._connection.executemany("UPDATE replies SET used = ? WHERE key = ?", rows)
-            self._connection.execute("COMMIT")
-        except sqlite3.Error:
-            self._connection.execute("ROLLBACK")
-            raise
+        is_text = b"\0" not in head and not any(
+            character == "\ufffd" for character in head[:-3].decode("utf-8", "replace")
+        )
+        if not is_text and self.path.suffix in _SUFFIXES:
+            raise sqlite3.DatabaseError("file is not a database")
+        raise ValueError(f"endpoint.cache: {self.path} is no judge cache; move it away, or name another file")
 
-    def _evict(self, max_bytes: int) -> None:
-        self._flush_touched()
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            excess = self._num_bytes() - max_bytes
-            rows = self._connection.execute("SELECT key, length(value) FROM replies ORDER BY used, created")
-            doomed = []
-            for key, size in rows:
-                if excess <= 0:
-                    break
-                doomed.append((key,))
-                excess -= size + _ENTRY_OVERHEAD
-            self._connection.executemany("DELETE FROM replies WHERE key = ?", doomed)
-            self._connection.execute("COMMIT")
-        except sqlite3.Error:
-            self._connection.execute("ROLLBACK")
-            raise
+    # ------------------------------------------------------------------------------------------------ failures
 
-    def _note_failure(self, error: sqlite3.Error) -> None:
-        self.num_failures += 1
+    def _guarded(self, work: Callable[[], T], otherwise: T) -> T:
+        """What ``work`` gives, or something else where the cache fails: never an exception in the middle of a run."""
+        with self._lock:
+            if self._broken:
+                return otherwise
+            try:
+                return work()
+            except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+                self.num_failures += 1
+                try:
+                    self._recover(error)
+                except (sqlite3.Error, ValueError, TypeError, OSError) as further:
+                    self._give_up(further)
+        return otherwise
+
+    def _recover(self, error: Exception) -> None:
         if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
             return  # busy for longer than we wait; the next try may do
+        if "full" in str(error) and self._pragma("page_count") >= self._max_pages - _SPARE_PAGES:
+            return  # by our own bound, which another process reached meanwhile
+        if not _is_damage(error) or self._num_repairs >= _MOST_REPAIRS:
+            self._give_up(error)
+            return
+        self._num_repairs += 1
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.close()
+        self._set_aside(error)
+        self._connection = self._open()
+
+    def _give_up(self, error: Exception) -> None:
         self._broken = True
         logger.warning("the judge cache %s failed and is left alone from here on: %s", self.path, error)
 
-
-def _refuse_foreign(path: Path) -> None:
-    """Raise where the file is another program's database: looked at only, and left as it is."""
-    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
-        return
-    if not path.is_file():
-        raise ValueError(f"endpoint.cache: {path} is no ordinary file; name another one")
-    try:
-        connection = sqlite3.connect(f"file:{urllib.parse.quote(str(path))}?mode=ro", uri=True, timeout=_BUSY_S)
+    def _set_aside(self, error: Exception) -> None:
+        """Rename a damaged file with its log, unless another process did so already; what was set aside before is replaced."""
+        damaged = self.path.with_name(self.path.name + ".damaged")
+        folder = os.open(self.path.parent, os.O_RDONLY)
         try:
-            columns = {row[1] for row in connection.execute("PRAGMA table_info(replies)")}
-            others = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            opened = getattr(self, "_opened", None)
+            if opened is None or opened == _identity(self.path):
+                for file, target in zip(self._files(self.path), self._files(damaged), strict=True):
+                    target.unlink(missing_ok=True)
+                    if file.exists():
+                        os.replace(file, target)
+                logger.warning(
+                    "the judge cache %s was damaged (%s): it is %s now, and begins anew", self.path, error, damaged
+                )
         finally:
-            connection.close()
-    except sqlite3.DatabaseError as error:
-        raise ValueError(f"endpoint.cache: {path} is no judge cache ({error}); move it away") from error
-    # A database without tables is one that a kill left before the first.
-    if others and not {"key", "value", "task", "model", "used"} <= columns:
-        raise ValueError(f"endpoint.cache: {path} is no judge cache, but another database; name another file")
+            os.close(folder)
+
+    @staticmethod
+    def _files(path: Path) -> list[Path]:
+        return [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm")]
+
+
+def _checksum(key: bytes, value: bytes) -> bytes:
+    return hashlib.blake2b(key + b"\0" + value, digest_size=16).digest()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether the file's content is to blame: SQLite says so, or something of another type stands where a number should."""
+    if not isinstance(error, sqlite3.Error):
+        return True
+    code = getattr(error, "sqlite_errorcode", 0)  # from Python 3.11 on
+    return code & 0xFF in _CORRUPT or code == _SHORT_READ or "malformed" in str(error) or "not a database" in str(error)

@@ -32,7 +32,7 @@ from balcaprl.rewards.endpoint_scores import (
     wordless_breakdown,
 )
 from balcaprl.rewards.protocol import TASKS, Call, DecomposeReply, QuestionsReply, Reply, RubricReply, numbered
-from balcaprl.rewards.reference_units import UnitStore, units_path
+from balcaprl.rewards.reference_units import UnitStore, judge_model, units_path
 from balcaprl.rewards.refusals import REFUSALS, CallFailedError, CallRefusedError, RefusalLog, RefusalMemory
 from balcaprl.rewards.usage import LEDGER, Ledger, Usage
 from balcaprl.types import REWARD_NAMES, JudgeStoppedError, RewardBreakdown, Sample
@@ -147,7 +147,7 @@ class EndpointJudge:
             raise ValueError(f"endpoint.units: {path} does not exist; balcaprl prepare writes it")
         if path is None and data_path is not None and units_path(data_path).is_file():
             path = units_path(data_path)
-        units = UnitStore(path) if path is not None else None
+        units = UnitStore(path, judge_model(reward.protocol, endpoint)) if path is not None else None
         kept = {} if run_dir is None else {"ledger_path": run_dir / LEDGER, "refusals_path": run_dir / REFUSALS}
         return cls(reward, endpoint, units=units, **kept)
 

@@ -23,7 +23,14 @@ from balcaprl.ownership import ForeignPathError, claim_file, clear_leftovers, re
 from balcaprl.rewards.endpoint_judge import EndpointJudge
 from balcaprl.rewards.judge import redact
 from balcaprl.rewards.protocol import TASKS, Call, DecomposeReply, RecaptionReply, Reply
-from balcaprl.rewards.reference_units import UnitStore, begins_with, open_for_append, reference_digest, units_path
+from balcaprl.rewards.reference_units import (
+    UnitStore,
+    begins_with,
+    judge_model,
+    open_for_append,
+    reference_digest,
+    units_path,
+)
 from balcaprl.rewards.refusals import CallRefusedError, RefusalLog, refusals_path
 from balcaprl.types import Sample
 
@@ -83,7 +90,7 @@ def prepare_units(config: TrainConfig) -> PrepareReport:
         )
     path = config.endpoint.units or units_path(config.data.path)
     with claim_file(path, option="endpoint.units"):
-        return _prepare_units(config, UnitStore(path))
+        return _prepare_units(config, UnitStore(path, judge_model(config.reward.protocol, config.endpoint)))
 
 
 def _prepare_units(config: TrainConfig, store: UnitStore) -> PrepareReport:
@@ -92,11 +99,10 @@ def _prepare_units(config: TrainConfig, store: UnitStore) -> PrepareReport:
     missing = [reference for reference in references if store.get(reference) is None]
     report = PrepareReport(store.path, len(references) - len(missing))
     limit = config.reward.protocol.max_caption_chars
-    model = config.reward.protocol.model
 
     def keep(reference: str, reply: Reply | Exception) -> None:
         if isinstance(reply, DecomposeReply):
-            store.add(reference, tuple(dict.fromkeys(reply.units)), model)
+            store.add(reference, tuple(dict.fromkeys(reply.units)), store.model or "")
             report.num_done += 1
         else:
             _note_error(report, f"reference {reference_digest(reference)[:12]}", reply, reference)

@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from balcaprl.config import EndpointConfig, ProtocolConfig
+from balcaprl.logtext import printable
 from balcaprl.ownership import refuse_foreign_file
 from balcaprl.rewards.protocol import TASKS
 
+logger = logging.getLogger(__name__)
+
+_MOST_UNITS = 512
 SUFFIX = ".units.jsonl"
 _MAX_LINE_BYTES = 16 << 20
 
@@ -27,16 +34,29 @@ def units_path(data_path: Path) -> Path:
     return data_path.with_name(data_path.name + SUFFIX)
 
 
+def judge_model(protocol: ProtocolConfig, endpoint: EndpointConfig) -> str:
+    """What the servers are really asked for: the model's name, or their names for it."""
+    return ", ".join(sorted({server.model or protocol.model for server in endpoint.servers} or {protocol.model}))
+
+
 def reference_digest(reference: str) -> str:
     """What a reference is found by."""
     return hashlib.sha256(reference.encode("utf-8", "replace")).hexdigest()
 
 
 class UnitStore:
-    """The units of references that were taken apart with the current prompt; others are as good as absent."""
+    """The units of references that were taken apart with the current prompt; others are as good as absent.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file; it need not be there.
+        model: whose units count; None: those of any model.
+    """
+
+    def __init__(self, path: Path, model: str | None = None) -> None:
         self.path = path
+        self.model = model
+        self._others: dict[str, str] = {}
+        """Reference -> the model or prompt whose units of it there are."""
         self.num_broken = 0
         self._units: dict[str, tuple[str, ...]] = {}
         self._file: BinaryIO | None = None
@@ -44,6 +64,15 @@ class UnitStore:
             with open(path, "rb") as file:
                 for line in file:
                     self._read(line)
+        others = Counter(source for reference, source in self._others.items() if reference not in self._units)
+        for source, count in others.most_common(3):
+            logger.warning(
+                "%s: %d references were taken apart by %s, not by the judge model %r: they are not used, and asked for anew",
+                path,
+                count,
+                printable(source),
+                model,
+            )
 
     def __len__(self) -> int:
         return len(self._units)
@@ -82,10 +111,17 @@ class UnitStore:
         try:
             record = json.loads(line)
             units = record["units"]
-            whole = line.endswith(b"\n") and units and all(isinstance(unit, str) and unit.strip() for unit in units)
-            if whole and record["prompt"] == TASKS["decompose"].identity:
-                self._units[str(record["reference"])] = tuple(units)
+            whole = line.endswith(b"\n") and isinstance(units, list) and 0 < len(units) <= _MOST_UNITS
+            whole = whole and all(isinstance(unit, str) and unit.strip() for unit in units)
             self.num_broken += not whole
+            if not whole:
+                return
+            if record["prompt"] != TASKS["decompose"].identity:
+                self._others[str(record["reference"])] = f"the prompt {record['prompt']}"
+            elif self.model is not None and record["model"] != self.model:
+                self._others[str(record["reference"])] = f"the model {record['model']!r}"
+            else:
+                self._units[str(record["reference"])] = tuple(units)
         except (ValueError, KeyError, TypeError, RecursionError):
             self.num_broken += 1
 

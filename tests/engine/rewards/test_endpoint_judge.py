@@ -168,6 +168,28 @@ def test_identical_captions_are_judged_once_and_the_cache_answers_the_rest(judge
         assert server.counts["requests"] == 7
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [(("", "small"), ("", "big")), (("m", "small"), ("m", "big")), (("m", ""), ("n", ""))]
+)
+def test_the_cache_answers_for_no_other_model(judges, tmp_path, first, second):
+    """Whether the protocol or the server names it: what the server is asked for counts."""
+
+    def ask(server, protocol, model):
+        judge = judges(
+            [{"url": server.url, "model": model}], reward={"protocol": {"model": protocol}}, cache=tmp_path / "c.db"
+        )
+        return judge.score(sample(), ["A red cup."])
+
+    with ScriptedServer(keep_bodies=True) as server:
+        for names, expected in ((first, 4), (second, 8), (first, 8), (second, 8)):
+            ask(server, *names)
+            assert server.counts["requests"] == expected
+        asked = {each.body["model"] for each in server.asked}
+        assert asked == {first[1] or first[0], second[1] or second[0]}
+        ask(server, "whatever", first[1] or first[0])
+        assert server.counts["requests"] == 8, "the same model under its other name"
+
+
 def test_the_cache_holds_neither_captions_nor_images(judges, tmp_path):
     secret = "A quetzalcoatlus juggles."
 

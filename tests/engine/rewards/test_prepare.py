@@ -12,10 +12,11 @@ from PIL import Image
 from scripted_judge import ScriptedServer, plain_answer
 
 from balcaprl.cli import main
-from balcaprl.config import TrainConfig
+from balcaprl.config import RewardConfig, TrainConfig
 from balcaprl.data import load_dataset
 from balcaprl.ownership import ForeignPathError, PathInUseError, claim_file
 from balcaprl.rewards.prepare import prepare_units, recaption
+from balcaprl.rewards.protocol import TASKS
 from balcaprl.rewards.reference_units import UnitStore, open_for_append, units_path
 from balcaprl.types import JudgeStoppedError
 
@@ -101,6 +102,40 @@ def test_units_of_another_prompt_do_not_count(data):
         prepare_units(config(data, server))
     path.write_text(path.read_text().replace("decompose.v1.", "decompose.v0."))
     assert len(UnitStore(path)) == 0
+
+
+def with_server(config, **server):
+    return config.model_copy(
+        update={
+            "reward": RewardConfig.model_validate(
+                {"judge": "endpoint", "protocol": {"model": server.pop("protocol", "")}}
+            ),
+            "endpoint": config.endpoint.model_copy(
+                update={"servers": [config.endpoint.servers[0].model_copy(update=server)]}
+            ),
+        }
+    )
+
+
+@pytest.mark.parametrize(("first", "second"), [({"model": "a"}, {"model": "b"}), ({"protocol": "a"}, {"protocol": "b"}),
+    ({"protocol": "p", "model": "a"}, {"protocol": "p", "model": "b"})])  # fmt: skip
+def test_units_of_another_model_do_not_count_and_that_is_said(data, first, second, caplog):
+    with ScriptedServer() as server:
+        plain = config(data, server)
+        assert prepare_units(with_server(plain, **first)).num_done == 11
+        assert prepare_units(with_server(plain, **second)).num_done == 11
+        assert "not used" in caplog.text
+        assert prepare_units(with_server(plain, **first)).num_present == 11
+        assert prepare_units(with_server(plain, **second)).num_present == 11
+        assert server.counts["requests"] == 22
+
+
+@pytest.mark.parametrize("units", ["abc", [], ["a", ""], ["a", 5], {"a": 1}, None, ["x"] * 5000])
+def test_units_that_are_no_list_of_texts_are_broken(tmp_path, units):
+    path = tmp_path / "u"
+    record = {"reference": "r", "prompt": TASKS["decompose"].identity, "model": "m", "units": units}
+    path.write_text(json.dumps(record) + "\n")
+    assert (len(UnitStore(path)), UnitStore(path).num_broken) == (0, 1)
 
 
 @pytest.mark.parametrize("content", [b"", b"a\n", b"half", b"a\nhalf", b"a\n" + b"h" * 200_000])

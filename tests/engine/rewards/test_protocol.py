@@ -237,6 +237,7 @@ def test_the_cache_key_depends_on_everything_that_the_reply_depends_on(monkeypat
         cache_key(call_of("verify", {"caption": "Another."}), CONFIG),
         cache_key(Call(TASKS["verify"], DATA["verify"], EncodedImage("u", "other")), CONFIG),
         cache_key(call_of("style"), CONFIG),
+        cache_key(call_of("verify"), CONFIG, "as its server calls it"),
         cache_key(call_of("verify"), ProtocolConfig(model="other")),
         cache_key(call_of("verify"), ProtocolConfig(model="m", temperature=0.5)),
         cache_key(call_of("verify"), ProtocolConfig(model="m", max_reply_tokens=77)),
