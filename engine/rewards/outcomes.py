@@ -26,14 +26,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from enum import StrEnum
+from enum import Enum
 from typing import Any
 
 HOPELESS = -1
 """Weight of a failure after which no further attempt is made."""
 
 
-class Blame(StrEnum):
+class Blame(Enum):
     """Whose fault a failure is."""
 
     OVERLOAD = "overload"
@@ -61,7 +61,7 @@ BLAME = {
 """Kind -> blame; all other kinds are replies that are no good."""
 
 
-class Unreached(StrEnum):
+class Unreached(Enum):
     """Why no server could be spoken to."""
 
     REFUSED = "refused"
