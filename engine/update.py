@@ -33,7 +33,7 @@ LOSS_METRICS = ("loss", *_MEANS, "ratio_max")
 class Reference(Protocol):
     """The frozen policy that the divergence is measured from."""
 
-    def logprobs(self, packed: PackedBatch, temperature: float = 1.0, *, exclude_padding: bool = False) -> Tensor:
+    def logprobs(self, packed: PackedBatch, temperature: float = 1.0) -> Tensor:
         """As ``Policy.logprobs``."""
         ...
 
@@ -44,10 +44,10 @@ class WithoutAdapter:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
-    def logprobs(self, packed: PackedBatch, temperature: float = 1.0, *, exclude_padding: bool = False) -> Tensor:
+    def logprobs(self, packed: PackedBatch, temperature: float = 1.0) -> Tensor:
         """See ``Reference``."""
         with self._policy.adapter_disabled():
-            return self._policy.logprobs(packed, temperature, exclude_padding=exclude_padding)
+            return self._policy.logprobs(packed, temperature)
 
 
 Members = list[tuple[int, list[int]]]
@@ -196,7 +196,7 @@ class PolicyUpdate:
         if self.reference is not None and part.reference_logprobs is None:
             with torch.no_grad():
                 temperature = self.config.rollout.sampling.temperature
-                part.reference_logprobs = self.reference.logprobs(part.packed, temperature, exclude_padding=True)
+                part.reference_logprobs = self.reference.logprobs(part.packed, temperature)
 
     def _accumulate(
         self, groups: Sequence[RolloutGroup], parts: list[UpdatePart], normalizer: float
@@ -228,7 +228,7 @@ class PolicyUpdate:
         hidden, part.hidden = part.hidden, None
         if hidden is None:
             hidden = self.policy.hidden_states(part.packed)
-        temperature, head = self.config.rollout.sampling.temperature, self.policy.sampled_head
+        temperature, head = self.config.rollout.sampling.temperature, self.policy.head
         options: dict[str, Any] = {
             "clip_low": settings.clip_low,
             "clip_high": settings.clip_high,
