@@ -65,6 +65,10 @@ _SCHEMA = (
 )
 
 
+class _LogFullError(OSError):
+    """The log is as long as it may be, and others' look-ups keep it from being written back."""
+
+
 @dataclass(frozen=True)
 class CacheReport:
     """What a cache holds."""
@@ -147,8 +151,6 @@ class ReplyCache:
     def _put(self, key: bytes, value: bytes, task: str, model: str) -> None:
         now = time.time()
         row = (key, value, _checksum(key, value), task, model, now, now)
-        if not self._hold_log():
-            return
         self._make_room(len(value))
         with self._transaction():
             self._connection.execute("DELETE FROM replies WHERE key = ?", (key,))
@@ -160,7 +162,7 @@ class ReplyCache:
         while True:
             pages = self._pragma("page_count") - self._pragma("freelist_count") + needed - self._max_pages
             excess = max(pages * _PAGE, self._num_bytes() + num_bytes + _ENTRY_OVERHEAD - self._max_bytes)
-            if excess <= 0 or not self._hold_log() or not self._evict(excess):
+            if excess <= 0 or not self._evict(excess):
                 return
 
     def _evict(self, num_bytes: int) -> int:
@@ -183,7 +185,7 @@ class ReplyCache:
         """When entries were used, written now and then: a write at each look-up would cost more than the look-up."""
         touched, self._touched = self._touched, {}
         if touched:
-            with self._transaction():
+            with contextlib.suppress(_LogFullError), self._transaction():
                 rows = [(used, key) for key, used in touched.items()]
                 self._connection.executemany("UPDATE replies SET used = ? WHERE key = ?", rows)
 
@@ -242,27 +244,29 @@ class ReplyCache:
     def _pragma(self, name: str) -> int:
         return int(self._connection.execute(f"PRAGMA {name}").fetchone()[0])
 
-    def _hold_log(self) -> bool:
-        """Write the log back where it has grown; False if another process's look-ups keep it from that, and it is full.
-
-        SQLite does so by itself only in a moment when nobody reads, which many processes may not leave it.
-        """
-        log = self._files(self.path)[1]
-        for _ in range(2):
-            size = log.stat().st_size if log.exists() else 0
-            if size <= self._log_bytes // 4:
-                return True
+    def _hold_log(self) -> None:
+        """Write the log back where it has grown: SQLite does so by itself only in a moment when nobody reads, which many
+        processes may not leave it."""
+        if self._log_size() > self._log_bytes // 4:
             self._connection.execute(f"PRAGMA busy_timeout = {_CHECKPOINT_MS}")
             try:
                 self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             finally:
                 self._connection.execute(f"PRAGMA busy_timeout = {int(1000 * _BUSY_S)}")
-        return size <= self._log_bytes // 2
+
+    def _log_size(self) -> int:
+        try:
+            return self._files(self.path)[1].stat().st_size
+        except OSError:
+            return 0
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self, bounded: bool = True) -> Iterator[None]:
+        self._hold_log()
         self._connection.execute("BEGIN IMMEDIATE")
         try:
+            if bounded and self._log_size() > self._log_bytes // 2:  # nobody else writes now
+                raise _LogFullError(f"{self.path} is in use by other processes; try again")
             yield
             self._connection.execute("COMMIT")
         except BaseException:
@@ -299,7 +303,7 @@ class ReplyCache:
             "synchronous = NORMAL",
         ):
             connection.execute(f"PRAGMA {setting}")
-        with self._transaction():
+        with self._transaction(bounded=False):
             is_earlier = self._is_earlier_version()
             if is_earlier is not None:
                 for statement in (*(("DROP TABLE replies", "DROP TABLE size") if is_earlier else ()), *_SCHEMA):
@@ -312,8 +316,9 @@ class ReplyCache:
         connection.execute(f"PRAGMA journal_size_limit = {self._log_bytes // 2}")
         connection.execute(f"PRAGMA max_page_count = {self._max_pages}")
         if self._pragma("page_count") > self._max_pages:  # written under a wider bound
-            self._make_room(0)
-            self._shrink(self._max_pages)
+            with contextlib.suppress(_LogFullError):
+                self._make_room(0)
+                self._shrink(self._max_pages)
 
     def _is_earlier_version(self) -> bool | None:
         """Whether the file's keys are never asked for again; None where it needs no change."""
@@ -346,6 +351,8 @@ class ReplyCache:
                 return otherwise
             try:
                 return work()
+            except _LogFullError:
+                pass  # the next try may do
             except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
                 self.num_failures += 1
                 try:
