@@ -6,6 +6,14 @@ import instruction_sets
 import pytest
 import torch
 
+from balcaprl.torchvision_compat import ensure_importable
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that hands tests to others makes their warnings anew, and imports the packages whose classes they have."""
+    if getattr(config.option, "numprocesses", None):
+        ensure_importable()
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Not pytest_report_header, which -q leaves out."""
