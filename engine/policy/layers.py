@@ -12,7 +12,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -126,19 +126,44 @@ def _mlp_forward(self: Any, hidden_states: Tensor) -> Tensor:
 @functools.cache
 def _rotating_forward(forward: Forward) -> Forward | None:
     """An attention's own forward that finds another function where its module rotates; None: it does not rotate that way."""
-    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+    if not isinstance(forward, FunctionType):
         return None
+    if hasattr(forward, "__wrapped__"):
+        inner = _rotating_forward(forward.__wrapped__)
+        return None if inner is None else _wrapping(forward, inner)
     fused = {_ROTARY_TEXT: _rotary_text, _ROTARY_TOWER: _rotary_tower}
     used = {name for name in fused if name in forward.__code__.co_names}
     stock: dict[str, Forward] = {name: forward.__globals__[name] for name in used & forward.__globals__.keys()}
     if not stock or not all(_rotates_alike(name, fused[name], stock[name]) for name in stock):
         return None
     names = {name: functools.partial(fused[name], stock[name]) for name in stock}
-    rotating = FunctionType(
-        forward.__code__, {**forward.__globals__, **names}, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    rotating.__kwdefaults__ = forward.__kwdefaults__
-    return rotating
+    return _copy_of(forward, {**forward.__globals__, **names}, forward.__closure__)
+
+
+def _wrapping(wrapper: FunctionType, inner: Forward) -> Forward | None:
+    """A decorator's wrapper, as the one that takes a renamed argument by its old name, around ``inner`` in place of what it
+    wraps; None: it does not hold that where it can be exchanged."""
+    wrapped, cells = wrapper.__wrapped__, wrapper.__closure__ or ()  # type: ignore[attr-defined]
+    exchanged = tuple(CellType(inner) if _content(cell) is wrapped else cell for cell in cells)
+    if exchanged == cells:
+        return None
+    copy = _copy_of(wrapper, wrapper.__globals__, exchanged)
+    copy.__wrapped__ = inner  # type: ignore[attr-defined]
+    return copy
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty still
+        return None
+
+
+def _copy_of(function: FunctionType, names: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:
+    """It, with other globals and another closure."""
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _rotary_text(

@@ -7,6 +7,7 @@ once, its cache is repeated for the group, and each step samples from logits tha
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -152,6 +153,7 @@ class _Decoder:
         self._policy = policy
         self._prompts = prompts
         self._cache = DynamicCache()
+        self._cache_argument = _cache_argument(policy.text_model)
         self._num_axes = 1
         self._mask = torch.zeros(0)
         self._next_position = torch.zeros(0)
@@ -194,7 +196,12 @@ class _Decoder:
             **inputs,
             position_ids=self._policy.family.position_ids(positions),
             attention_mask=self._mask,
-            past_key_values=self._cache,
             use_cache=True,
+            **{self._cache_argument: self._cache},
         )
         return output.last_hidden_state[:, -1]
+
+
+def _cache_argument(text_model: Any) -> str:
+    """What the model calls its cache: newer ones say ``cache``, and warn of the older name."""
+    return "cache" if "cache" in inspect.signature(text_model.forward).parameters else "past_key_values"

@@ -103,11 +103,13 @@ def with_template(checkpoint, tmp_path, template):
 
 
 PARTS = "{% for m in messages %}{% for c in m['content'] %}BODY{% endfor %}{% endfor %}"
+TOO_FEW = "(0 image placeholders|cannot prepare one image and an instruction: .*tokens in the prompts)"
+"""Newer versions of transformers refuse them by themselves."""
 TEMPLATES = {
     "none": (None, "no chat template.*chat_template.jinja"),
     "strings alone": (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
-        "0 image placeholders",
+        TOO_FEW,
     ),
     "strings put together": (
         "{% for m in messages %}{{ 'USER: ' + m['content'] + '\n' }}{% endfor %}",
@@ -117,10 +119,10 @@ TEMPLATES = {
         "{% for m in messages %}{% if m['content'] is not string %}{{ raise_exception('text only') }}{% endif %}{% endfor %}",
         "cannot prepare one image and an instruction: TemplateError: text only",
     ),
-    "texts alone": (PARTS.replace("BODY", "{{ c['text'] }}"), "0 image placeholders"),
+    "texts alone": (PARTS.replace("BODY", "{{ c['text'] }}"), TOO_FEW),
     "another kind of part": (
         PARTS.replace("BODY", "{% if c['type'] == 'image_url' %}PLACEHOLDER{% else %}{{ c['text'] }}{% endif %}"),
-        "0 image placeholders",
+        TOO_FEW,
     ),
     "images alone": (
         PARTS.replace("BODY", "{% if c['type'] == 'image' %}PLACEHOLDER{% endif %}") + "hello",

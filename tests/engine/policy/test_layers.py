@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
+import inspect
 import logging
 from pathlib import Path
 
@@ -141,6 +143,93 @@ def test_no_attention_of_transformers_is_refused():
     assert {"LlamaAttention", "Qwen2_5_VLAttention", "Qwen3Attention"} <= taken
     assert not {"Gemma4TextAttention", "GPTJAttention", "CodeGenAttention", "DINOv3ViTAttention"} & taken
     assert {"Gemma4TextAttention", "GPTJAttention", "CodeGenAttention", "DINOv3ViTAttention"} <= found.keys()
+
+
+def renaming(forward, calls):
+    """As transformers' own: an argument is taken by its older name, too."""
+
+    @functools.wraps(forward)
+    def wrapper(*args, **kwargs):
+        calls.append("renaming")
+        if "older_mask" in kwargs:
+            kwargs["attention_mask"] = kwargs.pop("older_mask")
+        return forward(*args, **kwargs)
+
+    return wrapper
+
+
+def counting(forward, calls, *, _name="counting"):
+    @functools.wraps(forward)
+    def wrapper(self, *args, _told=_name, **kwargs):
+        calls.append(_told)
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+def holding_elsewhere(forward, calls):
+    """What it wraps cannot be exchanged: it is no variable of the wrapper."""
+    held = [forward]
+
+    @functools.wraps(forward)
+    def wrapper(*args, **kwargs):
+        return held[0](*args, **kwargs)
+
+    return wrapper
+
+
+def decorated(model, decorators, calls):
+    """A copy of a model whose attentions' forwards are behind decorators, the first one innermost."""
+    model = copy.deepcopy(model)
+    stock = type(model.layers[0].self_attn)
+    forward = functools.reduce(
+        lambda inner, decorator: decorator(inner, calls), decorators, inspect.unwrap(stock.forward)
+    )
+    kind = type("DecoratedAttention", (stock,), {"forward": forward})
+    for layer in model.layers:
+        layer.self_attn.__class__ = kind
+    return model
+
+
+@pytest.mark.parametrize("decorators", [(renaming,), (counting,), (renaming, counting), (counting, renaming)], ids=len)
+def test_an_attention_behind_decorators_is_taken_with_them(model, decorators):
+    calls: list[str] = []
+    embeds = torch.randn(2, 7, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    expected, found = copy.deepcopy(model), decorated(model, decorators, calls)
+    fuse_layers(expected)
+    fuse_layers(found)
+    assert fused_classes(found)["DecoratedAttention"] == len(model.layers)
+    with torch.no_grad():
+        hidden, other = (m(inputs_embeds=embeds, use_cache=False).last_hidden_state for m in (found, expected))
+    assert torch.equal(hidden, other)
+    assert calls == [d.__name__ for d in reversed(decorators)] * len(model.layers)
+    with stock_layers(found):
+        assert not fused_classes(found)
+    assert fused_classes(found)["DecoratedAttention"] == len(model.layers)
+
+
+def test_a_decorated_attention_takes_an_argument_by_its_older_name(model):
+    found = decorated(model, [renaming], [])
+    attention = found.layers[0].self_attn
+    fuse_layers(found)
+    hidden = torch.randn(1, 5, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    angles = found.rotary_emb(
+        hidden, torch.arange(5).expand(3, 1, 5) if "Qwen" in type(found).__name__ else torch.arange(5)[None]
+    )
+    mask = torch.zeros(1, 1, 5, 5).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
+    with torch.no_grad():
+        older, newer = (
+            attention(hidden, position_embeddings=angles, **{name: mask})[0]
+            for name in ("older_mask", "attention_mask")
+        )
+    assert torch.equal(older, newer)
+
+
+@pytest.mark.parametrize("decorators", [(holding_elsewhere,), (holding_elsewhere, counting)], ids=len)
+def test_an_attention_that_its_decorator_holds_elsewhere_stays(model, decorators):
+    found = decorated(model, decorators, [])
+    fuse_layers(found)
+    assert "DecoratedAttention" not in fused_classes(found)
 
 
 class GatedRMSNorm(nn.Module):
