@@ -189,7 +189,7 @@ def _load_processor(folder: Path) -> Any:
     ensure_importable()
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(folder)
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def _encode(processor: Any, images: list[Any], captions: list[str]) -> dict[str, torch.Tensor]:
@@ -291,7 +291,7 @@ def _build(folder: Path, work: Path, config: WarmstartConfig, report: Callable[[
 def _load_model(folder: Path) -> Any:
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
 
 
 def _fingerprint(config: WarmstartConfig, index: int) -> str:

@@ -37,8 +37,9 @@ from balcaprl.policy.packing import (
 )
 from balcaprl.policy.parts import saved_tokens
 from balcaprl.policy.record_text import RecordText
+from balcaprl.policy.stock import check_family, load_stock, with_adapter
 from balcaprl.policy.tower import frozen_tower_features, is_frozen
-from balcaprl.torchvision_compat import ensure_importable
+from balcaprl.policy.weight_files import is_adapter, model_folder
 from balcaprl.types import Prompt, PromptError, Sample
 
 logger = logging.getLogger(__name__)
@@ -80,31 +81,38 @@ class Policy:
         attention: str = "sdpa",
         freeze_vision: bool = False,
         fused_layers: bool = True,
+        base: str | Path | None = None,
+        verify: bool = True,
     ) -> Policy:
-        """Load a stock checkpoint.
+        """Load a stock checkpoint: safetensors alone, and no code that comes with it.
 
         Args:
-            path_or_id: A transformers folder or hub id.
+            path_or_id: A transformers folder or hub id; or a folder that peft saved an adapter in, with ``base``.
             dtype: Of the weights, as a torch dtype or its name.
             device: ``auto`` takes the first CUDA device, else the CPU.
             attention: transformers' attention implementation.
             freeze_vision: Keep the image tower fixed (its projection into the text model stays trainable).
             fused_layers: See ``layers.py``.
+            base: The model that an adapter belongs to; what the adapter's own files say of it is not followed.
+            verify: Also compare the files of a checkpoint with its manifest.
 
         Raises:
             UnsupportedFamilyError: For a family that ``families.py`` does not know, or that is no single decoder.
             PolicyMismatchError: See ``from_model``.
-            ValueError: For a dtype that torch does not have.
+            ModelFilesError: For a folder that is damaged, or holds what must not be loaded; for an unreachable hub.
+            ValueError: For a dtype that torch does not have, or an adapter without ``base``.
         """
-        ensure_importable()
-        import transformers
-
-        family = family_of(transformers.AutoConfig.from_pretrained(path_or_id))
-        model: Any = getattr(transformers, family.auto_class).from_pretrained(
-            path_or_id, dtype=_torch_dtype(dtype), attn_implementation=attention
-        )
-        processor = transformers.AutoProcessor.from_pretrained(path_or_id)
-        model.to(_torch_device(device))
+        weights_dtype, weights_device = _torch_dtype(dtype), _torch_device(device)
+        folder = model_folder(path_or_id, verify=verify, accept=check_family)
+        if is_adapter(folder):
+            if base is None:
+                raise ValueError(f"{folder} holds an adapter alone: name the model that it belongs to (model.path)")
+            stock = cls.from_pretrained(base, dtype=dtype, device=device, attention=attention)
+            model: Any = with_adapter(stock.model, folder)
+            processor = stock.processor
+        else:
+            model, processor = load_stock(folder, weights_dtype, attention)
+        model.to(weights_device)
         return cls.from_model(model, processor, freeze_vision=freeze_vision, fused_layers=fused_layers)
 
     @classmethod

@@ -1,0 +1,98 @@
+"""The manifest of a checkpoint: names, sizes and SHA-256 of its files, written last, and compared before anything is loaded.
+
+    {"format": 1, "files": {"config.json": {"bytes": 1843, "sha256": "..."}, ...}}
+
+It tells damage, not forgery: who can change a file can change the manifest too. Names in it are data, and never lead out of
+the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_CHUNK_BYTES = 1 << 20
+_MAX_BYTES = 16 << 20
+"""Of a manifest; a real one has some thousand."""
+_READ_BY_LIBRARIES = {".json", ".jinja", ".model", ".txt", ".py", ".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+"""A stray file with one of these endings may change what a folder is loaded as; notes and pictures may not."""
+
+
+def write_manifest(folder: Path) -> None:
+    """List all files of ``folder``, as they are now, in its manifest."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    with ThreadPoolExecutor(4) as pool:  # hashing lets other threads run
+        digests = list(pool.map(sha256_of, paths))
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, digests, strict=True)
+    }
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n")
+
+
+def faults(folder: Path, counts: Callable[[str], bool] = lambda name: True) -> list[str]:
+    """What differs between a folder and its manifest, each naming its file; empty where nothing does.
+
+    Args:
+        folder: with a manifest.
+        counts: which names are looked at.
+    """
+    try:
+        listed = _read(folder / MANIFEST)
+    except (OSError, ValueError, RecursionError) as error:
+        return [f"{MANIFEST} cannot be read: {error}"]
+    names = sorted(name for name in listed if counts(name))
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda name: _fault_of(folder / name, listed[name]), names)
+    wrong = [f"{name} {fault}" for name, fault in zip(names, found, strict=True) if fault]
+    return wrong + [f"{name} is no part of it" for name in _strays(folder, listed) if counts(name)]
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+    plain = json.loads(path.read_bytes())
+    if not isinstance(plain, dict) or not isinstance(plain.get("files"), dict):
+        raise ValueError("it lists no files")
+    if plain.get("format") != FORMAT:
+        raise ValueError(f"its format is {plain.get('format')!r}, and this version of balcaprl reads {FORMAT}")
+    for name, entry in plain["files"].items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+            raise ValueError(f"it names a file outside of the folder: {name!r}")
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+            raise ValueError(f"its entry of {name!r} has not the keys bytes and sha256")
+    return plain["files"]  # type: ignore[no-any-return]
+
+
+def _fault_of(path: Path, entry: dict[str, Any]) -> str | None:
+    try:
+        if path.is_symlink() or not path.is_file():
+            return "is missing" if not path.exists() else "is no ordinary file"
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            return f"has {size} bytes, and was saved with {entry['bytes']}"
+        return None if sha256_of(path) == entry["sha256"] else "is not what was saved: its SHA-256 differs"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+
+
+def _strays(folder: Path, listed: Iterable[str]) -> list[str]:
+    """Files that the manifest does not know, where a library could take them for a part of the model."""
+    known = {MANIFEST, *listed}
+    found = (path.relative_to(folder).as_posix() for path in folder.iterdir() if path.is_symlink() or path.is_file())
+    return sorted(name for name in found if name not in known and Path(name).suffix in _READ_BY_LIBRARIES)

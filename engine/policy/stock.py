@@ -1,0 +1,179 @@
+"""Stock models and adapters from checked folders, and checkpoints into a policy that is in memory already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+
+from balcaprl.policy.families import UnsupportedFamilyError, family_of
+from balcaprl.policy.weight_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ModelFilesError,
+    check_folder,
+    is_adapter,
+    read_json,
+)
+from balcaprl.torchvision_compat import ensure_importable
+
+if TYPE_CHECKING:
+    from balcaprl.policy.policy import Policy
+
+_PLAIN_INITS = (True, False, "gaussian")
+"""Ways to begin an adapter that leave the model's own weights alone."""
+
+
+def check_family(folder: Path) -> None:
+    """Refuse a folder whose configuration is of no supported family, before its weights are looked at.
+
+    Raises:
+        UnsupportedFamilyError: It is of none.
+        ModelFilesError: transformers cannot read the configuration.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        ensure_importable()
+        import transformers
+
+        with _told_of(folder):
+            family_of(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
+
+
+def load_stock(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Any, Any]:
+    """Model and processor of a folder that ``weight_files.model_folder`` has checked.
+
+    Raises:
+        UnsupportedFamilyError: For a family that ``families.py`` does not know.
+        ModelFilesError: The libraries cannot make a model of it, or tensors are missing.
+    """
+    ensure_importable()
+    import transformers
+
+    with _told_of(folder):
+        family = family_of(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        model, loading = getattr(transformers, family.auto_class).from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ModelFilesError(
+            f"{folder}: {len(missing)} tensors are missing from the weights: {', '.join(missing[:5])}"
+        )
+    num_ids, num_rows = len(getattr(processor, "tokenizer", processor)), model.get_input_embeddings().weight.shape[0]
+    if num_ids > num_rows:
+        raise ModelFilesError(
+            f"{folder}: the tokenizer has {num_ids} ids and the model embeds {num_rows}: they do not belong together"
+        )
+    return model, processor
+
+
+def with_adapter(model: Any, folder: Path) -> Any:
+    """The stock model with the LoRA adapter of a checked folder, ready to be trained on; needs peft.
+
+    Raises:
+        ModelFilesError: It is another kind of adapter, or of another model.
+        ImportError: peft is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(f"{folder} holds an adapter, which needs peft: install the extra lora") from error
+    plain = read_json(folder / ADAPTER_CONFIG)
+    if not isinstance(plain, dict) or plain.get("peft_type") != "LORA":
+        raise ModelFilesError(f"{folder}: {ADAPTER_CONFIG} is of no LoRA adapter (peft_type)")
+    if plain.get("init_lora_weights", True) not in _PLAIN_INITS:
+        raise ModelFilesError(
+            f"{folder}: an adapter begun by {plain['init_lora_weights']} changes the model beneath it; merge it with peft first"
+        )
+    with _told_of(folder):
+        config = peft.LoraConfig.from_pretrained(str(folder))
+        config.inference_mode = False
+        adapted = peft.get_peft_model(model, config)
+    load_adapter(adapted, folder)
+    return adapted
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Bring the adapter of a peft model to the values of a checked folder, in place.
+
+    Raises:
+        ModelFilesError: The folder's adapter has other tensors.
+    """
+    from peft import set_peft_model_state_dict
+
+    saved = load_file(folder / ADAPTER_WEIGHTS)
+    with _told_of(folder, "is not that of the policy"):
+        result: Any = set_peft_model_state_dict(model, saved, adapter_name=model.active_adapter)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    lacking = sorted(trained & set(result.missing_keys))
+    if lacking or result.unexpected_keys:
+        what = f"lacks {lacking[0]}" if lacking else f"has {sorted(result.unexpected_keys)[0]}, and the policy does not"
+        raise ModelFilesError(f"{folder}: its adapter is not that of the policy: it {what}")
+
+
+@torch.no_grad()
+def load_into(policy: Policy, folder: Path) -> None:
+    """Bring a policy that is in memory to the weights of a checkpoint, in place: whoever shares its tensors sees them too.
+
+    Raises:
+        ModelFilesError: The checkpoint is of another model, or of another kind (adapter or whole).
+    """
+    check_folder(folder, verify=False)
+    adapted = hasattr(policy.model, "disable_adapter")
+    if adapted != is_adapter(folder):
+        kinds = ("a whole model", "an adapter")
+        raise ModelFilesError(
+            f"{folder} holds {kinds[is_adapter(folder)]}, and the policy that was passed trains {kinds[adapted]}: pass the "
+            "same kind of policy as the run began with"
+        )
+    if adapted:
+        load_adapter(policy.model, folder)
+        return
+    dtypes = {parameter.dtype for parameter in policy.model.parameters()}
+    source, _ = load_stock(folder, dtypes.pop() if len(dtypes) == 1 else torch.float32, "sdpa")
+    saved, current = source.state_dict(), policy.stock_model.state_dict()
+    for name in sorted(saved.keys() ^ current.keys()):
+        raise ModelFilesError(
+            f"{folder} is of another model than the policy that was passed: only one of them has {name}"
+        )
+    for name, tensor in current.items():
+        if tensor.shape != saved[name].shape:
+            raise ModelFilesError(
+                f"{folder} is of another model than the policy that was passed: {name} has shape "
+                f"{tuple(saved[name].shape)} there, and {tuple(tensor.shape)} in the policy"
+            )
+    for name, tensor in current.items():
+        tensor.copy_(saved[name])
+
+
+def unsaved_parameters(model: Any) -> list[str]:
+    """Trained parameters of a peft model that its checkpoints leave out: those beside its adapters."""
+    if not hasattr(model, "disable_adapter"):
+        return []
+    from peft import get_peft_model_state_dict
+
+    saved = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
+    return [n for n, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]
+
+
+@contextmanager
+def _told_of(folder: Path, fault: str = "cannot be loaded as a model") -> Iterator[None]:
+    """Turns whatever a library raises as it loads a folder into one message."""
+    try:
+        yield
+    except (UnsupportedFamilyError, ModelFilesError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # configurations of others make the libraries fail in any way
+        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+        reason = " ".join(lines[:4])[:600]
+        raise ModelFilesError(f"{folder}: it {fault}: {type(error).__name__}: {reason}") from error

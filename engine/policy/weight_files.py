@@ -1,0 +1,214 @@
+"""What may be loaded as a model: tensors in safetensors files of one folder. Checked before any library opens them.
+
+A folder, wherever it comes from, is data. Pickled weights run code as they are read, ``auto_map`` names code that comes with
+the folder, an index or a link can lead out of it: each is refused by its name. Pickles beside safetensors are never opened,
+and do no harm: most published folders have both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from balcaprl import manifest
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TRAINER_FILES = ("trainer_state.json", "trainer/")
+"""Of a checkpoint: what no model is loaded from."""
+_READ = {".json", ".jinja", ".model", ".txt", ".safetensors"}
+_FOREIGN_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".npz"}
+_SETTINGS = ["*.json", "*.jinja", "*.model", "*.txt"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_MAX_JSON_BYTES = 64 << 20
+
+
+class ModelFilesError(ValueError):
+    """A folder or hub id cannot be loaded as a model; the message says which and why."""
+
+
+def model_folder(
+    path_or_id: str | Path, *, verify: bool = True, accept: Callable[[Path], None] = lambda folder: None
+) -> Path:
+    """The folder of a model, its files checked; those of a hub id are downloaded first, as far as they are not there.
+
+    Args:
+        path_or_id: a transformers folder or a hub id.
+        verify: also compare the files with the manifest, if it is a checkpoint that has one.
+        accept: looks at the folder once its configuration is there, before the weights are, and raises for a model that is
+            not wanted.
+
+    Raises:
+        ModelFilesError: there is none, or not all of it may be loaded.
+    """
+    folder = Path(path_or_id).expanduser()
+    from_hub = not folder.exists()
+    if from_hub:
+        if not _HUB_ID.fullmatch(str(path_or_id)):
+            raise ModelFilesError(
+                f"model.path: {path_or_id} does not exist, and is no hub id such as Qwen/Qwen3-VL-4B-Instruct"
+            )
+        folder = _downloaded(str(path_or_id), _SETTINGS)
+    if not folder.is_dir():
+        raise ModelFilesError(f"model.path: {path_or_id} is a file; give the folder that it lies in")
+    _refuse(folder, _setting_faults(folder))
+    accept(folder)
+    if from_hub:
+        folder = _downloaded(str(path_or_id), [*_SETTINGS, "model*.safetensors", ADAPTER_WEIGHTS])
+    check_folder(folder, verify=verify)
+    return folder
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter (LoRA) and not the model that it belongs to."""
+    return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+
+
+def check_folder(folder: Path, *, verify: bool = True) -> None:
+    """Refuse a model folder that is not whole, or that holds what must not be loaded.
+
+    Raises:
+        ModelFilesError: naming folder, file and fault.
+    """
+    _refuse(folder, chain(_setting_faults(folder), _weight_faults(folder, verify)))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a model folder.
+
+    Raises:
+        ValueError: it is too large, or no JSON; names the file.
+    """
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"{path.name} has more than {_MAX_JSON_BYTES >> 20} MiB")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no valid JSON: {error}") from error
+
+
+def _refuse(folder: Path, faults: Iterator[str]) -> None:
+    """Raise for the first fault."""
+    try:
+        fault = next(faults, None)
+    except (OSError, ValueError, RecursionError) as error:
+        fault = str(error)
+    if fault is not None:
+        raise ModelFilesError(f"{folder}: {fault}")
+
+
+def _setting_faults(folder: Path) -> Iterator[str]:
+    """What is wrong with links and JSON files, before weights are looked for."""
+    yield from _linked_out(folder)
+    yield from _code(folder)
+    if not any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
+        yield "config.json is missing: it is no folder of a transformers model"
+
+
+def _weight_faults(folder: Path, verify: bool) -> Iterator[str]:
+    if verify and (folder / manifest.MANIFEST).is_file():
+        wrong = manifest.faults(folder, lambda name: not name.startswith(TRAINER_FILES))
+        if wrong:
+            yield (
+                f"the checkpoint is damaged: {'; '.join(wrong[:5])}. Take another one; if you changed it on purpose, remove "
+                f"{manifest.MANIFEST}"
+            )
+    if (folder / ADAPTER_CONFIG).is_file() and not is_adapter(folder):
+        yield f"it holds a whole model and an adapter ({ADAPTER_CONFIG}): move one of them to a folder of its own"
+    names = [ADAPTER_WEIGHTS] if is_adapter(folder) else list(_weight_files(folder))
+    foreign = sorted(path.name for path in folder.iterdir() if path.suffix in _FOREIGN_WEIGHTS)
+    for name in names:
+        if not (folder / name).is_file():
+            if foreign:
+                yield (
+                    f"{', '.join(foreign[:3])}: weights that are not safetensors are refused, as reading them can run code; "
+                    f"there is no {name}. Convert them where you trust them: load with transformers, then save_pretrained"
+                )
+            yield f"{name} is missing"
+        fault = _unreadable(folder / name)
+        if fault is not None:
+            yield f"{name} is damaged or cut off: {fault}"
+
+
+def _linked_out(folder: Path) -> Iterator[str]:
+    """Links that leave the folder. The hub's cache links from a snapshot to the blobs of the same repository."""
+    root = folder.resolve()
+    allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and path.suffix in _READ:
+            target = path.resolve()
+            if not any(target.is_relative_to(place) for place in allowed):
+                yield f"{path.name} is a link that leads out of the folder, to {target}: put the file itself there"
+
+
+def _code(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("*config*.json")):
+        if _mentions(read_json(path), "auto_map"):
+            yield (
+                f"{path.name} names code that comes with the model (auto_map), and such code is never run: take a model that "
+                "transformers knows by itself, or remove the key if it knows this one"
+            )
+
+
+def _mentions(value: Any, key: str) -> bool:
+    if isinstance(value, dict):
+        return bool(value.get(key)) or any(_mentions(each, key) for each in value.values())
+    return isinstance(value, list) and any(_mentions(each, key) for each in value)
+
+
+def _weight_files(folder: Path) -> Iterator[str]:
+    """Names of the files that transformers would read the weights from.
+
+    Raises:
+        ValueError: a name leads out of the folder or to another kind of file.
+    """
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    chosen = config.get("transformers_weights") if isinstance(config, dict) else None
+    if chosen is not None:
+        yield _plain_name(chosen, "config.json (transformers_weights)")
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        parts = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(parts, dict) or not parts:
+            raise ValueError(f"{INDEX} has no weight_map")
+        yield from sorted({_plain_name(name, INDEX) for name in parts.values()})
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
+        yield WEIGHTS
+
+
+def _plain_name(name: Any, where: str) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", name):
+        raise ValueError(
+            f"{where} names {str(name)[:200]!r}: expected the name of a safetensors file in the same folder"
+        )
+    return name
+
+
+def _unreadable(path: Path) -> str | None:
+    try:
+        with safe_open(path, "pt") as file:
+            return None if file.keys() else "it holds no tensor"
+    except (SafetensorError, OSError) as error:
+        return str(error)
+
+
+def _downloaded(repository: str, patterns: list[str]) -> Path:
+    """The hub's folder of a model, from its cache where it is there."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except Exception as error:  # of the hub's client, of its HTTP library, of the disk
+        reason = next(iter(str(error).strip().splitlines()), "")[:300]
+        raise ModelFilesError(
+            f"model.path: {repository} is no folder here, and cannot be had from the Hugging Face hub: "
+            f"{type(error).__name__}: {reason}. Check the name and the network; without one, download it elsewhere (hf "
+            f"download {repository}), and give the folder as model.path; or set HF_HOME to a cache that has "
+            "it, and HF_HUB_OFFLINE=1"
+        ) from error
