@@ -1,15 +1,39 @@
-"""AdamW over the policy's parameters: schedule, clipping, float32 master weights, and a state without pickle."""
+"""AdamW over the policy's parameters: schedule, clipping, float32 master weights, guards, and a state without pickle.
+
+An update is judged before it is made. What it would add to each parameter is computed from gradient and moments, and its
+norm is compared with that of all weights: an update that is not finite, or larger than the weights themselves, changes
+nothing. So weights that were good stay good, whatever the learning rate, the gradient or the moments are.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from balcaprl.config import OptimConfig
+from balcaprl.types import DivergedError
+
+logger = logging.getLogger(__name__)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_START_NORM = "start_weight_norm"
+_CHUNK = 1 << 24
+"""Elements of a parameter whose update is computed at once to be judged: bounds the memory that takes."""
+
+
+class _Norms(NamedTuple):
+    """What an update is judged by: Euclidean norms over all parameters."""
+
+    gradient: float
+    update: float
+    """Of what the update would add to the weights."""
+    weights: float
+    """Of the trained weights before the update."""
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
@@ -35,14 +59,17 @@ class PolicyOptimizer:
         num_steps: updates of the whole run, for the schedule.
 
     Raises:
-        ValueError: if nothing is trainable.
+        ValueError: if nothing is trainable, or weights are not finite.
     """
 
     def __init__(
         self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimConfig, num_steps: int
     ) -> None:
         self.config, self.num_steps, self.num_updates = config, num_steps, 0
-        self._parameters = {name: p for name, p in named_parameters if p.requires_grad}
+        self.num_refused_in_a_row = 0
+        """Updates refused since the last one that was made."""
+        every = dict(named_parameters)
+        self._parameters = {name: p for name, p in every.items() if p.requires_grad}
         if not self._parameters:
             raise ValueError("the policy has no trainable parameter")
         self._masters = {
@@ -56,61 +83,126 @@ class PolicyOptimizer:
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
+        self._start_norm = float(total_norm(p for p in every.values() if p.is_floating_point())) or 1.0
+        if not math.isfinite(self._start_norm):
+            wrong = next((name for name, p in every.items() if not torch.isfinite(p).all()), "the policy as a whole")
+            raise ValueError(f"the policy's weights cannot be trained: those of {wrong} are not finite or too large")
 
     def step(self) -> dict[str, float]:
         """One update from the accumulated gradients, which are then cleared.
 
-        A gradient that is not finite changes nothing but the count of updates.
+        One that does not pass the guards (``optim.max_update_ratio``, ``optim.max_weight_growth``, anything not finite)
+        changes nothing but the count of updates.
 
         Returns:
-            ``grad_norm`` (before clipping), ``lr``, and ``num_nonfinite_updates``: 1 if the update was refused.
+            ``grad_norm`` (before clipping), ``lr``, ``update_norm``, ``weight_norm``; ``num_nonfinite_updates``: 1 if the
+            gradient was not finite; ``num_refused_updates``: 1 if the update was refused.
+
+        Raises:
+            DivergedError: ``optim.max_refused_updates`` in a row were refused.
         """
         lr = learning_rate(self.config, self.num_updates, self.num_steps)
         self._hand_over_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), self.config.max_grad_norm)
-        finite = bool(torch.isfinite(norm))
-        if finite:
+        norms = self._norms(lr)
+        objection = self._objection(norms)
+        if objection is None:
             for group in self._adamw.param_groups:
                 group["lr"] = lr
             self._adamw.step()
             self._publish()
         self.zero_grad()
         self.num_updates += 1
-        return {"grad_norm": norm.item(), "lr": lr, "num_nonfinite_updates": float(not finite)}
+        self.num_refused_in_a_row = 0 if objection is None else self.num_refused_in_a_row + 1
+        if objection is not None:
+            logger.warning("update %d is refused: %s", self.num_updates, objection)
+        if self.num_refused_in_a_row >= self.config.max_refused_updates:
+            raise DivergedError(
+                f"{self.num_refused_in_a_row} updates in a row were refused (optim.max_refused_updates): {objection}"
+            )
+        return {
+            "grad_norm": norms.gradient,
+            "lr": lr,
+            "update_norm": norms.update,
+            "weight_norm": norms.weights,
+            "num_nonfinite_updates": float(not math.isfinite(norms.gradient)),
+            "num_refused_updates": float(objection is not None),
+        }
+
+    def check(self) -> None:
+        """Whether weights and moments may be saved as a state to go on from.
+
+        Raises:
+            DivergedError: naming the first that is not finite, or saying how far the weights have grown.
+        """
+        for name, master in self._masters.items():
+            state = self._adamw.state.get(master, {})
+            for what, tensor in (("weights", master), *((m, state[m]) for m in _MOMENTS if m in state)):
+                if not torch.isfinite(tensor).all():
+                    raise DivergedError(f"the {what} of {name} are not finite")
+        growth = self._growth(float(total_norm(self._masters.values())))
+        if growth is not None:
+            raise DivergedError(growth)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
         for parameter in (*self._parameters.values(), *self._masters.values()):
             parameter.grad = None
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Everything that a checkpoint needs beyond the weights, as flat named tensors."""
-        tensors = {"num_updates": torch.tensor(self.num_updates)}
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint needs beyond the weights, as flat named tensors.
+
+        Every trained parameter has a ``step.<name>``, 0 where it was never updated: so nothing can be lost unnoticed.
+        """
+        tensors = {
+            "num_updates": torch.tensor(self.num_updates),
+            _START_NORM: torch.tensor(self._start_norm, dtype=torch.float64),
+        }
         for name, master in self._masters.items():
+            tensors[f"step.{name}"] = torch.tensor(0.0)
             for key, value in self._adamw.state.get(master, {}).items():
                 tensors[f"{key}.{name}"] = value.detach()
             if master is not self._parameters[name]:
                 tensors[f"master.{name}"] = master.detach()
         return tensors
 
-    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over what ``state`` returned.
+    def load_state(self, tensors: dict[str, Tensor], *, complete: bool = True) -> None:
+        """Take over what ``state`` returned; nothing is changed if that cannot be.
+
+        Args:
+            tensors: from ``state``.
+            complete: False for states of earlier versions, which leave out parameters that were never updated.
 
         Raises:
-            ValueError: if the tensors belong to another set of parameters.
+            ValueError: if the tensors belong to another set of parameters, or some are missing, of another shape or not
+                finite; names the first.
         """
-        known = {key.split(".", 1)[1] for key in tensors if "." in key}
-        if not known <= self._masters.keys():
-            stray = sorted(known - self._masters.keys())[:3]
+        kinds = ("step", "master", *_MOMENTS)
+        known = {"num_updates", _START_NORM, *(f"{kind}.{name}" for kind in kinds for name in self._masters)}
+        if tensors.keys() - known:
+            stray = ", ".join(sorted(tensors.keys() - known)[:3])
             raise ValueError(f"the optimiser state is of another model or other frozen parts; unknown: {stray}")
+        for key in ("num_updates", *((_START_NORM,) if complete else ())):
+            _check_saved(key, tensors, ())
+        for name, master in self._masters.items():
+            for key in self._expected_keys(name, tensors, complete):
+                _check_saved(key, tensors, () if key.startswith("step.") else master.shape)
         self.num_updates = int(tensors["num_updates"])
+        self._start_norm = float(tensors.get(_START_NORM, self._start_norm))
         with torch.no_grad():
             for name, master in self._masters.items():
                 if f"master.{name}" in tensors:
                     master.copy_(tensors[f"master.{name}"])
-                if f"step.{name}" in tensors:
+                if float(tensors.get(f"step.{name}", 0.0)):
                     moments = {m: tensors[f"{m}.{name}"].to(master.device).clone() for m in _MOMENTS}
                     self._adamw.state[master] = {"step": tensors[f"step.{name}"].clone(), **moments}
+
+    def _expected_keys(self, name: str, tensors: dict[str, Tensor], complete: bool) -> list[str]:
+        """What a state must hold of one parameter, by what it says of its updates."""
+        masters = [f"master.{name}"] if self._masters[name] is not self._parameters[name] else []
+        if f"step.{name}" not in tensors and not complete and not any(f"{m}.{name}" in tensors for m in _MOMENTS):
+            return masters
+        updated = f"step.{name}" not in tensors or bool(tensors[f"step.{name}"].ne(0).any())
+        return [*masters, f"step.{name}", *(f"{moment}.{name}" for moment in _MOMENTS if updated)]
 
     def _hand_over_gradients(self) -> None:
         for name, parameter in self._parameters.items():
@@ -123,3 +215,83 @@ class PolicyOptimizer:
         for name, parameter in self._parameters.items():
             if self._masters[name] is not parameter:
                 parameter.copy_(self._masters[name])
+
+    @torch.no_grad()
+    def _norms(self, lr: float) -> _Norms:
+        """Clip the gradients, and measure the update that follows from them; the device is waited for once."""
+        gradient = torch.nn.utils.clip_grad_norm_(self._masters.values(), self.config.max_grad_norm)
+        parts = [
+            torch.linalg.vector_norm(update)
+            for master in self._masters.values()
+            if master.grad is not None and master.numel()
+            for update in self._pieces(master, master.grad)
+        ]
+        weights = total_norm(self._masters.values())
+        update = total_norm(parts) if parts else torch.zeros(())
+        read = torch.stack([norm.to(weights.device, torch.float32) for norm in (gradient, weights, update)]).tolist()
+        return _Norms(read[0], lr * (read[2] + self.config.weight_decay * read[1]), read[1])
+
+    def _pieces(self, master: Tensor, gradient: Tensor) -> Iterator[Tensor]:
+        """What AdamW is about to subtract from a parameter, at a learning rate of 1, piece by piece."""
+        config = self.config
+        state = self._adamw.state.get(master) or {}
+        step = float(state.get("step", 0.0)) + 1
+        first, second = 1 - config.beta1**step, math.sqrt(1 - config.beta2**step)
+        tensors = [gradient, *(state[moment] for moment in _MOMENTS if moment in state)]
+        rows = max(1, _CHUNK // gradient[0].numel()) if gradient.dim() else 1
+        for grad, *moments in zip(
+            *(tensor.split(rows) if tensor.dim() else (tensor,) for tensor in tensors), strict=True
+        ):
+            mean = torch.lerp(moments[0], grad, 1 - config.beta1) if moments else grad * (1 - config.beta1)
+            square = moments[1] * config.beta2 if moments else torch.zeros_like(grad)
+            root = square.addcmul_(grad, grad, value=1 - config.beta2).sqrt_().add_(config.eps * second)
+            yield mean.mul_(second / first).div_(root)
+
+    def _objection(self, norms: _Norms) -> str | None:
+        """Why an update must not be made; None where nothing speaks against it."""
+        config = self.config
+        if not math.isfinite(norms.gradient):
+            return f"the norm of the gradient is {norms.gradient}"
+        if not math.isfinite(norms.weights):
+            return f"the norm of the weights is {norms.weights}"
+        if not math.isfinite(norms.update):
+            return f"its norm is {norms.update}, though the gradient is finite: the optimiser's moments are damaged"
+        ratio = norms.update / self._start_norm
+        if ratio > config.max_update_ratio:
+            return (
+                f"its norm is {ratio:.3g} times that of the policy's weights at the start (optim.max_update_ratio is "
+                f"{config.max_update_ratio:g}): lower optim.lr, which is {config.lr:g}"
+            )
+        return self._growth(norms.weights)
+
+    def _growth(self, weight_norm: float) -> str | None:
+        """What is wrong with the norm of the trained weights; None where it is within its bound."""
+        growth, limit = weight_norm / self._start_norm, self.config.max_weight_growth
+        if growth <= limit:
+            return None
+        return (
+            f"the norm of the trained weights is {growth:.3g} times that of the policy at the start "
+            f"(optim.max_weight_growth is {limit:g}): the run diverges; lower optim.lr, which is {self.config.lr:g}"
+        )
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm over all elements of all tensors, in float32, on the first one's device."""
+    norms = [
+        torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32)).float()
+        for tensor in tensors
+    ]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+def _check_saved(key: str, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> None:
+    """Raise unless a saved tensor is there, of its shape, and finite."""
+    if key not in tensors:
+        raise ValueError(f"the optimiser state lacks {key}")
+    tensor = tensors[key]
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"the optimiser state's {key} has shape {tuple(tensor.shape)}, and its parameter {tuple(shape)}"
+        )
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"the optimiser state's {key} is not finite")

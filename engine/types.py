@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 REWARD_NAMES = ("precision", "recall", "linguistic")
 
 
-class JudgeStoppedError(RuntimeError):
+class RunStoppedError(RuntimeError):
+    """A run cannot go on, or should not; the message says why and what to do."""
+
+
+class DivergedError(RunStoppedError):
+    """Weights, optimiser or what the policy samples are no longer good to learn from."""
+
+
+class JudgeStoppedError(RunStoppedError):
     """The judge cannot go on, and neither can the run: no server answers, or the budget is spent."""
 
 
