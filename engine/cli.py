@@ -21,7 +21,7 @@ from balcaprl.config import TrainConfig
 from balcaprl.config_base import expand_home
 from balcaprl.logtext import PrintableFormatter, printable, printable_lines
 from balcaprl.recipe import RecipeError, check_recipe, take_options
-from balcaprl.types import JudgeStoppedError
+from balcaprl.types import RunStoppedError
 
 RECIPES = Path(__file__).parent / "recipes"
 _CLOSING_S = 5.0
@@ -29,12 +29,9 @@ _CLOSING_S = 5.0
 # What a user can mend: told in one line, without a traceback.
 _USER_ERRORS = (
     ValueError,
-    FileNotFoundError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
+    OSError,  # a disk that is full, a file that is not there, a network that cannot be reached
     ImportError,
-    JudgeStoppedError,
+    RunStoppedError,
 )
 
 

@@ -20,6 +20,19 @@ STATE_FILE = "trainer_state.json"
 """The trainer's state in a checkpoint folder; holds the configuration of its run."""
 
 
+_COMPUTING = ("device", "attention", "gradient_checkpointing", "autocast", "fused_layers", "compile")
+CHANGEABLE_FIELDS = (
+    "optim",
+    "loss",
+    "advantage",
+    "reward",
+    "rollout",
+    "data.path",
+    *(f"model.{x}" for x in _COMPUTING),
+)
+"""What ``checkpoint.allow_changes`` may name: the rest decides what a checkpoint's tensors and data cursor mean."""
+
+
 class ModelConfig(_Section):
     """The policy."""
 
@@ -98,7 +111,7 @@ class RolloutConfig(_Section):
     prompts_per_step: int = Field(8, ge=1, le=100_000)
     """Images, and thus groups, of one step."""
     group_size: int = Field(8, ge=1, le=10_000)
-    """Completions of each image [G in the paper]."""
+    """Completions of each image [G in the paper]; a run compares them with each other, and needs two."""
     sampling: SamplingConfig = SamplingConfig()
     """Sampling parameters."""
     sync: Literal["auto", "shared", "inplace", "reload"] = "auto"
@@ -204,6 +217,22 @@ class RewardConfig(_Section):
     """Highest length ratio at which the linguistic reward counts."""
     length_unit: Literal["words", "tokens"] = "words"
     """Unit of completion and reference lengths (ours). ``words``: as Unicode counts them in any language."""
+    required_share: float = Field(0.5, ge=0, le=1)
+    """Share of a step's captions for which each reward with a weight must give a score; three steps in a row with less end the
+    run (ours). Lower it for a reward that is meant for some of the images."""
+    max_flat_steps: int = Field(10, ge=0)
+    """Steps in a row in which no completion differs in reward from the others of its image, after which the run ends (ours);
+    0: it never does. Raise it for small steps with rare rewards."""
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> RewardConfig:
+        weights = self.weights if self.judge != "none" else self.weights[len(REWARD_NAMES) :]
+        if not sum(weights):
+            judge = "reward.judge is none, and " if self.judge == "none" else ""
+            raise ValueError(
+                f"{judge}no reward has a weight above 0: there is nothing to learn from; see reward.custom"
+            )
+        return self
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> RewardConfig:
@@ -386,6 +415,13 @@ class OptimConfig(_Section):
     """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm."""
+    max_update_ratio: float = Field(1.0, gt=0)
+    """An update whose norm is more than this times the norm of all the policy's weights at the start is refused (ours).
+    Ordinary ones are below 0.02."""
+    max_weight_growth: float = Field(10.0, gt=0)
+    """Updates are refused once the norm of the trained weights is more than this times that same norm (ours)."""
+    max_refused_updates: int = Field(5, ge=1)
+    """Refused updates in a row, these or any whose gradient or moments are not finite, after which the run ends (ours)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up."""
     warmup_steps: int = Field(5, ge=0)
@@ -423,7 +459,20 @@ class CheckpointConfig(_Section):
     keep: int = Field(2, ge=1)
     """Newest checkpoints that are kept."""
     resume: bool = True
-    """Go on from the newest checkpoint in ``output_dir``, if there is one."""
+    """Go on from the newest whole checkpoint in ``output_dir``, if there is one."""
+    allow_changes: tuple[str, ...] = ()
+    """Fields or sections in which a resumed run may differ from its start, such as ``optim.lr``. ``steps``, ``logging``,
+    ``endpoint`` and their like may always."""
+
+    @field_validator("allow_changes")
+    @classmethod
+    def _may_be_changed(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not any(name == field or name.startswith(f"{field}.") for field in CHANGEABLE_FIELDS):
+                raise ValueError(
+                    f"{name} cannot be changed in a resumed run; these can: {', '.join(CHANGEABLE_FIELDS)}"
+                )
+        return names
 
 
 class LoggingConfig(_Section):
@@ -472,6 +521,22 @@ class TrainConfig(_Section):
     """Saving and resuming."""
     logging: LoggingConfig = LoggingConfig()
     """Metrics and completions."""
+
+    @model_validator(mode="after")
+    def _allowed_changes_exist(self) -> TrainConfig:
+        for name in self.checkpoint.allow_changes:
+            section: object = self
+            for part in name.split("."):
+                if part not in getattr(type(section), "model_fields", {}):
+                    raise ValueError(f"checkpoint.allow_changes: there is no field {name}")
+                section = getattr(section, part)
+        return self
+
+    @model_validator(mode="after")
+    def _groups_can_be_compared(self) -> TrainConfig:
+        if self.rollout.group_size < 2:
+            raise ValueError("rollout.group_size must be at least 2: one completion by itself teaches nothing")
+        return self
 
     @model_validator(mode="after")
     def _staleness_is_corrected(self) -> TrainConfig:

@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,18 +16,23 @@ import numpy as np
 import torch
 import yaml
 
-from balcaprl.checkpoint import TrainerState, list_checkpoints, load_state, save_checkpoint
+from balcaprl.checkpoint import TrainerState, clear_leftovers, list_checkpoints, newest_whole, save_checkpoint
 from balcaprl.config import TrainConfig
 from balcaprl.data import Dataset, load_dataset
+from balcaprl.data.digest import data_digest
 from balcaprl.evaluation import Evaluation, evaluate_captions
 from balcaprl.evaluation.b_capscore import summarise
+from balcaprl.learning import LearningWatch, NothingToLearnError, refuse_unfinite_samples
 from balcaprl.metrics import PhaseTimer, ProgressLine, RunLog, memory_metrics, nanmean, save_eval_image
 from balcaprl.optim import PolicyOptimizer
 from balcaprl.ownership import Claim, claim_folder, write_atomically
 from balcaprl.pipeline import RolloutPipeline, SampledStep
 from balcaprl.policy import Policy
+from balcaprl.policy.stock import load_into, unsaved_parameters
 from balcaprl.prompts import HeldOut, PromptMaker, PromptStream, held_out_prompts
+from balcaprl.reference import Reference, StartingWeights, WithoutAdapter, adapter_adds_nothing, digest_of
 from balcaprl.report import write_report
+from balcaprl.resume import refuse_changed_config, refuse_other_origin, tell_learning_rate
 from balcaprl.rewards import (
     GroupScorer,
     Judge,
@@ -43,14 +48,12 @@ from balcaprl.rewards.custom import CustomRewards
 from balcaprl.rollout import Sampler, make_sampler
 from balcaprl.summary import write_summary
 from balcaprl.telemetry import SamplingAlarm, SamplingGap, device_metrics, speed_metrics, sync_metrics
-from balcaprl.types import RewardBreakdown, RolloutGroup
-from balcaprl.update import PolicyUpdate, Reference, WithoutAdapter
+from balcaprl.types import DivergedError, RewardBreakdown, RolloutGroup
+from balcaprl.update import PolicyUpdate
 
 logger = logging.getLogger(__name__)
 
 NUM_REPORT_IMAGES = 12
-# A resumed run may differ from its start in these alone.
-_FREE_FIELDS = ("output_dir", "steps", "threads", "checkpoint", "logging", "evaluation", "endpoint")
 
 
 class Trainer:
@@ -83,10 +86,11 @@ class Trainer:
         self.stop_signal: int | None = None
         torch.set_num_threads(config.threads or torch.get_num_threads())
         torch.manual_seed(config.seed)
-        checkpoint = self._checkpoint_to_resume()
-        custom = CustomRewards(
-            config.reward.custom
-        )  # the user's own code first: it fails before anything heavy is loaded
+        clear_leftovers(config.output_dir)
+        resumed = self._checkpoint_to_resume()
+        checkpoint, state = resumed or (None, None)
+        # the user's own code first: it fails before anything heavy is loaded
+        custom = CustomRewards(config.reward.custom)
         self.dataset: Dataset = load_dataset(config.data, seed=config.seed)
         self.judge = judge or make_judge(
             config.reward,
@@ -97,20 +101,34 @@ class Trainer:
             references=self.dataset.some_references(),
         )
         self.policy = policy or load_policy(config, checkpoint)
+        self.origin: dict[str, Any] = {
+            "judge": _name_of(judge),
+            "sampler": _name_of(sampler),
+            "data": data_digest(config.data),
+        }
+        reference = self._measure_from(state, passed=policy is not None)
+        if state is not None:
+            refuse_other_origin(state.origin, self.origin, config.checkpoint.allow_changes)
+        if checkpoint is not None and policy is not None:
+            load_into(policy, checkpoint)
         self.make_prompt = PromptMaker.of(self.policy, config)
         self.stream = PromptStream(self.dataset.train_stream(seed=config.seed), self.make_prompt)
         updates = config.steps * config.optim.epochs_per_batch
         self.optimizer = PolicyOptimizer(self.policy.model.named_parameters(), config.optim, updates)
-        if checkpoint is not None:
-            self._restore(load_state(checkpoint))
+        if checkpoint is not None and state is not None:
+            self._restore(checkpoint, state)
         self.resumed_from = self.step if checkpoint is not None else None
         self.sampler = sampler or make_sampler(config, self.policy)
+        if sampler is not None:
+            self._take_over(sampler)
         self.timer = PhaseTimer(torch.cuda.synchronize if self.policy.device.type == "cuda" else None)
         self._held_out: HeldOut | None = None
         self.sampler.policy_version = self.policy_version
         self.gap, self.alarm = SamplingGap(), SamplingAlarm(config.rollout.sampling_kl_limit)
-        reference = make_reference(config, self.policy)
-        self.update = PolicyUpdate(self.policy, self.optimizer, config, reference, self.gap.add)
+        self.watch = LearningWatch(config)
+        self.update = PolicyUpdate(
+            self.policy, self.optimizer, config, reference, self.gap.add, starts_at_reference=True
+        )
         self.pipeline = RolloutPipeline(
             config.rollout,
             self.sampler,
@@ -123,7 +141,7 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Run until ``config.steps`` steps are done, or a signal asks to stop; returns the run's summary."""
         config = self.config
-        with self._open_logs(), self._stop_on_signals():
+        with self._open_logs(), self._stop_on_signals(), self._left_whole_if_it_diverges():
             if self.resumed_from is None:
                 self.evaluate()
             while self.step < config.steps and self.stop_signal is None:
@@ -142,14 +160,19 @@ class Trainer:
                 with self._saved_if_the_judge_stops():
                     self.evaluate_if_due()
                 self.save_if_due()
+                self.stop_if_nothing_is_learnt(groups, stats)
             self.save()
-            return self.finish()
+            summary = self.finish()
+            if self.stop_signal is None:
+                self.watch.finish()
+            return summary
 
     # ------------------------------------------------------------------------------------------------ one step
 
     def sample_groups(self) -> SampledStep:
         """The next images and ``group_size`` completions of each, on their way to the judge; the next step's are begun."""
         sampled = self.pipeline.take(self.step)
+        self.num_unfinite = refuse_unfinite_samples(sampled.groups)
         if self.step + 1 < self.config.steps:
             self.pipeline.start(self.step + 1)
         return sampled
@@ -194,6 +217,7 @@ class Trainer:
             "num_missing_scores": float(
                 sum(math.isnan(reward_of(r.breakdown or RewardBreakdown(), n)) for r in rollouts for n in names)
             ),
+            "num_nonfinite_samples": float(self.num_unfinite),
             "num_flat_groups": float(sum(all(r.advantage == 0.0 for r in g.rollouts) for g in groups)),
             "num_undecodable": float(self.stream.num_undecodable),
             "num_skipped_prompts": float(self.stream.num_skipped),
@@ -269,17 +293,34 @@ class Trainer:
             self.save()
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this moment.
+
+        While updates are refused nothing older is dropped for it: what was good may be needed.
+
+        Raises:
+            DivergedError: weights or moments are not good to go on from; nothing was written.
+            SaveError: the disk cannot take it; nothing is left of the attempt.
+        """
         self.pipeline.settle()
         self.log.sync()
+        self.optimizer.check()
         state = TrainerState(
             step=self.step,
             policy_version=self.policy_version,
             data=self.stream.state_dict(),
             config=self.config.model_dump(mode="json"),
             tensors={**self.optimizer.state(), "rng": torch.get_rng_state()},
+            origin=self.origin,
         )
-        return save_checkpoint(self.config.output_dir, state, self.policy.save, self.config.checkpoint.keep)
+        keep = None if self.optimizer.num_refused_in_a_row else self.config.checkpoint.keep
+        return save_checkpoint(self.config.output_dir, state, self.policy.save, keep)
+
+    def stop_if_nothing_is_learnt(self, groups: list[RolloutGroup], stats: ScoreStats) -> None:
+        """End a run whose rewards are not given, or tell nothing apart, step after step; what it learnt before is saved."""
+        try:
+            self.watch.check(groups, stats)
+        except NothingToLearnError as error:
+            raise NothingToLearnError(f"{error}. The run is saved at step {self.step}: {self.save()}") from error
 
     def finish(self) -> dict[str, Any]:
         """Write summary and report."""
@@ -299,24 +340,58 @@ class Trainer:
         close_judge(self.judge)
         self.claim.release()
 
-    def _checkpoint_to_resume(self) -> Path | None:
-        checkpoints = list_checkpoints(self.config.output_dir)
-        if not checkpoints:
-            return None
-        if not self.config.checkpoint.resume:
+    def _checkpoint_to_resume(self) -> tuple[Path, TrainerState] | None:
+        """The newest whole checkpoint of the run folder and its state, if this run may go on from it."""
+        config = self.config
+        if list_checkpoints(config.output_dir) and not config.checkpoint.resume:
             raise ValueError(
-                f"{self.config.output_dir} holds a run with checkpoints, and checkpoint.resume is false: choose another "
+                f"{config.output_dir} holds a run with checkpoints, and checkpoint.resume is false: choose another "
                 "output_dir, or remove the folder to start over"
             )
-        return checkpoints[-1]
+        found = newest_whole(config.output_dir)
+        if found is not None:
+            refuse_changed_config(found[1].config, config)
+        return found
 
-    def _restore(self, state: TrainerState) -> None:
-        refuse_changed_config(state.config, self.config.model_dump(mode="json"))
+    def _measure_from(self, state: TrainerState | None, *, passed: bool) -> Reference | None:
+        """The reference, made before a checkpoint's weights are put into a policy that was passed; noted in the origin."""
+        config, policy = self.config, self.policy
+        unsaved = unsaved_parameters(policy.model)
+        if unsaved:
+            raise ValueError(
+                f"policy: {unsaved[0]} is trained beside the adapter, and would not be in any checkpoint: freeze it, or name "
+                "it in the adapter's modules_to_save"
+            )
+        if hasattr(policy.model, "disable_adapter"):
+            self.origin["base"] = digest_of(policy, "base")
+        if not config.loss.kl_coef:
+            return None
+        before = None if state is None else state.origin.get("reference")
+        stays = state is None or passed
+        start = (lambda: policy) if stays else lambda: load_policy(config, None)
+        reference, self.origin["reference"] = make_reference(policy, start, before)
+        return reference
+
+    def _take_over(self, sampler: Sampler) -> None:
+        """Check a sampler that was passed, and show it the weights of a resumed run."""
+        of = getattr(sampler, "policy", None)
+        if of is not None and of is not self.policy:
+            raise ValueError(
+                "sampler: it samples from another policy than the one that is trained; pass both, policy=... too"
+            )
+        if self.resumed_from is not None:
+            sampler.sync(self.policy_version)
+
+    def _restore(self, checkpoint: Path, state: TrainerState) -> None:
         self.step, self.policy_version = state.step, state.policy_version
         self.stream.load_state_dict(state.data)
         tensors = dict(state.tensors)
         torch.set_rng_state(tensors.pop("rng"))
-        self.optimizer.load_state(tensors)
+        try:
+            self.optimizer.load_state(tensors, complete=bool(state.format))
+        except ValueError as error:
+            raise ValueError(f"{checkpoint}: {error}") from error
+        tell_learning_rate(state.config, self.config, self.optimizer.num_updates)
         logger.info("resuming %s at step %d", self.config.output_dir, self.step)
 
     @contextmanager
@@ -353,6 +428,19 @@ class Trainer:
             raise JudgeStoppedError(f"{error}. The run is saved at step {self.step}: {self.save()}") from error
 
     @contextmanager
+    def _left_whole_if_it_diverges(self) -> Iterator[None]:
+        """A run that diverges ends with the reason, and writes nothing over what is good."""
+        try:
+            yield
+        except DivergedError as error:
+            saved = list_checkpoints(self.config.output_dir)
+            kept = f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+            raise DivergedError(
+                f"the run diverged in step {self.step + 1}: {error}. Nothing more was saved; {kept}. A lower learning rate can "
+                "be given to a resumed run: checkpoint.allow_changes: [optim.lr]"
+            ) from error
+
+    @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
         """SIGINT and SIGTERM end the run after the step under way, saved; a second one ends it at once."""
         if threading.current_thread() is not threading.main_thread():
@@ -384,14 +472,16 @@ def load_policy(config: TrainConfig, checkpoint: Path | None) -> Policy:
     """The policy of a config, or of a checkpoint of its run."""
     from balcaprl.assets import demo_model_path
 
-    path = checkpoint or (demo_model_path() if config.model.path == "demo" else config.model.path)
+    base = demo_model_path() if config.model.path == "demo" else config.model.path
     policy = Policy.from_pretrained(
-        path,
+        checkpoint or base,
         dtype=config.model.dtype,
         device=config.model.device,
         attention=config.model.attention,
         freeze_vision=config.model.freeze_vision,
         fused_layers=config.model.fused_layers,
+        base=base,
+        verify=checkpoint is None,  # one that is resumed from has been compared with its manifest already
     )
     if config.model.autocast:
         policy.autocast_dtype = torch.bfloat16
@@ -407,31 +497,25 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) & 0x7FFFFFFF
 
 
-def make_reference(config: TrainConfig, policy: Policy) -> Reference | None:
-    """What the divergence is measured from, if it is: the policy without its adapters, or a frozen copy of its start."""
-    if not config.loss.kl_coef:
-        return None
-    if hasattr(policy.model, "disable_adapter"):
-        return WithoutAdapter(policy)
-    reference = load_policy(config, None)
-    if config.model.freeze_vision:
-        reference.share_frozen_tower(policy)
-    return reference
+def make_reference(
+    policy: Policy, start: Callable[[], Policy], before: dict[str, str] | None
+) -> tuple[Reference, dict[str, str]]:
+    """What the divergence is measured from, and how a checkpoint tells it: kind and digest.
 
-
-def refuse_changed_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """A run goes on only under the configuration that it was started with.
-
-    Raises:
-        ValueError: naming every field that differs and matters.
+    Args:
+        policy: what is trained.
+        start: the policy as the run began, or begins, with it; it may be ``policy`` itself.
+        before: what the checkpoint that is resumed from says; None: nothing.
     """
-    changed = [
-        f"{section}: {saved.get(section)!r} -> {value!r}"
-        for section, value in current.items()
-        if section not in _FREE_FIELDS and saved.get(section) != value
-    ]
-    if changed:
-        raise ValueError(
-            "the configuration differs from that of the run to resume; use another output_dir, or restore: "
-            + "; ".join(changed)
-        )
+    if before is not None and before.get("kind") == WithoutAdapter.kind:
+        return WithoutAdapter(policy), {"kind": WithoutAdapter.kind, "digest": digest_of(policy, WithoutAdapter.kind)}
+    begun = start()
+    if before is None and adapter_adds_nothing(begun):
+        return WithoutAdapter(policy), {"kind": WithoutAdapter.kind, "digest": digest_of(begun, WithoutAdapter.kind)}
+    digest = digest_of(begun, StartingWeights.kind)
+    return StartingWeights(policy, begun), {"kind": StartingWeights.kind, "digest": digest}
+
+
+def _name_of(part: Any) -> str | None:
+    """What a checkpoint calls a part that was passed to the trainer; None: it was not."""
+    return None if part is None else str(getattr(part, "name", type(part).__name__))

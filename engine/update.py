@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
@@ -24,30 +24,14 @@ from balcaprl.optim import PolicyOptimizer
 from balcaprl.policy import Group, PackedBatch, Policy
 from balcaprl.policy.parts import GroupLengths, Plan, plan_repeated, plan_shared
 from balcaprl.policy.policy import Sharing
-from balcaprl.types import Prompt, Rollout, RolloutGroup
+from balcaprl.reference import Reference
+from balcaprl.types import Prompt, Rollout, RolloutGroup, RunStoppedError
 
 _MEANS = ("clip_fraction", "ratio_mean", "kl", "sampling_kl")
 LOSS_METRICS = ("loss", *_MEANS, "ratio_max")
-
-
-class Reference(Protocol):
-    """The frozen policy that the divergence is measured from."""
-
-    def logprobs(self, packed: PackedBatch, temperature: float = 1.0) -> Tensor:
-        """As ``Policy.logprobs``."""
-        ...
-
-
-class WithoutAdapter:
-    """The ``Reference`` of a policy that trains adapters alone: itself without them."""
-
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-
-    def logprobs(self, packed: PackedBatch, temperature: float = 1.0) -> Tensor:
-        """See ``Reference``."""
-        with self._policy.adapter_disabled():
-            return self._policy.logprobs(packed, temperature)
+_MAX_FIRST_KL, _MAX_FIRST_KL_ROUNDED = 1e-6, 1e-2
+"""Divergence of a policy from itself, by its forwards with and without gradients: in float32, and rounded to bfloat16."""
+_REFUSALS = ("num_nonfinite_updates", "num_refused_updates")
 
 
 Members = list[tuple[int, list[int]]]
@@ -77,6 +61,7 @@ class PolicyUpdate:
         config: The run's; ``loss``, ``optim`` and the sampling temperature count.
         reference: What the divergence is measured from, if it is.
         on_first_logprobs: Called with the log-probabilities (T,) of each part's first forward, and the sampler's (T,).
+        starts_at_reference: The reference is what training starts from: there must be no divergence before the first update.
     """
 
     def __init__(
@@ -86,7 +71,10 @@ class PolicyUpdate:
         config: TrainConfig,
         reference: Reference | None = None,
         on_first_logprobs: Callable[[Tensor, Tensor], None] | None = None,
+        *,
+        starts_at_reference: bool = False,
     ) -> None:
+        self._starts_at_reference = starts_at_reference
         self.policy, self.optimizer, self.config = policy, optimizer, config
         self.reference, self._on_first_logprobs = reference, on_first_logprobs
         self._begun: tuple[Sequence[RolloutGroup], UpdatePart] | None = None
@@ -108,6 +96,8 @@ class PolicyUpdate:
 
         Raises:
             RuntimeError: ``begin`` was given another batch.
+            DivergedError: too many updates in a row were refused.
+            RunStoppedError: the policy does not start at its reference, and should.
         """
         peak = PeakMemory(self.policy.device)
         begun_of, begun = self._begun or (groups, None)
@@ -119,14 +109,29 @@ class PolicyUpdate:
         epochs = self.config.optim.epochs_per_batch
         if not any(self._places(group) for group in groups):
             # Nothing to learn from: an update would only follow old momentum.
-            unknown = dict.fromkeys((*LOSS_METRICS, "grad_norm", "lr"), math.nan)
-            return {**unknown, "num_skipped_updates": float(epochs), "num_nonfinite_updates": 0.0}
+            unknown = dict.fromkeys((*LOSS_METRICS, "grad_norm", "lr", "update_norm", "weight_norm"), math.nan)
+            return {**unknown, "num_skipped_updates": float(epochs), **dict.fromkeys(_REFUSALS, 0.0)}
         parts, batch_metrics = self.pack_parts(groups, begun)
         normalizer = self._normalizer(groups)
-        updates = [self._accumulate(groups, parts, normalizer) | self.optimizer.step() for _ in range(epochs)]
-        num_nonfinite = sum(update["num_nonfinite_updates"] for update in updates)
-        counts = {"num_skipped_updates": 0.0, "num_nonfinite_updates": num_nonfinite}
+        updates = [self._one_update(groups, parts, normalizer) for _ in range(epochs)]
+        counts = {"num_skipped_updates": 0.0, **{name: sum(update[name] for update in updates) for name in _REFUSALS}}
         return {**updates[-1], **counts, **batch_metrics, "memory/update_peak_gib": peak.gib()}
+
+    def _one_update(
+        self, groups: Sequence[RolloutGroup], parts: list[UpdatePart], normalizer: float
+    ) -> dict[str, float]:
+        losses = self._accumulate(groups, parts, normalizer)
+        if self._starts_at_reference and not self.optimizer.num_updates:
+            self._refuse_divergence(losses["kl"])
+        return losses | self.optimizer.step()
+
+    def _refuse_divergence(self, kl: float) -> None:
+        exact = self.policy.dtype in (torch.float32, torch.float64) and self.policy.autocast_dtype is None
+        if self.reference is not None and kl > (_MAX_FIRST_KL if exact else _MAX_FIRST_KL_ROUNDED):
+            raise RunStoppedError(
+                f"loss.kl_coef: before the first update the divergence of the policy from its reference is {kl:.3g}, where the "
+                "two should be the same model: the reference is not what training starts from"
+            )
 
     def pack_parts(
         self, groups: Sequence[RolloutGroup], begun: UpdatePart | None = None

@@ -54,6 +54,8 @@ class CustomRewards:
         for name, function in self._functions.items():
             function.check_signature(name)
         self._failures: Counter[str] = Counter()
+        self.reasons: dict[str, str] = {}
+        """Of the rewards that failed, the last reason of each."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,7 +79,8 @@ class CustomRewards:
         self._failures[name] += sum(map(math.isnan, scores))
         for error in outcomes:
             if isinstance(error, BaseException):
-                _log_once(name, redact(_told(error), [*captions, sample.reference]))
+                self.reasons[name] = redact(_told(error), [*captions, sample.reference])
+                _log_once(name, self.reasons[name])
         return scores
 
 

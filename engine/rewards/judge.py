@@ -80,6 +80,8 @@ class ScoreStats:
     """Captions whose linguistic reward the length mask takes; None under another length rule."""
     errors: Counter[str] = field(default_factory=Counter)
     """Why there were no scores, counted."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Of custom rewards that left scores out, the last reason of each."""
     judge_metrics: dict[str, float] = field(default_factory=dict)
     """What the judge and the custom rewards tell of their work."""
 

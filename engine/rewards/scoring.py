@@ -189,6 +189,7 @@ class GroupScorer:
             self._fill_in(group, breakdowns, stats)
         for error in stats.errors:
             _log_once(self._judge.name, error)
+        stats.reasons = dict(self._custom.reasons)
         take_metrics: Any = getattr(self._judge, "take_metrics", None)
         stats.judge_metrics = {**(take_metrics() if callable(take_metrics) else {}), **self._custom.take_metrics()}
         return stats

@@ -18,7 +18,7 @@ from balcaprl.config import SamplingConfig
 from balcaprl.policy import Policy
 from balcaprl.policy.packing import merge_image_inputs
 from balcaprl.rollout.sampler import Draw, check_context, check_request, first_stop, gather, make_rollouts
-from balcaprl.types import Prompt, RolloutGroup, SyncReport
+from balcaprl.types import DivergedError, Prompt, RolloutGroup, SyncReport
 
 
 class HFRollout:
@@ -30,6 +30,11 @@ class HFRollout:
         """Sample from ``policy``."""
         self._policy = policy
         self.policy_version = 0
+
+    @property
+    def policy(self) -> Policy:
+        """See ``Sampler.policy``."""
+        return self._policy
 
     def generate(
         self,
@@ -140,8 +145,19 @@ class _TokenPicker:
         if self._generator is None:
             token = logprobs.argmax(-1, keepdim=True)
         else:
-            token = torch.multinomial(logprobs.exp(), 1, generator=self._generator)
+            token = self._draw(logprobs, self._generator)
         return token[:, 0], logprobs.gather(-1, token)[:, 0]
+
+    @staticmethod
+    def _draw(logprobs: Tensor, generator: torch.Generator) -> Tensor:
+        try:
+            return torch.multinomial(logprobs.exp(), 1, generator=generator)
+        except RuntimeError as error:  # on a CPU; CUDA cannot be asked any more
+            if logprobs.is_cpu and logprobs.isnan().any():
+                raise DivergedError(
+                    "the policy's next-token distribution is not finite: its weights are damaged"
+                ) from error
+            raise
 
 
 class _Decoder:

@@ -35,6 +35,11 @@ class Sampler(Protocol):
     policy_version: int
     """Of the weights that it samples from; ``sync`` sets it."""
 
+    @property
+    def policy(self) -> Policy:
+        """What it samples from; the trainer refuses a sampler of another policy than its own."""
+        ...
+
     def generate(
         self,
         prompts: Sequence[Prompt],

@@ -97,6 +97,11 @@ class ServerRollout:
         self._closed = False
         self.policy_version = 0
 
+    @property
+    def policy(self) -> Policy:
+        """See ``Sampler.policy``."""
+        return self._policy
+
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False
     ) -> list[RolloutGroup]:

@@ -106,6 +106,11 @@ class VLLMRollout:
         self.num_restarts = 0
         """Engines that were given up because they failed."""
 
+    @property
+    def policy(self) -> Policy:
+        """See ``Sampler.policy``."""
+        return self._policy
+
     def generate(
         self,
         prompts: Sequence[Prompt],

@@ -13,8 +13,9 @@ from balcaprl.optim import PolicyOptimizer
 from balcaprl.policy import Policy
 from balcaprl.policy.head import LogitRule
 from balcaprl.policy.tiny import build_tiny_qwen
+from balcaprl.reference import WithoutAdapter
 from balcaprl.rollout.hf import HFRollout
-from balcaprl.update import PeakMemory, PolicyUpdate, WithoutAdapter
+from balcaprl.update import PeakMemory, PolicyUpdate
 
 CORPUS = ["There are two shapes on a white background. A large solid red circle is at the top left."] * 3
 NUM_STEPS = 5

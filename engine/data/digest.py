@@ -1,0 +1,46 @@
+"""A digest of a data set's files: whether a run that is resumed still has the data that it began with."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from balcaprl.config import DataConfig
+
+_CHUNK_BYTES = 1 << 20
+_WHOLE_BYTES = 64 << 20
+_NUM_SAMPLES = 64
+
+
+def data_digest(config: DataConfig) -> str | None:
+    """Of the content of ``data.path``; None for drawn scenes.
+
+    A file is read whole. Of a folder names, sizes and files of up to 64 MiB are read whole, of larger ones 64 pieces of 1 MiB:
+    a data set whose images lie in its tables has too many bytes to read at each start. Image files elsewhere are not read.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    path = config.path
+    if config.kind == "scenes" or path is None:
+        return None
+    digest = hashlib.sha256()
+    if path.is_file():
+        _add(digest, path, whole=True)
+        return digest.hexdigest()
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(("cache-", "."))):
+        digest.update(f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n".encode())
+        _add(digest, file, whole=file.stat().st_size <= _WHOLE_BYTES)
+    return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, path: Path, *, whole: bool) -> None:
+    with path.open("rb") as file:
+        if whole:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+            return
+        step = (path.stat().st_size - _CHUNK_BYTES) // (_NUM_SAMPLES - 1)
+        for index in range(_NUM_SAMPLES):
+            file.seek(index * step)
+            digest.update(file.read(_CHUNK_BYTES))
