@@ -225,16 +225,6 @@ class RewardConfig(_Section):
     0: it never does. Raise it for small steps with rare rewards."""
 
     @model_validator(mode="after")
-    def _something_counts(self) -> RewardConfig:
-        weights = self.weights if self.judge != "none" else self.weights[len(REWARD_NAMES) :]
-        if not sum(weights):
-            judge = "reward.judge is none, and " if self.judge == "none" else ""
-            raise ValueError(
-                f"{judge}no reward has a weight above 0: there is nothing to learn from; see reward.custom"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _bounds_in_order(self) -> RewardConfig:
         if self.tau_low > self.tau_high:
             raise ValueError(f"reward.tau_low ({self.tau_low}) exceeds reward.tau_high ({self.tau_high})")

@@ -32,9 +32,17 @@ class LearningWatch:
 
     Args:
         config: the run's; ``reward.required_share``, ``reward.max_flat_steps`` and the weights count.
+
+    Raises:
+        ValueError: no reward that gives scores has a weight.
     """
 
     def __init__(self, config: TrainConfig) -> None:
+        if not _expected(config.reward):
+            judge = "reward.judge is none, and " if config.reward.judge == "none" else ""
+            raise ValueError(
+                f"{judge}no reward has a weight above 0: there is nothing to learn from; see reward.custom"
+            )
         self._config = config
         self._steps = self._flat = 0
         self._lacking: Counter[str] = Counter()

@@ -84,6 +84,7 @@ class Trainer:
         self.step = 0
         self.policy_version = 0
         self.stop_signal: int | None = None
+        self.watch = LearningWatch(config)
         torch.set_num_threads(config.threads or torch.get_num_threads())
         torch.manual_seed(config.seed)
         clear_leftovers(config.output_dir)
@@ -125,7 +126,6 @@ class Trainer:
         self._held_out: HeldOut | None = None
         self.sampler.policy_version = self.policy_version
         self.gap, self.alarm = SamplingGap(), SamplingAlarm(config.rollout.sampling_kl_limit)
-        self.watch = LearningWatch(config)
         self.update = PolicyUpdate(
             self.policy, self.optimizer, config, reference, self.gap.add, starts_at_reference=True
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from balcaprl.assets import demo_model_path
 from balcaprl.config import TrainConfig
 from balcaprl.data import load_dataset
 from balcaprl.evaluation.b_capscore import evaluate_captions
@@ -21,7 +22,8 @@ def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None)
 
     Args:
         checkpoint: a stock transformers folder.
-        config: its data, rollout, reward, evaluation and model sections count (``model.path`` does not).
+        config: its data, rollout, reward, evaluation and model sections count (``model.path`` does for
+            an adapter alone: it names the model that the adapter belongs to).
         out: a folder for the scores and captions, empty or of an earlier evaluation; none: only return the scores.
 
     Raises:
@@ -47,7 +49,13 @@ def _evaluate(checkpoint: Path, config: TrainConfig, claim: Claim | None) -> dic
         run_dir=out,
         references=dataset.some_references(),
     )
-    policy = Policy.from_pretrained(checkpoint, dtype=model.dtype, device=model.device, attention=model.attention)
+    policy = Policy.from_pretrained(
+        checkpoint,
+        dtype=model.dtype,
+        device=model.device,
+        attention=model.attention,
+        base=demo_model_path() if model.path == "demo" else model.path,
+    )
     held_out = held_out_prompts(dataset, PromptMaker.of(policy, config))
     if not held_out.prompts:
         raise ValueError("there are no held-out images: set data.num_eval above 0")

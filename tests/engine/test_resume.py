@@ -17,6 +17,7 @@ from balcaprl import manifest
 from balcaprl.checkpoint import CheckpointError, list_checkpoints
 from balcaprl.config import DataConfig, TrainConfig
 from balcaprl.data.digest import data_digest
+from balcaprl.evaluation.standalone import evaluate_checkpoint
 from balcaprl.metrics import read_jsonl
 from balcaprl.policy import Policy
 from balcaprl.policy.tiny import build_tiny_qwen
@@ -148,6 +149,18 @@ def test_an_adapter_alone_goes_on_without_the_policy_too(models, tmp_path, kl_co
     run(config(models[0], tmp_path / "two", loss=loss), policy=adapted(models[0]), stop_at=2)
     resumed = run(config(models[0], tmp_path / "two", loss=loss))
     assert same(trained(resumed.policy), trained(uninterrupted))
+
+
+def test_an_adapter_alone_is_evaluated_on_the_model_that_the_user_names(models, tmp_path):
+    policy = adapted(models[0])
+    run(config(models[0], tmp_path / "run", steps=2), policy=policy)
+    checkpoint = list_checkpoints(tmp_path / "run")[-1]
+    scores = evaluate_checkpoint(checkpoint, config(models[0], tmp_path / "x", data={"num_eval": 2}), None)
+    assert scores["greedy"]["num_samples"] == 2
+    loaded = Policy.from_pretrained(checkpoint, device="cpu", base=models[0])
+    assert same(trained(loaded), trained(policy))
+    with pytest.raises(ValueError, match="name the model that it belongs to"):
+        Policy.from_pretrained(checkpoint, device="cpu")
 
 
 WRONG = {
