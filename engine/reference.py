@@ -28,7 +28,7 @@ _WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.)")
 class Reference(Protocol):
     """The frozen policy that the divergence is measured from."""
 
-    def logprobs(self, packed: PackedBatch, temperature: float = 1.0) -> Tensor:
+    def logprobs(self, packed: PackedBatch, temperature: float = 1.0, *, exclude_padding: bool = False) -> Tensor:
         """As ``Policy.logprobs``."""
         ...
 
@@ -41,10 +41,10 @@ class WithoutAdapter:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
-    def logprobs(self, packed: PackedBatch, temperature: float = 1.0) -> Tensor:
+    def logprobs(self, packed: PackedBatch, temperature: float = 1.0, *, exclude_padding: bool = False) -> Tensor:
         """See ``Reference``."""
         with self._policy.adapter_disabled():
-            return self._policy.logprobs(packed, temperature)
+            return self._policy.logprobs(packed, temperature, exclude_padding=exclude_padding)
 
 
 class StartingWeights:
@@ -78,10 +78,10 @@ class StartingWeights:
         return next((value for parameter, value in self._pairs if parameter is head), head)
 
     @torch.no_grad()
-    def logprobs(self, packed: PackedBatch, temperature: float = 1.0) -> Tensor:
+    def logprobs(self, packed: PackedBatch, temperature: float = 1.0, *, exclude_padding: bool = False) -> Tensor:
         """See ``Reference``."""
         with self._in_place():
-            return self._policy.logprobs(packed, temperature)
+            return self._policy.logprobs(packed, temperature, exclude_padding=exclude_padding)
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:

@@ -201,7 +201,7 @@ class PolicyUpdate:
         if self.reference is not None and part.reference_logprobs is None:
             with torch.no_grad():
                 temperature = self.config.rollout.sampling.temperature
-                part.reference_logprobs = self.reference.logprobs(part.packed, temperature)
+                part.reference_logprobs = self.reference.logprobs(part.packed, temperature, exclude_padding=True)
 
     def _accumulate(
         self, groups: Sequence[RolloutGroup], parts: list[UpdatePart], normalizer: float
@@ -233,7 +233,7 @@ class PolicyUpdate:
         hidden, part.hidden = part.hidden, None
         if hidden is None:
             hidden = self.policy.hidden_states(part.packed)
-        temperature, head = self.config.rollout.sampling.temperature, self.policy.head
+        temperature, head = self.config.rollout.sampling.temperature, self.policy.sampled_head
         options: dict[str, Any] = {
             "clip_low": settings.clip_low,
             "clip_high": settings.clip_high,

@@ -71,7 +71,7 @@ def _find_logit_rule(policy: Policy) -> LogitRule:
     module = head_module(policy.model)
     if module is None or getattr(policy.stock_model, "model", None) is None:
         raise PolicyMismatchError(f"{_name(policy)}: it has no head on one decoder (get_output_embeddings, model)")
-    plain = Head(module, LogitRule())
+    plain = Head(module, LogitRule(), policy.lm_head_weight.shape[0])
     generator = torch.Generator().manual_seed(0)
     width = policy.lm_head_weight.shape[1]
     hidden = torch.randn(len(_HEAD_LEVELS), width, generator=generator).to(policy.device, policy.dtype)
@@ -150,11 +150,10 @@ def _compare(policy: Policy, inputs: Mapping[str, Any], what: str) -> None:
     group = Group(prompt_ids, [completion, completion[:-1]], policy.image_inputs(prompt_ids, extra), "check at load")
     longest = len(prompt_ids) + len(completion)
     layouts = ("repeated",) if policy.sharing_obstacle(longest) else ("shared", "repeated")
-    tokens = slice(policy.num_tokens)  # what a model has in rows that only pad its head is its own affair
-    expected = torch.cat([expected, expected[:-1]])[:, tokens].log_softmax(-1)
+    expected = torch.cat([expected, expected[:-1]])[:, : policy.num_tokens].log_softmax(-1)
     for layout in layouts:
         hidden = policy.hidden_states(policy.pack([group], layout))  # type: ignore[arg-type]
-        found = policy.head.logits(hidden)[:, tokens].to(expected.dtype).log_softmax(-1)
+        found = policy.sampled_head.logits(hidden).to(expected.dtype).log_softmax(-1)
         difference = (found - expected).abs()
         exact = policy.dtype in (torch.float32, torch.float64)
         agrees = difference.max() <= _ROUNDING if exact else difference.mean() <= _ROUNDING_HALF

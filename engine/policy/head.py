@@ -4,7 +4,8 @@ A head of plain rows, adapted (LoRA), biased, or with scaled logits is one matri
 kernels that never store logits run on that. A head that is more (capped logits, DoRA, quantised rows) runs as the model
 runs it, in chunks whose logits are computed again in the backward: slower, and the same numbers.
 
-The distribution is over all rows, those that only pad the head too, as the model's own is: samplers ban such ids.
+Ids that no text can hold (``num_tokens`` and beyond, rows that only pad the head) are left out of the distribution, as samplers
+leave them out.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Head:
     module: Any
     """What the model calls: a layer, D to V."""
     rule: LogitRule
+    num_tokens: int
+    """Ids from here on are no tokens; at most V."""
 
     @property
     def is_linear(self) -> bool:
@@ -68,7 +71,7 @@ class Head:
         return self.rule.softcap is None and self._matrix() is not None
 
     def folded(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """``hidden`` (T, D') and ``weight`` (V, D') whose product are the logits; both differentiable.
+        """``hidden`` (T, D') and ``weight`` (num_tokens, D') whose product are the logits; both differentiable.
 
         D' is D, or more where the head has a bias.
         """
@@ -76,18 +79,19 @@ class Head:
         assert matrix is not None  # is_linear
         delta = None if matrix is module else adapter_delta(module)
         weight = matrix.weight if delta is None else matrix.weight + delta.to(matrix.weight.dtype)
+        weight = weight if weight.shape[0] == self.num_tokens else weight[: self.num_tokens]
         bias = matrix.bias
         if bias is not None:
             width = -(-(weight.shape[1] + 1) // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE - weight.shape[1] - 1
-            column = bias[:, None].to(weight.dtype)
+            column = bias[: self.num_tokens, None].to(weight.dtype)
             weight = F.pad(torch.cat([weight, column], 1), (0, width))
             hidden = F.pad(torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1), (0, width))
         return hidden if self.rule.scale == 1.0 else hidden * self.rule.scale, weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(T, V) of (T, D), as the model computes them."""
+        """(T, num_tokens) of (T, D), as the model computes them."""
         logits = hidden @ self.module.weight.T if _is_plain(self.module) else self.module(hidden)
-        return self.rule(logits)
+        return self.rule(logits[..., : self.num_tokens])
 
     def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float, banned: Sequence[int] = ()) -> Tensor:
         """Log-probabilities (T,) of ``targets`` (T,), differentiable; of the distribution without the ``banned`` ids."""
@@ -95,11 +99,12 @@ class Head:
             return self._logprobs_in_chunks(hidden, targets, temperature, banned)
         hidden, weight = self.folded(hidden)
         logprobs = linear_logprobs(hidden, weight, targets, temperature=temperature).logprobs
+        banned = [token for token in banned if token < self.num_tokens]
         if not banned:
             return logprobs
         # Probability of all banned ids together; the softmax's normaliser follows from the targets' own.
         log_normalizer = (hidden * weight[targets]).sum(-1) / temperature - logprobs
-        mass = (hidden @ weight[list(banned)].T / temperature - log_normalizer[:, None]).exp().sum(-1)
+        mass = (hidden @ weight[banned].T / temperature - log_normalizer[:, None]).exp().sum(-1)
         return logprobs - torch.log1p(-mass)
 
     def _matrix(self) -> nn.Linear | None:
@@ -117,11 +122,11 @@ class Head:
         def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
             logits = self.logits(hidden)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-            ids = torch.tensor(list(banned), dtype=torch.long, device=logits.device)
-            logits = logits.index_fill(-1, ids, -torch.inf)
+            ids = torch.tensor([token for token in banned if token < self.num_tokens], device=logits.device)
+            logits = logits.index_fill(-1, ids.long(), -torch.inf)
             return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
-        size = max(1, _MAX_CHUNK_LOGITS // self.module.out_features)
+        size = max(1, _MAX_CHUNK_LOGITS // self.num_tokens)
         pairs = zip(hidden.split(size), targets.split(size), strict=True)
         return torch.cat([checkpoint(of_chunk, *pair, use_reentrant=False) for pair in pairs])
 

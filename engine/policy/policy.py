@@ -168,7 +168,12 @@ class Policy:
     @property
     def head(self) -> Head:
         """What makes log-probabilities of hidden states, over all rows, as the model itself does."""
-        return Head(head_module(self.model), self.logit_rule)
+        return Head(head_module(self.model), self.logit_rule, self.lm_head_weight.shape[0])
+
+    @property
+    def sampled_head(self) -> Head:
+        """``head`` without the rows that are no tokens: what is sampled from, and trained."""
+        return Head(head_module(self.model), self.logit_rule, self.num_tokens)
 
     @property
     def num_parameters(self) -> int:
@@ -408,7 +413,14 @@ class Policy:
             begin = rows.stop
         return torch.cat(parts)
 
-    def logprobs(self, packed: PackedBatch, temperature: float = 1.0, *, exclude_banned: bool = False) -> Tensor:
+    def logprobs(
+        self,
+        packed: PackedBatch,
+        temperature: float = 1.0,
+        *,
+        exclude_banned: bool = False,
+        exclude_padding: bool = False,
+    ) -> Tensor:
         """Log-probabilities (T,) of the completion tokens; differentiable.
 
         Args:
@@ -416,10 +428,12 @@ class Policy:
             temperature: Divides the logits.
             exclude_banned: Of the distribution that samplers draw from, from which ``banned_token_ids`` are removed. The
                 difference is -log(1 - their probability): nothing for a trained captioner, not for random weights.
+            exclude_padding: Without the ids that are no tokens alone, which costs nothing: as an update computes them.
         """
         hidden, banned = self.hidden_states(packed), self.banned_token_ids if exclude_banned else ()
+        head = self.sampled_head if exclude_padding else self.head
         with self.autocast():
-            return self.head.logprobs(hidden, packed.targets, temperature, banned)
+            return head.logprobs(hidden, packed.targets, temperature, banned)
 
     # ------------------------------------------------------------------------------------------------ how it computes
 

@@ -191,9 +191,12 @@ def test_children_do_not_keep_the_lock_of_a_parent_that_died(tmp_path, what, met
         path = Path(sys.argv[2])
         claim = claim_file(path, option="--out") if sys.argv[1] == "file" else claim_folder(path, "run", option="output_dir")
         if sys.argv[3] == "fork":
+            reader, writer = os.pipe()
             child = os.fork()
             if child == 0:
+                os.write(writer, b"!")  # from here on the child runs, and has dropped what is its parent's
                 time.sleep(600)
+            os.read(reader, 1)
         else:
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], close_fds=False).pid
         print(child, flush=True)

@@ -196,7 +196,7 @@ def test_a_fifth_of_each_fault_all_at_once():
         assert min(server.counts[fault] for fault in FAULTS if fault not in HANGING) > 0.03 * server.counts["requests"]
         assert injected - cancelled <= sum(counted.values()) <= injected + late
         assert set(counted) == set().union(*KIND.values())
-        assert missing <= 0.7 * num_steps * 9
+        assert missing <= 0.85 * num_steps * 9  # a share of .3 at least, of what was not left out for good
         assert not server.problems
 
 

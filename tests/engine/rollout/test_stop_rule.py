@@ -11,6 +11,7 @@ from balcaprl.config import SamplingConfig
 from balcaprl.policy import Group, Policy
 from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
 from balcaprl.rollout import HFRollout
+from balcaprl.rollout.probe import sampler_logprobs
 from balcaprl.rollout.server import ServerRollout
 from balcaprl.rollout.vllm import VLLMRollout
 
@@ -86,6 +87,24 @@ def test_rows_that_only_pad_the_head_are_never_sampled(tmp_path, name, family):
         sampled = {i for r in group.rollouts for i in r.completion.token_ids}
         assert max(sampled) < len(policy.tokenizer)
         assert largest_difference(policy, [group]) < 1e-4
+
+
+def test_an_update_trains_the_distribution_that_is_sampled(tmp_path):
+    """Without the padding, whatever its probability: the sampler's log-probabilities are the update's."""
+    policy = tiny_policy(tmp_path)
+    prompt = policy.prepare(make_sample(0))
+    favour(policy, prompt, list(range(policy.num_tokens, policy.lm_head_weight.shape[0])), 0.5)
+    group = Group(prompt.prompt_ids, [torch.tensor([300, 301, 302])], prompt.image_inputs)
+    packed = policy.pack([group])
+    sampled = sampler_logprobs(policy, group)
+    with torch.no_grad():
+        of_update = policy.logprobs(packed, exclude_padding=True)
+        of_model = policy.logprobs(packed)
+        images = sum(
+            policy.sampled_head.logits(policy.hidden_states(packed)).softmax(-1)[:, i] for i in policy.image_token_ids
+        )
+    torch.testing.assert_close(of_update - torch.log1p(-images), sampled, rtol=1e-4, atol=1e-4)
+    assert (of_model - of_update)[0] < math.log(0.6)
 
 
 def test_ids_that_no_token_has_are_banned_wherever_they_are(tmp_path):
