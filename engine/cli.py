@@ -190,6 +190,9 @@ def _to_config(plain: dict[str, Any]) -> TrainConfig:
 
 
 def _run_training(config: TrainConfig) -> int:
+    from balcaprl.places import check_places
+
+    check_places(config)  # before torch is imported
     from transformers.utils.logging import disable_progress_bar
 
     from balcaprl.trainer import Trainer
@@ -233,11 +236,15 @@ def _demo(options: Namespace) -> int:
 
 
 def _evaluate(options: Namespace) -> int:
-    from balcaprl.evaluation.standalone import evaluate_checkpoint
+    from balcaprl.places import check_data_path
 
     plain = options.as_dict()
     folder, out = plain.pop("folder"), plain.pop("out")
-    scores = evaluate_checkpoint(folder, _to_config(plain), out)
+    config = _to_config(plain)
+    check_data_path(config.data)  # before torch is imported
+    from balcaprl.evaluation.standalone import evaluate_checkpoint
+
+    scores = evaluate_checkpoint(folder, config, out)
     print(json.dumps(scores, indent=2))
     return 0
 

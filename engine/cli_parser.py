@@ -35,7 +35,7 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
-        program = f"{parser.prog.partition(' [')[0]} {parser.command}".strip()
+        program = f"{parser.prog.replace(' [options]', '')} {parser.command}".strip()
         choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if choice:
             known = re.findall(r"[\w-]+", choice[2])
@@ -46,7 +46,9 @@ class CommandParser(ArgumentParser):
         if unknown and unknown[1]:
             own = [name.removeprefix("--") for action in parser._actions for name in action.option_strings]
             close = difflib.get_close_matches(unknown[1], own, n=1)
-            hint = f"did you mean --{close[0]}?" if close else did_you_mean(unknown[1]).replace("`", "`--", 1)
+            hint = f"did you mean --{close[0]}?" if close else ""
+            if not close and any("." in name for name in own):  # a command that takes a whole configuration
+                hint = did_you_mean(unknown[1]).replace("`", "`--", 1)
             refuse(program, f"there is no option --{unknown[1]}", hint)
         # Of a field's check only what it says, without its type and the address of its documentation.
         plain = re.sub(r'Parser key "([^"]*)":', r"--\1:", message)

@@ -107,8 +107,7 @@ def claim_folder(path: Path, kind: str, *, option: str, adopt: bool = False) -> 
         ForeignPathError: the folder holds something, and no mark of this kind.
         PathInUseError: another process writes there; the message says which.
     """
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{option}: {path} is no folder; name another one")
+    refuse_no_folder(path, option=option)
     created = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     mark = path / (_PREFIX + kind)
@@ -124,6 +123,13 @@ def claim_folder(path: Path, kind: str, *, option: str, adopt: bool = False) -> 
                 path.rmdir()
 
     return Claim(path, mark, descriptor, forget)
+
+
+def refuse_no_folder(path: Path, *, option: str) -> None:
+    """Raise NotADirectoryError where no folder can be at ``path``: it, or what it would lie in, is something else."""
+    existing = next((part for part in (path, *path.parents) if part.exists()), None)
+    if existing is not None and not existing.is_dir():
+        raise NotADirectoryError(f"{option}: {existing} is no folder; name another one")
 
 
 def claim_file(path: Path, *, option: str) -> Claim:

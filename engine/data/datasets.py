@@ -59,7 +59,7 @@ def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
     """
     if config.kind == "scenes":
         return _load_scenes(config)
-    path, root = _locate(config)
+    path, root = locate(config)
     report = LoadReport(f"{config.kind} {path}")
     records, column = _read(config, path, report)
     images = RecordImages(config, root, column)
@@ -85,8 +85,12 @@ def _load_scenes(config: DataConfig) -> Dataset:
     return Dataset(train, _FirstSamples(validation, config.num_eval), report, config.shuffle)
 
 
-def _locate(config: DataConfig) -> tuple[Path, Path]:
-    """The data set's path and the image folder."""
+def locate(config: DataConfig) -> tuple[Path, Path]:
+    """The data set's path and the image folder.
+
+    Raises:
+        DatasetError: one of them is missing, or no file or folder as the kind of data asks for.
+    """
     if config.path is None:
         raise DatasetError(f"data.path: needed for data.kind {config.kind}")
     path = config.path

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from balcaprl import manifest
+from balcaprl.model_path import ModelFilesError, refuse_no_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -25,12 +26,7 @@ TRAINER_FILES = ("trainer_state.json", "trainer/")
 _READ = {".json", ".jinja", ".model", ".txt", ".safetensors"}
 _FOREIGN_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".npz"}
 _SETTINGS = ["*.json", "*.jinja", "*.model", "*.txt"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MAX_JSON_BYTES = 64 << 20
-
-
-class ModelFilesError(ValueError):
-    """A folder or hub id cannot be loaded as a model; the message says which and why."""
 
 
 def model_folder(
@@ -47,16 +43,11 @@ def model_folder(
     Raises:
         ModelFilesError: there is none, or not all of it may be loaded.
     """
+    refuse_no_model(path_or_id)
     folder = Path(path_or_id).expanduser()
     from_hub = not folder.exists()
     if from_hub:
-        if not _HUB_ID.fullmatch(str(path_or_id)):
-            raise ModelFilesError(
-                f"model.path: {path_or_id} does not exist, and is no hub id such as Qwen/Qwen3-VL-4B-Instruct"
-            )
         folder = _downloaded(str(path_or_id), _SETTINGS)
-    if not folder.is_dir():
-        raise ModelFilesError(f"model.path: {path_or_id} is a file; give the folder that it lies in")
     _refuse(folder, _setting_faults(folder))
     accept(folder)
     if from_hub:

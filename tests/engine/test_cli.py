@@ -112,6 +112,74 @@ def test_help_is_quick_to_import():
     assert result.stdout.strip() == "[]"
 
 
+WITHOUT_TORCH = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers"):
+            raise RuntimeError(f"{name} is imported")
+
+sys.meta_path.insert(0, Blocked())
+from balcaprl.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+MISPLACED = {
+    "no data": (
+        ["--data.kind=jsonl", "--data.path=HERE/nowhere.jsonl"],
+        "data.path: HERE/nowhere.jsonl does not exist",
+    ),
+    "data not named": (["--data.kind=jsonl"], "data.path: needed for data.kind jsonl"),
+    "data of another kind": (["--data.kind=hf", "--data.path=HERE/file"], "data.path: HERE/file: data.kind hf expects"),
+    "no images": (
+        ["--data.kind=jsonl", "--data.path=HERE/file", "--data.image_root=HERE/file"],
+        "data.image_root: HERE/file is not a folder",
+    ),
+    "no model": (["--model.path=HERE/nowhere"], "model.path: HERE/nowhere does not exist"),
+    "no model here": (["--model.path=./nowhere"], "model.path: ./nowhere does not exist"),
+    "no model deep": (["--model.path=no/model/here"], "model.path: no/model/here does not exist"),
+    "a file as model": (["--model.path=HERE/file"], "model.path: HERE/file is a file"),
+    "a file as output": (["--output_dir=HERE/file"], "output_dir: HERE/file is no folder"),
+    "output below a file": (["--output_dir=HERE/file/run"], "output_dir: HERE/file is no folder"),
+}
+
+
+@pytest.mark.parametrize("name", MISPLACED)
+def test_what_paths_show_is_told_before_anything_heavy_is_imported(name, tmp_path):
+    (tmp_path / "file").write_text("{}\n")
+    options, told = MISPLACED[name]
+    options, told = [text.replace("HERE", str(tmp_path)) for text in options], told.replace("HERE", str(tmp_path))
+    arguments = ["train", "demo", f"--output_dir={tmp_path / 'run'}", *options]
+    command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"balcaprl train: {told}")
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_paths_do_not_show_goes_on_to_the_trainer(tmp_path):
+    """A hub id may exist, and a run to resume takes its model from its checkpoint."""
+    (tmp_path / "run" / "checkpoints" / "step-1").mkdir(parents=True)
+    for options in (
+        "--model.path=org/name",
+        f"--output_dir={tmp_path / 'run'} --model.path=./gone",
+        "--model.path=demo",
+    ):
+        command = [
+            sys.executable,
+            "-c",
+            WITHOUT_TORCH,
+            "train",
+            "demo",
+            f"--output_dir={tmp_path / 'x'}",
+            *options.split(),
+        ]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        assert "is imported" in result.stderr
+
+
 def test_demo_writes_the_promised_summary(tmp_path):
     result = run_cli("demo", "--out", tmp_path, "--seed", 3, "--steps", 1, "--sampler", "hf")
     assert result.returncode == 0, result.stderr

@@ -154,6 +154,27 @@ def test_a_usage_error_is_three_lines_at_most(name, capsys):
     assert max(map(len, lines)) < 400
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ("demo --stepz 3", "did you mean --steps?"),
+        ("demo --outt x", "did you mean --out?"),
+        ("demo --lr 3", ""),
+        ("demo --optim.lr 3", ""),
+        ("report run --learning_rate 3", ""),
+        ("judge-cache --max_mb 3", "did you mean --max_mib?"),
+        ("train --learning_rate 3", "did you mean `--optim.lr`?"),
+    ],
+)
+def test_an_option_is_suggested_that_the_command_has(arguments, hint, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments.split())
+    first, *rest = capsys.readouterr().err.splitlines()
+    command = f"balcaprl {arguments.split()[0]}"
+    assert first.startswith(f"{command}: there is no option --")
+    assert rest == [*([hint] if hint else []), f"`{command} --help` explains every option"]
+
+
 def test_a_value_that_may_be_secret_is_not_repeated(capsys):
     secret = "https://user:sesame@host/v1"
     with pytest.raises(SystemExit):

@@ -1,0 +1,24 @@
+"""Whether ``model.path`` can name a model at all, by its look: told before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class ModelFilesError(ValueError):
+    """A folder or hub id cannot be loaded as a model; the message says which and why."""
+
+
+def refuse_no_model(path_or_id: str | Path) -> None:
+    """Raise ModelFilesError for what is neither a folder nor can be a hub id."""
+    folder = Path(path_or_id).expanduser()
+    if not folder.exists():
+        if not _HUB_ID.fullmatch(str(path_or_id)):
+            raise ModelFilesError(
+                f"model.path: {path_or_id} does not exist, and is no hub id such as Qwen/Qwen3-VL-4B-Instruct"
+            )
+    elif not folder.is_dir():
+        raise ModelFilesError(f"model.path: {path_or_id} is a file; give the folder that it lies in")
