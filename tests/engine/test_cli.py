@@ -203,6 +203,7 @@ def test_a_chinese_data_set_is_refused_by_the_lexical_judge_before_the_model_is_
     records = [{"image": image.name, "reference": "草地上有一个红色的球。"} for image in images.iterdir()]
     path = tmp_path / "captions.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "no").mkdir()  # a folder of no model: that is told when it is loaded, later
     data = ["--data.kind", "jsonl", "--data.path", str(path), "--data.image_root", str(images), "--data.num_eval", "1"]
     assert main(["train", *data, "--model.path", str(tmp_path / "no"), "--output_dir", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
