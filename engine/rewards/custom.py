@@ -31,7 +31,7 @@ from typing import Any
 
 from balcaprl.config import CustomReward
 from balcaprl.rewards.foreign import ForeignFunction, Outcome
-from balcaprl.rewards.judge import redact
+from balcaprl.rewards.redaction import redact
 from balcaprl.types import Sample
 
 logger = logging.getLogger(__name__)

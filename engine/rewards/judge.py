@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
-from balcaprl.logtext import printable
+from balcaprl.rewards.redaction import redact
 from balcaprl.types import REWARD_NAMES, JudgeStoppedError, RewardBreakdown, Sample
 
 _ROUNDING = 1e-6  # a mean of exact ones may exceed 1 by this
-_MAX_ERROR_CHARS = 300
-_MIN_PRIVATE_CHARS = 4  # replacing "A." everywhere would only garble the error
 
 
 class Judge(Protocol):
@@ -146,26 +143,3 @@ def _as_number(reward: object) -> float | None:
 
 def _clamped(reward: float) -> float:
     return reward if math.isnan(reward) else min(1.0, max(0.0, reward))
-
-
-_SECRETS = (
-    re.compile(r"(?i)\b(bearer|basic)\s+\S+"),
-    re.compile(r"(?i)\b(api[-_ ]?key|key|token|password|secret|authorization)\b(\s*[=:]\s*|['\"]\s*:\s*)\S+"),
-    re.compile(r"//[^/\s@]+@"),  # user and password of a URL
-    re.compile(r"\b(?=[\w-]*\d)[\w-]{20,}\b"),  # long and with digits: a key, if not a harmless id
-)
-_LONG_QUOTE = re.compile(r"'(?![a-z_.]+')[^']{20,}'|\"(?![a-z_.]+\")[^\"]{20,}\"")
-"""The name of an option, however long, is none."""
-
-
-def redact(text: str, private: Sequence[str]) -> str:
-    """The error text on one short line, without the ``private`` texts, long quotations, and what looks like a key."""
-    for secret in private:
-        for form in (secret, repr(secret)[1:-1]):
-            if len(form) >= _MIN_PRIVATE_CHARS:
-                text = text.replace(form, "<caption>")
-    text = text[: 4 * _MAX_ERROR_CHARS]
-    text = _LONG_QUOTE.sub("<quotation>", text)
-    for pattern in _SECRETS:
-        text = pattern.sub("<redacted>", text)
-    return printable(" ".join(text.split())[:_MAX_ERROR_CHARS], _MAX_ERROR_CHARS)

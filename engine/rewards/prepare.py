@@ -21,8 +21,8 @@ from balcaprl.data.datasets import RecordSource
 from balcaprl.data.records import Record
 from balcaprl.ownership import ForeignPathError, claim_file, clear_leftovers, refuse_foreign_file, write_atomically
 from balcaprl.rewards.endpoint_judge import EndpointJudge
-from balcaprl.rewards.judge import redact
 from balcaprl.rewards.protocol import TASKS, Call, DecomposeReply, RecaptionReply, Reply
+from balcaprl.rewards.redaction import redact
 from balcaprl.rewards.reference_units import (
     UnitStore,
     begins_with,

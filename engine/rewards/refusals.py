@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from balcaprl.rewards.judge import redact
 from balcaprl.rewards.outcomes import HOPELESS, AttemptError, Blame
 from balcaprl.rewards.protocol import Call
+from balcaprl.rewards.redaction import redact
 from balcaprl.rewards.reference_units import open_for_append
 from balcaprl.types import JudgeStoppedError
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from balcaprl.logtext import MAX_CHARS, PrintableFormatter, printable
-from balcaprl.rewards.judge import redact
+from balcaprl.rewards.redaction import redact
 
 HOSTILE = [
     "\x1b[2J\x1b[31m",

@@ -16,7 +16,6 @@ from balcaprl.rewards import (
     score_groups,
     write_advantages,
 )
-from balcaprl.rewards.judge import redact
 from balcaprl.types import Completion, Prompt, RewardBreakdown, Rollout, RolloutGroup, Sample
 
 REFERENCE = "A red cup is on a table."
@@ -167,11 +166,6 @@ def test_each_error_is_logged_once_and_never_the_caption_or_a_key(caplog):
         assert "secret cup" not in text
         assert key not in text
         assert "u:p@" not in text
-
-
-def test_redaction_is_short_and_fast():
-    assert len(redact("a-" * 500_000, [])) <= 300
-    assert redact("line 3: expected a number", ["A."]) == "line 3: expected a number"
 
 
 @pytest.mark.parametrize(
