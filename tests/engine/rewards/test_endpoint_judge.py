@@ -1,5 +1,6 @@
 """The endpoint judge against scripted servers: exact where the server is truthful, thrifty, complete, and able to stop."""
 
+import asyncio
 import itertools
 import json
 import logging
@@ -293,34 +294,42 @@ def test_an_unusable_image_costs_precision_alone(judges):
         assert breakdown.recall > 0
 
 
+class SlowServer(ScriptedServer):
+    """Holds what is asked about a straggler back for so long as ``holds`` says."""
+
+    def holds(self):
+        return True
+
+    async def _respond(self, request):
+        if b"straggler" in await request.read():
+            while self.holds():
+                await asyncio.sleep(0.01)
+        return await super()._respond(request)
+
+
+CAPTIONS = [*(f"A red cup {i}." for i in range(9)), "A straggler stands."]
+
+
 def test_a_step_goes_on_without_its_stragglers(judges):
-    hold = threading.Event()
-
-    def answer(asked):
-        return plain_answer(asked)
-
-    class Slow(ScriptedServer):
-        async def _respond(self, request):
-            body = json.loads(await request.read())
-            if "straggler" in json.dumps(body):
-                import asyncio
-
-                while not hold.is_set():
-                    await asyncio.sleep(0.01)
-            return await super()._respond(request)
-
-    with Slow(answer) as server:
+    gone_on = threading.Event()
+    with SlowServer() as server:
+        server.holds = lambda: not gone_on.is_set()
         judge = judges(server, required_share=0.8, grace_s=0.3)
-        started = time.monotonic()
-        breakdowns = judge.score(sample(), [f"A red cup {i}." for i in range(9)] + ["A straggler stands."])
-        assert time.monotonic() - started > 0.25, "the grace"
-        hold.set()
+        breakdowns = judge.score(sample(), CAPTIONS)
+        gone_on.set()
         assert all(b.precision >= 0 for b in breakdowns[:9])
         assert breakdowns[9].error is not None
         metrics = judge.take_metrics()
         adds_up(metrics)
         assert metrics["judge/cancelled"] > 0, "not waited for until its time was up"
         assert "judge/failed_timeout" not in metrics
+
+
+def test_stragglers_that_come_within_the_grace_count(judges):
+    with SlowServer() as server:
+        server.holds = lambda: server.counts["valid"] < 1 + 9 * 3  # the units, and all about the others
+        judge = judges(server, required_share=0.8, grace_s=60)
+        assert not any(math.isnan(r) for b in judge.score(sample(), CAPTIONS) for r in b.rewards)
 
 
 def test_missing_scores_are_asked_for_again_until_the_share_is_there(judges):
@@ -347,11 +356,9 @@ def test_missing_scores_are_asked_for_again_until_the_share_is_there(judges):
 
 def test_a_dead_endpoint_ends_the_wait_after_the_patience(judges):
     judge = judges([{"url": "http://127.0.0.1:9/v1"}], patience_s=0.6, max_attempts=1000)
-    started = time.monotonic()
     message = r"no valid reply of a judge server for 0\.6 s .*patience.*127\.0\.0\.1:9.*connection"
     with pytest.raises(JudgeStoppedError, match=message):
         judge.score(sample(), ["A red cup."])
-    assert time.monotonic() - started < 5
 
 
 def test_scores_that_never_come_end_the_wait_too(judges):
@@ -499,7 +506,7 @@ def test_captions_are_scored_while_others_of_their_group_are_sampled(judges):
         scorer = GroupScorer(judge, RewardConfig(judge="endpoint"))
         for position in (3, 0, 2):
             scorer.add(7, sample(1), parts.rollouts[position])
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 120  # only a hang takes so long
             before = server.counts["requests"]
             while position != 2 and server.counts["requests"] < before + 3 and time.monotonic() < deadline:
                 time.sleep(0.01)
