@@ -105,7 +105,8 @@ class RolloutConfig(_Section):
     server_url: str = ""
     """Of the sampling server, such as ``http://10.0.0.2:8000``; how to start it stands in ``balcaprl/rollout/server.py``."""
     server_weights_dir: Path | None = None
-    """Folder that this machine writes and the server reads under the same path; none: in ``output_dir``."""
+    """Folder that this machine writes and the server reads under the same path; none: in the folder of the run, or of the
+    evaluation, and where that has none among the system's temporary files."""
     server_api_key_env: str = ""
     """Name of the environment variable that holds the server's key."""
     prompts_per_step: int = Field(8, ge=1, le=100_000)

@@ -119,7 +119,7 @@ class Trainer:
         if checkpoint is not None and state is not None:
             self._restore(checkpoint, state)
         self.resumed_from = self.step if checkpoint is not None else None
-        self.sampler = sampler or make_sampler(config, self.policy)
+        self.sampler = sampler or make_sampler(config, self.policy, config.output_dir)
         if sampler is not None:
             self._take_over(sampler)
         self.timer = PhaseTimer(torch.cuda.synchronize if self.policy.device.type == "cuda" else None)

@@ -59,7 +59,7 @@ def _evaluate(checkpoint: Path, config: TrainConfig, claim: Claim | None) -> dic
     held_out = held_out_prompts(dataset, PromptMaker.of(policy, config))
     if not held_out.prompts:
         raise ValueError("there are no held-out images: set data.num_eval above 0")
-    sampler = make_sampler(config, policy)
+    sampler = make_sampler(config, policy, out)
     log = RunLog(claim.path, tensorboard=False, claim=claim) if claim is not None else None
     scores = {}
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -89,8 +90,13 @@ class Sampler(Protocol):
         ...
 
 
-def make_sampler(config: TrainConfig, policy: Policy) -> Sampler:
+def make_sampler(config: TrainConfig, policy: Policy, folder: Path | None = None) -> Sampler:
     """The sampler that ``config.rollout.sampler`` asks for; ``auto`` takes vLLM where it is installed.
+
+    Args:
+        config: its rollout section counts.
+        policy: what to sample from.
+        folder: of the caller, who alone writes to it, for what a sampler has to write; none: a temporary one.
 
     Raises:
         RuntimeError: For ``vllm`` where it cannot be imported; says how to install it.
@@ -119,7 +125,7 @@ def make_sampler(config: TrainConfig, policy: Policy) -> Sampler:
         return ServerRollout(
             policy,
             url=config.rollout.server_url,
-            weights_dir=(config.rollout.server_weights_dir or config.output_dir / "server-weights").absolute(),
+            weights_dir=config.rollout.server_weights_dir or (None if folder is None else folder / "server-weights"),
             api_key_env=config.rollout.server_api_key_env,
         )
     from balcaprl.rollout.hf import HFRollout

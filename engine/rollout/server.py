@@ -23,12 +23,14 @@ import time
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
 from balcaprl.config import SamplingConfig
+from balcaprl.ownership import PathInUseError, claim_folder, has_mark
 from balcaprl.policy import Policy
 from balcaprl.rollout.adapters import has_split_head, merged_tensors
 from balcaprl.rollout.images import collapsed
@@ -39,12 +41,22 @@ from balcaprl.types import Prompt, RolloutGroup, SyncReport
 
 _ATTEMPTS = 4
 _FIRST_PAUSE_S = 0.5
+_OPTION = "rollout.server_weights_dir"
+_MARK = "weights"
 _BAN = -100.0
 """The strongest bias that vLLM allows; what is sampled all the same is an error."""
 
 
 class ServerError(RuntimeError):
     """The sampling server refused a request, or could not be reached."""
+
+
+class RefusedError(ServerError):
+    """It answered with another HTTP status than 200."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class ServerRollout:
@@ -61,7 +73,7 @@ class ServerRollout:
         policy: Policy,
         *,
         url: str,
-        weights_dir: Path,
+        weights_dir: Path | None,
         api_key_env: str = "",
         timeout_s: float = 600.0,
         max_concurrency: int = 64,
@@ -71,7 +83,8 @@ class ServerRollout:
         Args:
             policy: What to sample from.
             url: Of the server, such as ``http://10.0.0.2:8000``; only it is contacted, without proxies.
-            weights_dir: A folder that this machine writes and the server reads, under the same path.
+            weights_dir: A folder that this machine writes and the server reads, under the same path; none: the system's
+                folder for temporary files, for a server on this machine.
             api_key_env: Name of the environment variable that holds the server's key, if it wants one.
             timeout_s: Longest wait for one answer.
             max_concurrency: Prompts that are under way at once.
@@ -85,7 +98,8 @@ class ServerRollout:
         if parsed.scheme not in ("http", "https") or not parsed.hostname or parsed.username or parsed.query:
             raise ValueError("url: expected http://host:port, without user, password or query")
         self._policy, self._url, self._timeout_s = policy, parsed, timeout_s
-        self._weights_dir = Path(weights_dir)
+        self._weights_dir = None if weights_dir is None else Path(weights_dir).absolute()
+        self._made_weights_dir = False
         self._headers = {"Content-Type": "application/json"}
         if api_key_env:
             if not os.environ.get(api_key_env):
@@ -158,18 +172,22 @@ class ServerRollout:
         """See ``Sampler.close``: the server goes on."""
         self._closed = True
         self._pool.shutdown(cancel_futures=True)
+        if self._weights_dir is not None and self._made_weights_dir:
+            with suppress(OSError):  # another run is using it too
+                self._weights_dir.rmdir()
 
     # --------------------------------------------------------------------------------------------------- weights
 
     def _push(self, policy_version: int) -> tuple[int, int]:
         """Write the weights, have the server load them and forget the old ones' results; (tensors, bytes)."""
-        self._weights_dir.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"version-{policy_version}-", dir=self._weights_dir))
+        folder = self._new_folder(policy_version)
         try:
-            folder.chmod(0o755)  # the server may run as another user
-            num_tensors, num_bytes = self._write_weights(folder)
-            reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-            self._post("/collective_rpc", reload)
+            with claim_folder(
+                folder, _MARK, option=_OPTION
+            ):  # what carries the mark and no lock, a kill has left behind
+                folder.chmod(0o755)  # the server may run as another user
+                num_tensors, num_bytes = self._write_weights(folder)
+                self._load(folder)
             for cache in ("prefix", "mm", "encoder"):
                 answer = self._post(f"/reset_{cache}_cache", {})
                 if answer.get("success") is False:
@@ -179,6 +197,26 @@ class ServerRollout:
             shutil.rmtree(folder, ignore_errors=True)
         self.policy_version, self._pushed = policy_version, True
         return num_tensors, num_bytes
+
+    def _new_folder(self, policy_version: int) -> Path:
+        parent = self._weights_dir
+        if parent is not None and not self._pushed:
+            self._made_weights_dir = not parent.exists()
+            parent.mkdir(parents=True, exist_ok=True)
+            _clear_leftovers(parent)
+        prefix = f"version-{policy_version}-" if parent is not None else f"balcaprl-version-{policy_version}-"
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+
+    def _load(self, folder: Path) -> None:
+        try:
+            self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        except RefusedError as error:
+            if error.status == 404:
+                raise
+            raise ServerError(
+                f"{error} (it was to read the weights in {folder.parent}; if it does not see this folder, name one that it "
+                f"does with {_OPTION})"
+            ) from error
 
     def _write_weights(self, folder: Path) -> tuple[int, int]:
         family, config = self._policy.family, self._policy.model.config
@@ -259,7 +297,8 @@ class ServerRollout:
                 pause *= 2
         if status != 200:
             hint = ": start it with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out" if status == 404 else ""
-            raise ServerError(f"{path}: the server answered {status}{hint}: {content[:500].decode(errors='replace')}")
+            told = content[:500].decode(errors="replace")
+            raise RefusedError(f"{path}: the server answered {status}{hint}: {told}", status)
         answer = json.loads(content) if content else {}
         return answer if isinstance(answer, dict) else {}
 
@@ -276,6 +315,14 @@ class ServerRollout:
     def _refuse_if_closed(self) -> None:
         if self._closed:
             raise RuntimeError("this ServerRollout is closed; make a new one")
+
+
+def _clear_leftovers(weights_dir: Path) -> None:
+    """Remove the weights of processes that were killed while they pushed them; those of living ones stay."""
+    for folder in weights_dir.glob("version-*"):
+        if folder.is_dir() and not folder.is_symlink() and has_mark(folder, _MARK):
+            with suppress(PathInUseError), claim_folder(folder, _MARK, option=_OPTION):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _data_url(image: Any) -> str:

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from http.client import HTTPConnection
@@ -17,8 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from balcaprl.config import SamplingConfig, TrainConfig
+from balcaprl.data import load_dataset
+from balcaprl.evaluation.standalone import evaluate_checkpoint
+from balcaprl.ownership import claim_folder
 from balcaprl.policy import Group, Policy
 from balcaprl.policy.tiny import build_tiny_qwen
+from balcaprl.prompts import PromptMaker, held_out_prompts
 from balcaprl.rollout import Sampler, make_sampler, server
 from balcaprl.rollout.server import ServerError, ServerRollout
 from balcaprl.rollout.weights import StaleWeightsError
@@ -57,6 +62,8 @@ class Stub(http.server.BaseHTTPRequestHandler):
         state.log.append((self.path, body))
         if state.fault == "no dev mode" and self.path == "/collective_rpc":
             return self.answer(404, {"detail": "Not Found"})
+        if state.fault == "sees no such folder" and self.path == "/collective_rpc":
+            return self.answer(500, {"error": "no such file"})
         if state.fault == "drops once":
             state.fault = None
             self.close_connection = True
@@ -87,10 +94,11 @@ class Stub(http.server.BaseHTTPRequestHandler):
 def stub(policy, prompts):
     served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     served.log, served.fault, served.version, served.weights = [], None, "0", None
+    served.prompts = list(prompts)
 
     def sample(body):
         url = body["content_parts"][0]["url"]
-        prompt = next(p for p in prompts if server._data_url(p.image) == url)
+        prompt = next(p for p in served.prompts if server._data_url(p.image) == url)
         n, length = body["sampling_params"]["n"], body["sampling_params"]["max_tokens"]
         ids = [9] * length if served.fault != "banned" else [policy.image_token_ids[0]] * length
         group = Group(prompt.prompt_ids, [torch.tensor(ids)], prompt.image_inputs)
@@ -167,6 +175,11 @@ def test_an_adapter_is_pushed_merged_under_the_stock_names(tmp_path):
     ("fault", "error", "match"),
     [
         ("no dev mode", ServerError, "answered 404: start it with VLLM_SERVER_DEV_MODE=1"),
+        (
+            "sees no such folder",
+            ServerError,
+            r"answered 500.*weights \(?.*name one that it does with .*server_weights_dir",
+        ),
         ("prefix cache in use", StaleWeightsError, "could not drop its prefix cache"),
         ("old version", StaleWeightsError, r"sampled from versions \{'0'\}, not 7"),
         ("stale", StaleWeightsError, "still serves other weights"),
@@ -205,7 +218,64 @@ def test_configuration(policy, tmp_path, monkeypatch):
     plain = {"sampler": "server", "server_url": "http://127.0.0.1:1", "server_api_key_env": "SAMPLER_KEY"}
     made = make_sampler(TrainConfig.model_validate({"rollout": plain, "output_dir": str(tmp_path)}), policy)
     assert made._headers["Authorization"] == "Bearer secret"
+    assert made._weights_dir is None, "in no folder that nobody gave it"
     made.close()
+
+
+# ---------------------------------------------------------------------------------------------------- what it leaves behind
+
+
+def everything_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("out", ["written", None])
+@pytest.mark.parametrize("fault", [None, "sees no such folder", "interrupted"])
+def test_an_evaluation_writes_to_its_own_folder_alone(policy, stub, tmp_path, monkeypatch, out, fault):
+    policy.save(tmp_path / "model")
+    temporary, here = tmp_path / "temporary", tmp_path / "here"
+    temporary.mkdir(), here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    url = f"http://127.0.0.1:{stub.server_address[1]}"
+    rollout = {"sampler": "server", "server_url": url, "sampling": {"max_completion_tokens": 8}}
+    config = TrainConfig.model_validate({"rollout": rollout, "data": {"num_eval": 2}})
+    dataset = load_dataset(config.data, seed=config.seed)
+    stub.prompts += held_out_prompts(dataset, PromptMaker.of(policy, config)).prompts
+    stub.fault, pushed = fault, []
+
+    def push(self, folder):
+        pushed.append(folder)
+        load(self, folder)
+        if fault == "interrupted":
+            raise KeyboardInterrupt
+
+    load = ServerRollout._load
+    monkeypatch.setattr(ServerRollout, "_load", push)
+    if fault is None:
+        evaluate_checkpoint(tmp_path / "model", config, out and here / out)
+    else:
+        with pytest.raises((ServerError, KeyboardInterrupt)):
+            evaluate_checkpoint(tmp_path / "model", config, out and here / out)
+    assert [folder.parent for folder in pushed] == [here / out / "server-weights" if out else temporary]
+    assert not everything_below(temporary)
+    assert {name.split("/")[0] for name in everything_below(here)} <= {out}
+    assert not [name for name in everything_below(here) if "weights" in name or "version" in name]
+
+
+def test_weights_of_a_killed_push_are_cleared_and_those_of_a_living_one_stay(sampler, stub, prompts, tmp_path):
+    folder = tmp_path / "weights"
+    for name in ("version-3-killed", "version-4-living", "version-theirs"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.safetensors").touch()
+    (folder / "version-3-killed" / ".balcaprl-weights").touch()
+    (folder / "version-4-living" / "model.safetensors").unlink()
+    with claim_folder(folder / "version-4-living", "weights", option="x"):
+        (folder / "version-4-living" / "model.safetensors").touch()
+        sampler.generate(prompts, 1, SAMPLING, seed=0)
+        sampler.close()
+        assert sorted(path.name for path in folder.iterdir()) == ["version-4-living", "version-theirs"]
+        assert (folder / "version-4-living" / "model.safetensors").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- the real thing
