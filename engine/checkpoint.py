@@ -161,7 +161,7 @@ def load_state(checkpoint: Path) -> TrainerState:
             raise ValueError(f"{manifest.MANIFEST} {'is of another version' if has_manifest else 'is missing'}")
         if f"step_{plain['step']:08d}" != checkpoint.name and _NAME.fullmatch(checkpoint.name):
             raise ValueError(f"{STATE_FILE} is of step {plain['step']}")
-        check_folder(checkpoint, verify=False)
+        check_folder(checkpoint, hashes=False)
         tensors = _read_tensors(checkpoint / _TENSORS)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint} is damaged: {error}") from error
@@ -170,7 +170,7 @@ def load_state(checkpoint: Path) -> TrainerState:
     return TrainerState(tensors=tensors, **plain)
 
 
-def clear_leftovers(output_dir: Path) -> None:
+def clear_partial_checkpoints(output_dir: Path) -> None:
     """Remove what saves that were killed left behind; only for who holds the run folder."""
     for partial in (output_dir / FOLDER).glob(f"{_PARTIAL}*"):
         size = sum(path.lstat().st_size for path in partial.rglob("*"))

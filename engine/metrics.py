@@ -33,7 +33,7 @@ from balcaprl.jsonl import encode_line as encode_line  # these three are part of
 from balcaprl.jsonl import plain
 from balcaprl.jsonl import read_jsonl as read_jsonl
 from balcaprl.jsonl import truncate_jsonl as truncate_jsonl
-from balcaprl.ownership import Claim, claim_folder, clear_leftovers, write_atomically
+from balcaprl.ownership import Claim, claim_folder, clear_partial_files, write_atomically
 from balcaprl.rotation import COMPLETIONS
 from balcaprl.types import Rollout, RolloutGroup
 
@@ -245,8 +245,8 @@ class RunLog:
             self._claim.release()
 
     def _prepare(self, resume_step: int | None) -> None:
-        clear_leftovers(self.output_dir, lambda name: name in _WRITTEN or rotation.is_part(name))
-        clear_leftovers(self.output_dir / EVAL_IMAGES, lambda name: name.endswith(".png"))
+        clear_partial_files(self.output_dir, lambda name: name in _WRITTEN or rotation.is_part(name))
+        clear_partial_files(self.output_dir / EVAL_IMAGES, lambda name: name.endswith(".png"))
         if resume_step is None:
             self._discard()
             return

@@ -191,7 +191,7 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
     fsync_folder(path.parent)
 
 
-def clear_leftovers(folder: Path, is_ours: Callable[[str], object]) -> None:
+def clear_partial_files(folder: Path, is_ours: Callable[[str], object]) -> None:
     """Remove what ``write_atomically`` left half-written when its process was killed; for who has claimed the place.
 
     Args:

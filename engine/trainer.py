@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import yaml
 
-from balcaprl.checkpoint import TrainerState, clear_leftovers, list_checkpoints, newest_whole, save_checkpoint
+from balcaprl.checkpoint import TrainerState, clear_partial_checkpoints, list_checkpoints, newest_whole, save_checkpoint
 from balcaprl.config import TrainConfig
 from balcaprl.data import Dataset, load_dataset
 from balcaprl.data.digest import data_digest
@@ -87,7 +87,7 @@ class Trainer:
         self.watch = LearningWatch(config)
         torch.set_num_threads(config.threads or torch.get_num_threads())
         torch.manual_seed(config.seed)
-        clear_leftovers(config.output_dir)
+        clear_partial_checkpoints(config.output_dir)
         resumed = self._checkpoint_to_resume()
         checkpoint, state = resumed or (None, None)
         # the user's own code first: it fails before anything heavy is loaded

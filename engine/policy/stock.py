@@ -128,7 +128,7 @@ def load_into(policy: Policy, folder: Path) -> None:
     Raises:
         ModelFilesError: The checkpoint is of another model, or of another kind (adapter or whole).
     """
-    check_folder(folder, verify=False)
+    check_folder(folder, hashes=False)
     adapted = hasattr(policy.model, "disable_adapter")
     if adapted != is_adapter(folder):
         kinds = ("a whole model", "an adapter")

@@ -52,7 +52,7 @@ def model_folder(
     accept(folder)
     if from_hub:
         folder = _downloaded(str(path_or_id), [*_SETTINGS, "model*.safetensors", ADAPTER_WEIGHTS])
-    check_folder(folder, verify=verify)
+    check_folder(folder, hashes=verify)
     return folder
 
 
@@ -61,13 +61,17 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in (WEIGHTS, INDEX))
 
 
-def check_folder(folder: Path, *, verify: bool = True) -> None:
+def check_folder(folder: Path, *, hashes: bool = True) -> None:
     """Refuse a model folder that is not whole, or that holds what must not be loaded.
+
+    Args:
+        folder: of a model or an adapter.
+        hashes: also compare its files with the manifest, where there is one.
 
     Raises:
         ModelFilesError: naming folder, file and fault.
     """
-    _refuse(folder, chain(_setting_faults(folder), _weight_faults(folder, verify)))
+    _refuse(folder, chain(_setting_faults(folder), _weight_faults(folder, hashes)))
 
 
 def read_json(path: Path) -> Any:
@@ -102,8 +106,8 @@ def _setting_faults(folder: Path) -> Iterator[str]:
         yield "config.json is missing: it is no folder of a transformers model"
 
 
-def _weight_faults(folder: Path, verify: bool) -> Iterator[str]:
-    if verify and (folder / manifest.MANIFEST).is_file():
+def _weight_faults(folder: Path, hashes: bool) -> Iterator[str]:
+    if hashes and (folder / manifest.MANIFEST).is_file():
         wrong = manifest.faults(folder, lambda name: not name.startswith(TRAINER_FILES))
         if wrong:
             yield (

@@ -19,7 +19,7 @@ from balcaprl.config import TrainConfig
 from balcaprl.data import load_dataset
 from balcaprl.data.datasets import RecordSource
 from balcaprl.data.records import Record
-from balcaprl.ownership import ForeignPathError, claim_file, clear_leftovers, refuse_foreign_file, write_atomically
+from balcaprl.ownership import ForeignPathError, claim_file, clear_partial_files, refuse_foreign_file, write_atomically
 from balcaprl.rewards.endpoint_judge import EndpointJudge
 from balcaprl.rewards.protocol import TASKS, Call, DecomposeReply, RecaptionReply, Reply
 from balcaprl.rewards.redaction import redact
@@ -141,7 +141,7 @@ def recaption(config: TrainConfig, out: Path) -> PrepareReport:
         raise ForeignPathError(f"--out: {out} is the data set that is read (data.path); name another file")
     with claim_file(out, option="--out"):
         refuse_foreign_file(out, _is_recaption, what="output of recaption", option="--out")
-        clear_leftovers(out.parent, lambda name: name == out.name)
+        clear_partial_files(out.parent, lambda name: name == out.name)
         return _recaption(config, out)
 
 

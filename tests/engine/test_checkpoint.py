@@ -15,7 +15,7 @@ from balcaprl.checkpoint import (
     CheckpointError,
     SaveError,
     TrainerState,
-    clear_leftovers,
+    clear_partial_checkpoints,
     list_checkpoints,
     load_state,
     newest_whole,
@@ -280,6 +280,6 @@ def test_leftovers_of_killed_saves_are_cleared(tmp_path):
     for name in (".partial_step_00000002", ".partial_old_step_00000000"):
         shutil.copytree(path, path.with_name(name))
     (tmp_path / "checkpoints" / "mine").mkdir()
-    clear_leftovers(tmp_path)
+    clear_partial_checkpoints(tmp_path)
     assert names(tmp_path) == ["mine", "step_00000001"]
-    clear_leftovers(tmp_path / "elsewhere")
+    clear_partial_checkpoints(tmp_path / "elsewhere")
