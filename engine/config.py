@@ -474,9 +474,11 @@ class LoggingConfig(_Section):
     completions: bool = True
     """Keep every completion with its reward breakdown."""
     completions_part_mib: int = Field(32, ge=1, le=1024)
-    """Size at which ``completions.jsonl`` is compressed into a part of its own, to about a tenth (ours)."""
+    """Size at which ``completions.jsonl``, and ``eval_captions.jsonl`` too, is compressed into a part of its own, to about a
+    tenth (ours)."""
     completions_max_mib: int = Field(1024, ge=1)
-    """Bound of all compressed parts of a run together; the oldest completions make room (ours)."""
+    """Bound of all compressed parts of either file together; the oldest captions make room, but for those of the first
+    evaluations (ours)."""
 
 
 class TrainConfig(_Section):

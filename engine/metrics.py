@@ -1,8 +1,8 @@
 """What a run writes while it goes: metrics, evaluations, captions, and one line of progress.
 
 A run folder holds JSON Lines files, each line an object with a ``step``: ``metrics.jsonl`` (one line a step),
-``evaluations.jsonl`` (one per evaluation and mode), ``completions.jsonl`` (one per rollout; ``rotation.py`` tells of its
-older parts) and ``eval_captions.jsonl`` (the same for held-out images), beside TensorBoard events in ``tensorboard/`` and
+``evaluations.jsonl`` (one per evaluation and mode), ``completions.jsonl`` (one per rollout) and ``eval_captions.jsonl`` (the
+same for held-out images; ``rotation.py`` tells of the older parts of both), beside TensorBoard events in ``tensorboard/`` and
 pictures in ``eval_images/``. Events and pictures carry a mark of ours, and only those that do are ever removed.
 
 Two runs of one seed on one machine write the same lines, but for the keys that :func:`is_reproducible` excludes.
@@ -34,7 +34,7 @@ from balcaprl.jsonl import plain
 from balcaprl.jsonl import read_jsonl as read_jsonl
 from balcaprl.jsonl import truncate_jsonl as truncate_jsonl
 from balcaprl.ownership import Claim, claim_folder, clear_partial_files, write_atomically
-from balcaprl.rotation import COMPLETIONS
+from balcaprl.rotation import COMPLETIONS, EVAL_CAPTIONS, ROTATED
 from balcaprl.types import Rollout, RolloutGroup
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
-EVAL_CAPTIONS = "eval_captions.jsonl"
 EVAL_IMAGES = "eval_images"
 TENSORBOARD = "tensorboard"
 LOG_FILES = (METRICS, EVALUATIONS, COMPLETIONS, EVAL_CAPTIONS)
@@ -156,8 +155,8 @@ class RunLog:
         resume_step: the step of the checkpoint the run goes on from: later lines are cut away, since the run writes
             them again. None: a fresh run; what an earlier run left in these files is discarded.
         claim: the caller's claim on the folder, which stays the caller's; none: the log claims it as a run's.
-        part_bytes: ``completions.jsonl`` is compressed into a part when it has grown to this size.
-        parts_max_bytes: bound of all these parts together; the oldest make room.
+        part_bytes: a file of captions is compressed into a part when it has grown to this size.
+        parts_max_bytes: bound of all parts of such a file together; the oldest make room.
 
     Raises:
         RuntimeError: TensorBoard is asked for but not installed.
@@ -184,6 +183,7 @@ class RunLog:
             self._claim = claim_folder(self.output_dir, "run", option="output_dir", adopt=resume_step is not None)
         self._completions, self._part_bytes, self._parts_max_bytes = completions, part_bytes, parts_max_bytes
         self._files: dict[str, BinaryIO] = {}
+        self._evaluated_step = resume_step
         self._writer = None
         self._prepare(resume_step)
         if writer_class is not None:
@@ -216,10 +216,13 @@ class RunLog:
         for group in groups:
             for index, rollout in enumerate(group.rollouts):
                 self._write(COMPLETIONS, rollout_record(step, group.prompt.sample.sample_id, index, rollout))
-        self._pack_if_full()
+        self._pack_if_full(COMPLETIONS)
 
     def log_eval_captions(self, step: int, mode: str, groups: Iterable[RolloutGroup]) -> None:
         """Write the captions of held-out images, with their references; the report shows them."""
+        if step != self._evaluated_step:  # not between the modes of one evaluation: a part ends where a step ends
+            self._pack_if_full(EVAL_CAPTIONS)
+            self._evaluated_step = step
         for group in groups:
             sample = group.prompt.sample
             for index, rollout in enumerate(group.rollouts):
@@ -252,20 +255,20 @@ class RunLog:
             return
         for name in LOG_FILES:
             path = self.output_dir / name
-            if name == COMPLETIONS:
-                dropped = rotation.cut_back(self.output_dir, resume_step)
+            if name in ROTATED:
+                dropped = rotation.cut_back(self.output_dir, resume_step, name)
             else:
                 dropped = truncate_jsonl(path, resume_step)
             if dropped:
                 logger.info("%s: dropped %d lines after step %d", path, dropped, resume_step)
-        self._pack_if_full()  # as it was when that step had been written
+        self._pack_if_full(COMPLETIONS)  # as it was when that step had been written
 
-    def _pack_if_full(self) -> None:
-        path = self.output_dir / COMPLETIONS
+    def _pack_if_full(self, name: str) -> None:
+        path = self.output_dir / name
         if path.is_file() and path.stat().st_size >= self._part_bytes:
-            if COMPLETIONS in self._files:
-                self._files.pop(COMPLETIONS).close()
-            rotation.pack(self.output_dir, self._parts_max_bytes)
+            if name in self._files:
+                self._files.pop(name).close()
+            rotation.pack(self.output_dir, self._parts_max_bytes, name)
 
     def _discard(self) -> None:
         """Remove what an earlier run wrote, and nothing else."""

@@ -1,8 +1,9 @@
-"""``completions.jsonl`` of a long run: full parts are compressed, and the oldest make room.
+"""The captions of a long run, sampled and held-out: full parts are compressed, and the oldest make room.
 
 The newest lines are in ``completions.jsonl``. When a step fills it, its lines move into ``completions-FIRST-LAST.jsonl.gz``,
 named after the steps of its first and last line, and a new file is begun. So a part ends where a step ends, the same
 lines give the same bytes, and a run that goes on at any step can bring the files back to what they were there.
+``eval_captions.jsonl`` is kept alike, but for its first part, which stays: it holds the captions before training.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from balcaprl.jsonl import Kept, bounded_lines, open_file, parse_line, truncate_jsonl
+from balcaprl.jsonl import Kept, UnreadableError, bounded_lines, open_file, parse_line, truncate_jsonl
 from balcaprl.ownership import fsync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
 COMPLETIONS = "completions.jsonl"
+EVAL_CAPTIONS = "eval_captions.jsonl"
+ROTATED = (COMPLETIONS, EVAL_CAPTIONS)
 PART_BYTES = 32 << 20
-"""Size at which ``completions.jsonl`` is compressed into a part."""
+"""Size at which such a file is compressed into a part."""
 MAX_BYTES = 1 << 30
-"""Bound of all parts of a run together, compressed."""
-_PART = re.compile(r"completions-(\d{8,16})-(\d{8,16})\.jsonl\.gz")
+"""Bound of all parts of one such file together, compressed."""
+_PART = re.compile(r"(completions|eval_captions)-(\d{8,16})-(\d{8,16})\.jsonl\.gz")
 _MAX_PART_BYTES = 8 << 30
 """A part that unpacks to more is read no further: no run writes such a one."""
 
@@ -41,12 +44,15 @@ class Part:
     last: int
     path: Path
 
-    def lines(self) -> Iterator[bytes]:
-        """Its lines; where it is damaged, those before the damage, and a warning."""
+    def lines(self, max_bytes: int | None = None, root: Path | None = None) -> Iterator[bytes]:
+        """Its lines up to ``max_bytes`` unpacked; where it is damaged, those before the damage, and a warning.
+
+        No links out of ``root`` are followed; none: they may lead anywhere.
+        """
         try:
-            with open_file(self.path) as packed, gzip.GzipFile(fileobj=packed) as file:
-                yield from bounded_lines(file, _MAX_PART_BYTES)
-        except (OSError, EOFError, zlib.error) as error:
+            with open_file(self.path, root) as packed, gzip.GzipFile(fileobj=packed) as file:
+                yield from bounded_lines(file, _MAX_PART_BYTES if max_bytes is None else max_bytes)
+        except (OSError, UnreadableError, EOFError, zlib.error) as error:
             logger.warning("%s is damaged, and the rest of it is left out: %s", self.path, error)
 
 
@@ -55,23 +61,27 @@ def is_part(name: str) -> bool:
     return _PART.fullmatch(name) is not None
 
 
-def list_parts(folder: Path) -> list[Part]:
-    """The compressed parts of a run, oldest first."""
+def list_parts(folder: Path, name: str = COMPLETIONS) -> list[Part]:
+    """The compressed parts of one of a run's ``ROTATED`` files, oldest first."""
     found = ((path, _PART.fullmatch(path.name)) for path in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(Part(int(match[1]), int(match[2]), path) for path, match in found if match and path.is_file())
+    return sorted(
+        Part(int(match[2]), int(match[3]), path)
+        for path, match in found
+        if match and f"{match[1]}.jsonl" == name and path.is_file()
+    )
 
 
-def read_completions(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every completion that a run still holds, oldest first, a record of ``rollout_record`` each; broken lines are left out."""
+def read_captions(folder: Path, name: str = COMPLETIONS) -> Iterator[dict[str, Any]]:
+    """Every caption that a run still holds, oldest first, a record of ``rollout_record`` each; broken lines are left out."""
     packed_to = -1
-    for part in list_parts(folder):
+    for part in list_parts(folder, name):
         for line in part.lines():
             record = parse_line(line)
             if record is not None and packed_to < record["step"] <= part.last:
                 yield record
         packed_to = max(packed_to, part.last)
     try:
-        file = open_file(folder / COMPLETIONS)
+        file = open_file(folder / name)
     except FileNotFoundError:
         return
     with file:
@@ -81,13 +91,13 @@ def read_completions(folder: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def cut_back(folder: Path, last_step: int) -> int:
-    """Bring all files back to the lines of steps up to ``last_step``, as they were when that step had been written.
+def cut_back(folder: Path, last_step: int, name: str = COMPLETIONS) -> int:
+    """Bring a file and its parts back to the lines of steps up to ``last_step``, as they were when that step had been written.
 
     Killed at any moment, it can be done again. Returns the number of dropped lines, those of whole parts not counted.
     """
-    live = folder / COMPLETIONS
-    parts = list_parts(folder)
+    live = folder / name
+    parts = list_parts(folder, name)
     for part in parts:
         if part.first <= last_step < part.last:  # its lines up to there had not been packed yet
             kept = Kept(part.lines(), -1, last_step)
@@ -101,17 +111,19 @@ def cut_back(folder: Path, last_step: int) -> int:
 
 
 def discard(folder: Path) -> None:
-    """Remove all parts, and ``completions.jsonl``."""
-    _remove(list_parts(folder))
-    (folder / COMPLETIONS).unlink(missing_ok=True)
+    """Remove the ``ROTATED`` files and all their parts."""
+    for name in ROTATED:
+        _remove(list_parts(folder, name))
+        (folder / name).unlink(missing_ok=True)
 
 
-def pack(folder: Path, max_bytes: int) -> None:
-    """Compress ``completions.jsonl`` into a part, then drop the oldest parts that exceed ``max_bytes`` together.
+def pack(folder: Path, max_bytes: int, name: str = COMPLETIONS) -> None:
+    """Compress a file into a part, then drop the oldest parts that exceed ``max_bytes`` together.
 
-    The part is on disk before its lines are taken out of ``completions.jsonl``. The newest part always stays.
+    The part is on disk before its lines are taken out of the file. The newest part always stays, and of ``eval_captions.jsonl``
+    the first one.
     """
-    live = folder / COMPLETIONS
+    live = folder / name
     buffer = io.BytesIO()
     first = last = None
     with open_file(live) as source, gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=6, mtime=0) as target:
@@ -123,20 +135,19 @@ def pack(folder: Path, max_bytes: int) -> None:
                 target.write(line)
     if first is None or last is None:
         return
-    write_atomically(folder / f"completions-{first:08d}-{last:08d}.jsonl.gz", buffer.getvalue())
+    write_atomically(folder / f"{live.stem}-{first:08d}-{last:08d}.jsonl.gz", buffer.getvalue())
     live.unlink()
     fsync_folder(folder)
-    parts = list_parts(folder)
-    sizes = [part.path.stat().st_size for part in parts]
-    surplus = sum(sizes) - max_bytes
+    parts = list_parts(folder, name)
+    surplus = sum(part.path.stat().st_size for part in parts) - max_bytes
     doomed = []
-    for part, size in list(zip(parts, sizes, strict=True))[:-1]:
+    for part in parts[1 if name == EVAL_CAPTIONS else 0 : -1]:
         if surplus > 0:
             doomed.append(part)
-            surplus -= size
+            surplus -= part.path.stat().st_size
     if doomed:
         logger.info(
-            "completions of steps %d to %d make room (logging.completions_max_mib)", doomed[0].first, doomed[-1].last
+            "%s: steps %d to %d make room (logging.completions_max_mib)", name, doomed[0].first, doomed[-1].last
         )
         _remove(doomed)
 

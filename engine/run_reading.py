@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from balcaprl.jsonl import Record, UnreadableError, number, read_bytes, read_json, read_lines
-from balcaprl.metrics import EVAL_CAPTIONS, EVALUATIONS, METRICS
+from balcaprl.jsonl import Record, UnreadableError, number, parse_line, read_bytes, read_json, read_lines
+from balcaprl.metrics import EVALUATIONS, METRICS
+from balcaprl.rotation import EVAL_CAPTIONS, list_parts
 
 RUN_FILES = ("config.yaml", "summary.json", METRICS, EVALUATIONS, EVAL_CAPTIONS)
 _MAX_CONFIG_BYTES = 1 << 18
@@ -76,7 +77,8 @@ def load_run(output_dir: Path) -> Run:
         run.problems.append("summary.json is nested too deeply.")
     run.metrics = _latest(_read_log(run, METRICS, _scalars), ("step",))
     run.evaluations = _latest(_read_log(run, EVALUATIONS, _scalars), ("step", "mode"))
-    run.captions = _latest(_read_log(run, EVAL_CAPTIONS, _caption), ("step", "mode", "sample_id", "rollout"))
+    captions = itertools.chain(_packed_captions(run), _read_log(run, EVAL_CAPTIONS, _caption))
+    run.captions = _latest(captions, ("step", "mode", "sample_id", "rollout"))
     if not run.metrics:
         run.problems.append("No training step is logged.")
     if not run.evaluations:
@@ -124,6 +126,14 @@ def _read_log(run: Run, name: str, keep: Callable[[Record], Record]) -> list[Rec
     if lines.num_bytes_left_out:
         run.problems.append(f"{name} is large: {lines.num_bytes_left_out:,} bytes in its middle are left out.")
     return lines.records
+
+
+def _packed_captions(run: Run) -> Iterator[Record]:
+    """The captions of the first and the newest compressed part: a report compares the first evaluation with the last."""
+    parts = list_parts(run.output_dir, EVAL_CAPTIONS)
+    for part in dict.fromkeys([*parts[:1], *parts[-1:]]):
+        records = map(parse_line, part.lines(_MAX_LOG_BYTES, run.output_dir))
+        yield from map(_caption, itertools.islice(filter(None, records), _MAX_RECORDS))
 
 
 def _scalars(record: Record) -> Record:
