@@ -191,8 +191,10 @@ def _to_config(plain: dict[str, Any]) -> TrainConfig:
 
 def _run_training(config: TrainConfig) -> int:
     from balcaprl.places import check_places
+    from balcaprl.prospects import refuse_hopeless
 
-    check_places(config)  # before torch is imported
+    refuse_hopeless(config)  # before torch is imported, and a folder is made
+    check_places(config)
     from transformers.utils.logging import disable_progress_bar
 
     from balcaprl.trainer import Trainer

@@ -95,6 +95,13 @@ class SamplingConfig(_Section):
     stop: tuple[str, ...] = ()
     """A completion ends where one of these texts appears; the text, not its tokens, is cut before it."""
 
+    @field_validator("stop")
+    @classmethod
+    def _stops_are_texts(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in stop:
+            raise ValueError("an empty text would end every completion before it begins")
+        return stop
+
 
 class RolloutConfig(_Section):
     """The sampler and the size of a step."""

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from balcaprl.config import RewardConfig, TrainConfig
+from balcaprl.prospects import expected_rewards
 from balcaprl.rewards import ScoreStats
 from balcaprl.rewards.columns import reward_of
 from balcaprl.types import REWARD_NAMES, DivergedError, RewardBreakdown, Rollout, RolloutGroup, RunStoppedError
@@ -32,17 +33,9 @@ class LearningWatch:
 
     Args:
         config: the run's; ``reward.required_share``, ``reward.max_flat_steps`` and the weights count.
-
-    Raises:
-        ValueError: no reward that gives scores has a weight.
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        if not _expected(config.reward):
-            judge = "reward.judge is none, and " if config.reward.judge == "none" else ""
-            raise ValueError(
-                f"{judge}no reward has a weight above 0: there is nothing to learn from; see reward.custom"
-            )
         self._config = config
         self._steps = self._flat = 0
         self._lacking: Counter[str] = Counter()
@@ -60,7 +53,9 @@ class LearningWatch:
         for name, share in shares.items():
             self._lacking[name] = self._lacking[name] + 1 if share < reward.required_share else 0
         is_flat = all(not r.advantage for g in groups for r in g.rollouts)
-        has_reached_all = self._flat < self._steps - 1 and all(_values(groups, n) == {1.0} for n in _expected(reward))
+        has_reached_all = self._flat < self._steps - 1 and all(
+            _values(groups, n) == {1.0} for n in expected_rewards(reward)
+        )
         self._flat = self._flat + 1 if is_flat and not has_reached_all else 0
         if any(self._lacking.values()) or self._flat:
             self._reason = f"{self._lacking_words(shares, stats)}{self._flat_words(groups)}"
@@ -107,7 +102,7 @@ class LearningWatch:
                 "policy has collapsed"
             )
         flat = []
-        for name in _expected(reward):
+        for name in expected_rewards(reward):
             finite = sorted(value for value in _values(groups, name) if math.isfinite(value))
             if finite:
                 span = f"{finite[0]:.3g}" if finite[0] == finite[-1] else f"{finite[0]:.3g} to {finite[-1]:.3g}"
@@ -134,12 +129,6 @@ def _is_finite(rollout: Rollout) -> bool:
     return all(map(math.isfinite, rollout.completion.sampling_logprobs))
 
 
-def _expected(config: RewardConfig) -> list[str]:
-    """The rewards that a run learns from."""
-    given = config.names if config.judge != "none" else config.names[len(REWARD_NAMES) :]
-    return [name for name, weight in zip(config.names, config.weights, strict=True) if weight and name in given]
-
-
 def _values(groups: Sequence[RolloutGroup], name: str) -> set[float]:
     """The different scores that a reward gave."""
     return {reward_of(r.breakdown or RewardBreakdown(), name) for group in groups for r in group.rollouts}
@@ -150,5 +139,5 @@ def _shares(groups: Sequence[RolloutGroup], config: RewardConfig) -> dict[str, f
     breakdowns = [r.breakdown or RewardBreakdown() for group in groups for r in group.rollouts]
     return {
         name: sum(not math.isnan(reward_of(b, name)) for b in breakdowns) / max(1, len(breakdowns))
-        for name in _expected(config)
+        for name in expected_rewards(config)
     }

@@ -30,6 +30,7 @@ from balcaprl.pipeline import RolloutPipeline, SampledStep
 from balcaprl.policy import Policy
 from balcaprl.policy.stock import load_into, unsaved_parameters
 from balcaprl.prompts import HeldOut, PromptMaker, PromptStream, held_out_prompts
+from balcaprl.prospects import refuse_hopeless, warn_of_doubts
 from balcaprl.reference import Reference, StartingWeights, WithoutAdapter, adapter_adds_nothing, digest_of
 from balcaprl.report import write_report
 from balcaprl.resume import refuse_changed_config, refuse_other_origin, tell_learning_rate
@@ -84,6 +85,7 @@ class Trainer:
         self.step = 0
         self.policy_version = 0
         self.stop_signal: int | None = None
+        refuse_hopeless(config)
         self.watch = LearningWatch(config)
         torch.set_num_threads(config.threads or torch.get_num_threads())
         torch.manual_seed(config.seed)
@@ -93,13 +95,15 @@ class Trainer:
         # the user's own code first: it fails before anything heavy is loaded
         custom = CustomRewards(config.reward.custom)
         self.dataset: Dataset = load_dataset(config.data, seed=config.seed)
+        references = self.dataset.some_references()
+        warn_of_doubts(config, references)
         self.judge = judge or make_judge(
             config.reward,
             config.data.kind,
             endpoint=config.endpoint,
             data_path=config.data.path,
             run_dir=config.output_dir,
-            references=self.dataset.some_references(),
+            references=references,
         )
         self.policy = policy or load_policy(config, checkpoint)
         self.origin: dict[str, Any] = {

@@ -278,7 +278,7 @@ def test_a_reward_with_enough_scores_goes_on(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"rollout": {"sampling": {"max_completion_tokens": 8, "temperature": 1e-6}}}, "each image are the same"),
+        ({"rollout": {"sampling": {"max_completion_tokens": 8, "temperature": 2e-5}}}, "each image are the same"),
         ({"rollout": {"sampling": {"max_completion_tokens": 1}}}, "no reward tells the completions of an image apart"),
     ],
 )  # fmt: skip
