@@ -195,11 +195,9 @@ def _run_training(config: TrainConfig) -> int:
 
     refuse_hopeless(config)  # before torch is imported, and a folder is made
     check_places(config)
-    from transformers.utils.logging import disable_progress_bar
-
     from balcaprl.trainer import Trainer
 
-    disable_progress_bar()
+    _without_bars()
     trainer = Trainer(config)
     try:
         summary = trainer.train()
@@ -220,6 +218,13 @@ def _run_training(config: TrainConfig) -> int:
     print(json.dumps(summary, indent=2))
     print(f"report: {config.output_dir / 'report.html'}", file=sys.stderr)
     return 0 if trainer.stop_signal is None else 128 + trainer.stop_signal
+
+
+def _without_bars() -> None:
+    """No bar for the weights of each model that is loaded."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def _train(options: Namespace) -> int:
@@ -246,6 +251,7 @@ def _evaluate(options: Namespace) -> int:
     check_data_path(config.data)  # before torch is imported
     from balcaprl.evaluation.standalone import evaluate_checkpoint
 
+    _without_bars()
     scores = evaluate_checkpoint(folder, config, out)
     print(json.dumps(scores, indent=2))
     return 0

@@ -45,3 +45,8 @@ def log_few(logger: logging.Logger, count: int, message: str, *arguments: object
     if count <= MAX_OF_A_KIND:
         more = "" if count < MAX_OF_A_KIND else " (further cases are only counted)"
         logger.warning(message + more, *arguments)
+
+
+def leave_out(logger_name: str, beginning: str) -> None:
+    """Drop a known, harmless message of another package: what its logger says that begins so, and nothing else."""
+    logging.getLogger(logger_name).addFilter(lambda record: not record.getMessage().startswith(beginning))

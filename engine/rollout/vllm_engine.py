@@ -7,10 +7,12 @@ import copy
 import gc
 import os
 import random
+import re
 import tempfile
 import warnings
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from balcaprl.config import SamplingConfig
 from balcaprl.kernels.products import gapless
+from balcaprl.logtext import leave_out
 from balcaprl.policy import Policy
 from balcaprl.policy.packing import is_per_token
 from balcaprl.rollout.adapters import has_split_head, merged_tensors, served_name
@@ -39,6 +42,13 @@ _ENVIRONMENT_DEFAULTS = {
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_HARMLESS = {
+    # vLLM's build for CPUs has no use for it
+    "vllm.triton_utils.importing": "Triton is installed, but doesn't include CPU backend",
+    # no video is ever sent; vLLM makes one up as it measures its memory
+    "transformers.models.qwen2_vl.video_processing_qwen2_vl": "Qwen2VL video processing does not apply the per-frame pixel cap",
+}
+"""Messages that are left out by their loggers and beginnings, unless the user asks for vLLM's messages (VLLM_LOGGING_LEVEL)."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +264,9 @@ class VLLMEngine:
 
     def _load(self, folder: str) -> Any:
         os.environ.update(_ENVIRONMENT)
+        if "VLLM_LOGGING_LEVEL" not in os.environ:
+            for name, beginning in _HARMLESS.items():
+                leave_out(name, beginning)
         for name, value in _ENVIRONMENT_DEFAULTS.items():
             os.environ.setdefault(name, value)
         ensure_importable()
@@ -272,7 +285,10 @@ class VLLMEngine:
                 width, height = self.limits.image_size
                 optional["limit_mm_per_prompt"] = {"image": {"count": 1, "width": width, "height": height}}
             dtype: Any = str(self._policy.dtype).removeprefix("torch.")
-            with _plain_cpu_linear() if self._plain_weights else contextlib.nullcontext():
+            with (
+                _plain_cpu_linear() if self._plain_weights else contextlib.nullcontext(),
+                _not_bound_to_the_only_node(),
+            ):
                 return LLM(
                     folder,
                     load_format=_register_memory_loader(tensors, self._recorder),
@@ -434,6 +450,25 @@ def _inspect_in_process(architecture: str, instead: str) -> None:
     registered = ModelRegistry.models[architecture]
     if hasattr(registered, "load_model_cls"):
         ModelRegistry.register_model(architecture, registered.load_model_cls())
+
+
+@contextlib.contextmanager
+def _not_bound_to_the_only_node() -> Iterator[None]:
+    """Binding memory to the only NUMA node there is does nothing, and says so on standard error, past every logger."""
+    ops: Any = torch.ops._C
+    try:
+        is_needless = re.search(r"^Mems_allowed_list:\s*\d+$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:  # another system
+        is_needless = None
+    if not is_needless or not hasattr(ops, "init_cpu_memory_env"):
+        yield
+        return
+    bind = ops.init_cpu_memory_env
+    ops.init_cpu_memory_env = lambda _nodes: None
+    try:
+        yield
+    finally:
+        ops.init_cpu_memory_env = bind
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The command line: recipes, overrides, help, and errors that a user can act on."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -180,9 +181,18 @@ def test_what_paths_do_not_show_goes_on_to_the_trainer(tmp_path):
         assert "is imported" in result.stderr
 
 
-def test_demo_writes_the_promised_summary(tmp_path):
+OURS = re.compile(r"(INFO balcaprl\.\S+:|step \d+|report:|balcaprl evaluate: left out).*")
+"""What a run says of itself on standard error."""
+
+
+def assert_says_only_what_is_ours(stderr):
+    assert [line for line in stderr.splitlines() if not OURS.match(line)] == []
+
+
+def test_demo_writes_the_promised_summary_and_nothing_foreign_is_told(tmp_path):
     result = run_cli("demo", "--out", tmp_path, "--seed", 3, "--steps", 1, "--sampler", "hf")
     assert result.returncode == 0, result.stderr
+    assert_says_only_what_is_ours(result.stderr)
     summary = json.loads((tmp_path / "summary.json").read_text())
     scores = {"precision", "recall", "linguistic", "b_capscore", "length_ratio"}
     assert scores <= summary["before"].keys()
@@ -191,8 +201,10 @@ def test_demo_writes_the_promised_summary(tmp_path):
     assert summary["train_seconds"] > 0
     assert (tmp_path / "report.html").exists()
     checkpoint = next((tmp_path / "checkpoints").iterdir())
+    # by vLLM, where there is one
     result = run_cli("evaluate", checkpoint, "--data.num_eval", 4, "--out", tmp_path / "e")
     assert result.returncode == 0, result.stderr
+    assert_says_only_what_is_ours(result.stderr)
     assert json.loads(result.stdout)["sampled"]["num_samples"] == 4
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from balcaprl.logtext import MAX_CHARS, PrintableFormatter, printable
+from balcaprl.logtext import MAX_CHARS, PrintableFormatter, leave_out, printable
 from balcaprl.rewards.redaction import redact
 
 HOSTILE = [
@@ -55,3 +55,13 @@ def test_the_command_line_logs_through_it():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, timeout=120)
     assert b"\x1b" not in done.stderr
     assert b"\\x1b[2J" in done.stderr
+
+
+def test_one_known_message_of_another_package_is_left_out_and_no_other(caplog):
+    foreign = logging.getLogger("foreign.part")
+    leave_out("foreign.part", "Known and harmless")
+    with caplog.at_level(logging.INFO):
+        foreign.warning("Known and %s: details", "harmless")
+        foreign.warning("Known, and harmful")
+        logging.getLogger("foreign.other").warning("Known and harmless")
+    assert caplog.messages == ["Known, and harmful", "Known and harmless"]
