@@ -156,7 +156,9 @@ def enable_checkpointing(model: Any, *configs: Any) -> None:
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), _again([(config, config._attn_implementation) for config in configs], as_now())
 
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    # transformers' name for it since 5.24, which warns of the other one
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": contexts})
 
 
 @contextmanager

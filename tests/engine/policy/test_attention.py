@@ -14,6 +14,7 @@ from balcaprl.policy.attention import (
     IMAGE_SEGMENTS,
     _segments_of,
     calling_once_for_segments,
+    enable_checkpointing,
     image_segments_forward,
 )
 
@@ -60,3 +61,11 @@ def test_only_the_plain_function_is_replaced(given: str, within: str) -> None:
     with calling_once_for_segments(config):
         assert config._attn_implementation == within
     assert config._attn_implementation == given
+
+
+@pytest.mark.parametrize("names", [["activation", "gradient"], ["gradient"]])
+def test_checkpointing_is_enabled_by_the_newest_name_there_is(names):
+    called = []
+    methods = {f"{name}_checkpointing_enable": lambda _options, name=name: called.append(name) for name in names}
+    enable_checkpointing(SimpleNamespace(**methods))
+    assert called == names[:1]
