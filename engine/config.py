@@ -352,7 +352,8 @@ class EndpointConfig(_Section):
     breaker_wait_s: float = Field(2.0, gt=0)
     """First such pause; it doubles up to a minute."""
     required_share: float = Field(0.9, gt=0, le=1)
-    """A step goes on when this share of its scores arrived, after a last wait of ``grace_s``; the rest counts as not given."""
+    """A step goes on when this share of its scores arrived, after a last wait of ``grace_s``; the rest counts as not given.
+    What a server always fails on while it answers others is left out for a while: as much as this allows, or four of a kind."""
     grace_s: float = Field(20.0, ge=0)
     """How long stragglers are waited for once the required share is there."""
     patience_s: float = Field(600.0, gt=0)

@@ -12,20 +12,31 @@ import asyncio
 import hashlib
 import json
 import logging
-import os
 import random
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from balcaprl.config import EndpointConfig, ProtocolConfig, ServerConfig
+from balcaprl.config import EndpointConfig, ProtocolConfig
 from balcaprl.extras import install_extra
 from balcaprl.rewards.cache import ReplyCache
 from balcaprl.rewards.concurrency import AllServersGivenUpError, Clock, Dispatcher, Server
+from balcaprl.rewards.item_faults import CallIdentity, Control
 from balcaprl.rewards.outcomes import HOPELESS, AttemptError, Blame, Unreached, error_inside, error_of_status, text_of
-from balcaprl.rewards.protocol import Call, Reply, ReplyError, cache_key, parse_reply, request_body, subject_key
-from balcaprl.rewards.refusals import CallFailedError, CallIdentity, CallRefusedError, RefusalMemory, Refusals
+from balcaprl.rewards.protocol import (
+    Call,
+    Reply,
+    ReplyError,
+    cache_key,
+    parse_reply,
+    request_body,
+    request_form,
+    request_headers,
+    subject_key,
+)
+from balcaprl.rewards.refusals import CallFailedError, CallLeftOutError, RefusalMemory, Refusals
 from balcaprl.rewards.usage import Ledger, Reservation, Usage, most_tokens
 from balcaprl.types import JudgeStoppedError
 
@@ -74,10 +85,10 @@ class JudgeClient:
         """Looked into before a server is asked."""
         self.ledger = ledger or Ledger(endpoint)
         self.usage = Usage()
-        self._headers = {server.url: _headers(server) for server in endpoint.servers}
+        self._headers = {server.url: request_headers(server) for server in endpoint.servers}
         keys = [header["Authorization"].split()[1] for header in self._headers.values() if "Authorization" in header]
-        self._refusals = Refusals(refusals or RefusalMemory(), keys)
-        self._forms = {_form(server, protocol.model): server for server in endpoint.servers}
+        self._refusals = Refusals(refusals or RefusalMemory(), keys, endpoint.required_share)
+        self._forms = {request_form(server, protocol.model): server for server in endpoint.servers}
         self._retry_library()
         self._dispatcher = Dispatcher(
             [
@@ -113,6 +124,7 @@ class JudgeClient:
 
         Raises:
             CallRefusedError: it can never be answered, for what it is about.
+            CallLeftOutError: it fails time after time, while others are answered.
             CallFailedError: no attempt brought a valid reply.
             JudgeStoppedError: the budget is spent, no server gave a valid reply for ``endpoint.patience_s``, or all is refused.
         """
@@ -122,12 +134,12 @@ class JudgeClient:
         cached = self._cached(identity, call)
         if cached is not None:
             self.usage.num_cached += 1
+            self._refusals.note_cached(call, identity)
             return cached
         try:
             self._refusals.check(call, identity, item)
-        except (CallRefusedError, JudgeStoppedError):
-            self.usage.num_given_up += 1
-            self.usage.num_refused += 1
+        except (CallLeftOutError, JudgeStoppedError) as error:
+            self.usage.note_left_out(is_failing=getattr(error, "may_pass", False))
             raise
         under_way = self._under_way.get(identity.key)
         if under_way is None:
@@ -194,24 +206,17 @@ class JudgeClient:
         ended = False
         self._refusals.note_start(call, item)
         try:
-            reply, model = await self._retrying()(self._attempt, call, affinity, bodies)
+            reply, form = await self._retrying()(self._try, call, identity, affinity, bodies)
             ended = True
         except AttemptError as error:
-            self.usage.num_given_up += 1
-            if self._refusals.is_refusal(call, identity, error):
-                ended = True
-                self.usage.num_refused += 1
-                self._last_valid = self._clock()  # a sign of life
-                self._refusals.refuse(call, identity, item, error)
+            ended = True
+            self._give_up(call, identity, item, error)
             raise CallFailedError(f"{call.task.name}: {error}") from None
         except AllServersGivenUpError as error:
             self.usage.num_given_up += 1
             raise JudgeStoppedError(f"no judge server is left: {error}") from None
-        except JudgeStoppedError:
-            self.usage.num_given_up += 1
-            raise
-        except asyncio.CancelledError:
-            self.usage.num_cancelled += 1
+        except (JudgeStoppedError, asyncio.CancelledError) as error:
+            self.usage.note_ended(is_cancelled=isinstance(error, asyncio.CancelledError))
             raise
         finally:
             self._under_way.pop(identity.key, None)
@@ -219,8 +224,43 @@ class JudgeClient:
                 self._refusals.note_failed(call, item)
         self._last_valid = self._clock()
         self._refusals.note_valid(call, identity)
-        self._store(identity.by_model[model], call, reply, model)
+        self._store(identity.by_model[form], call, reply, form)
         return reply
+
+    def _give_up(self, call: Call, identity: CallIdentity, item: Hashable, error: AttemptError) -> None:
+        """Count a call whose attempts are used up; raises what ``Refusals.leave_out`` does."""
+        try:
+            self._refusals.leave_out(call, identity, item, error)
+        except (CallLeftOutError, JudgeStoppedError) as left_out:
+            self._last_valid = self._clock()
+            self.usage.note_left_out(is_failing=getattr(left_out, "may_pass", False))
+            raise
+        self.usage.num_given_up += 1
+
+    async def _try(
+        self, call: Call, identity: CallIdentity, affinity: str, bodies: dict[str, Any]
+    ) -> tuple[Reply, str]:
+        """One attempt; where it fails, a look at whose fault that is."""
+        try:
+            reply, form, _ = await self._attempt(
+                call, affinity, bodies, again=bool(bodies)
+            )  # made for the first attempt
+            return reply, form
+        except AttemptError as error:
+            await self._refusals.faults.note_failed(call, identity, error, partial(self._ask_control, affinity))
+            raise
+
+    async def _ask_control(self, affinity: str, control: Control) -> str:
+        """One attempt at a call that was answered before; gives the server's url."""
+        self.usage.num_calls += 1
+        try:
+            _, _, url = await self._attempt(control.call, affinity, {}, again=True)
+        except BaseException as error:
+            self.usage.note_ended(is_cancelled=isinstance(error, asyncio.CancelledError))
+            raise
+        self._last_valid = self._clock()
+        self._refusals.note_valid(control.call, control.identity)
+        return url
 
     def _retrying(self) -> Any:
         tenacity = self._retry_library()
@@ -261,12 +301,14 @@ class JudgeClient:
             raise ImportError(f"the endpoint judge needs aiohttp and tenacity: {install_extra('judge')}") from error
         return tenacity
 
-    async def _attempt(self, call: Call, affinity: str, bodies: dict[str, Any]) -> tuple[Reply, str]:
-        """One attempt at one server; counts how it ended. Gives the reply, and the form in which it was asked for."""
-        server = await self._dispatcher.acquire(affinity, again=bool(bodies))  # a body was made for the first attempt
+    async def _attempt(
+        self, call: Call, affinity: str, bodies: dict[str, Any], *, again: bool
+    ) -> tuple[Reply, str, str]:
+        """One attempt at one server; counts how it ended. Gives the reply, the form in which it was asked for, and the url."""
+        server = await self._dispatcher.acquire(affinity, again=again)
         try:
             model = server.config.model or self._protocol.model
-            form = _form(server.config, model)
+            form = request_form(server.config, model)
             if form not in bodies:
                 bodies[form] = request_body(call, self._protocol, model, server.config.request)
             most = most_tokens(bodies[form], call.image.num_pixels if call.image is not None else 0)
@@ -286,7 +328,7 @@ class JudgeClient:
             self.usage.failures[error.kind] += 1
             self._last_failure = str(error)
             self._note(server, call, error, self._clock() - started)
-            error.server_is_sound = server.is_sound
+            error.server, error.server_is_sound = server.config.url, server.is_sound
             raise
         except BaseException:
             self.usage.failures["cancelled"] += 1
@@ -295,7 +337,7 @@ class JudgeClient:
         finally:
             self.ledger.release(self.usage, reservation)
             self._dispatcher.release(server)
-        return reply, form
+        return reply, form, server.config.url
 
     def _note(self, server: Server, call: Call, error: AttemptError, latency_s: float) -> None:
         """Tell the server's state how an attempt failed."""
@@ -432,12 +474,6 @@ class JudgeClient:
             under_way.task.cancel()
 
 
-def _form(server: ServerConfig, model: str) -> str:
-    """What the model is called and how it is asked; servers that agree in both get the same bodies."""
-    options = server.request.model_dump_json(exclude_defaults=True)
-    return (server.model or model) + (f" {options}" if options != "{}" else "")
-
-
 def _connection_error(error: BaseException) -> AttemptError:
     """Why there was no connection; the libraries' own texts stay out, as they may hold a proxy's password."""
     import aiohttp
@@ -461,17 +497,3 @@ def _unreached(kind: str, message: str, why: Unreached) -> AttemptError:
     error = AttemptError(kind, message)
     error.unreached = why
     return error
-
-
-def _headers(server: ServerConfig) -> dict[str, str]:
-    headers = {"Content-Type": "application/json", "Accept": "application/json"}
-    if server.api_key_env:
-        key = os.environ.get(server.api_key_env, "").strip()
-        if not key:
-            raise ValueError(
-                f"endpoint.servers: the environment variable {server.api_key_env} holds no key for {server.url}"
-            )
-        if not (key.isascii() and key.isprintable()) or " " in key:
-            raise ValueError(f"endpoint.servers: {server.api_key_env} holds no key, but spaces or control characters")
-        headers["Authorization"] = f"Bearer {key}"
-    return headers

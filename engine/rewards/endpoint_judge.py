@@ -33,7 +33,7 @@ from balcaprl.rewards.endpoint_scores import (
 )
 from balcaprl.rewards.protocol import TASKS, Call, DecomposeReply, QuestionsReply, Reply, RubricReply, numbered
 from balcaprl.rewards.reference_units import UnitStore, judge_model, units_path
-from balcaprl.rewards.refusals import REFUSALS, CallFailedError, CallRefusedError, RefusalLog, RefusalMemory
+from balcaprl.rewards.refusals import REFUSALS, CallFailedError, CallLeftOutError, RefusalLog, RefusalMemory
 from balcaprl.rewards.usage import LEDGER, Ledger, Usage
 from balcaprl.types import REWARD_NAMES, JudgeStoppedError, RewardBreakdown, Sample
 
@@ -62,7 +62,7 @@ class _Caption:
     replies: dict[str, Reply] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     impossible: set[str] = field(default_factory=set)
-    """Tasks for which the data set lacks what they need, or which the servers refuse for good; nobody waits for them."""
+    """Tasks for which the data set lacks what they need, or which the servers refuse or fail on; nobody waits for them."""
 
 
 @dataclass
@@ -320,7 +320,7 @@ class EndpointJudge:
                 # The first call about an image brings it to the server that all of its calls go to.
                 caption.replies[task] = await self.client.ask(call, group.sample.sample_id, item=group.item)
                 caption.errors.pop(task, None)
-        except CallRefusedError as error:
+        except CallLeftOutError as error:
             caption.errors[task] = str(error)
             caption.impossible.add(task)
             self._refusal_log.note(group.sample.sample_id, error)

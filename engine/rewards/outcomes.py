@@ -88,6 +88,8 @@ class AttemptError(Exception):
         """Where no server was spoken to: why."""
         self.wait_s = wait_s
         """How long the server asks to wait."""
+        self.server = ""
+        """Url of the server, where one was asked."""
         self.server_is_sound = False
         """Whether the server answers others well."""
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -30,7 +31,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from balcaprl.config import ProtocolConfig, RequestOptions
+from balcaprl.config import ProtocolConfig, RequestOptions, ServerConfig
 from balcaprl.rewards.encoding import EncodedImage, encode_data
 from balcaprl.rewards.reply_text import find_objects, read_json, tidied
 from balcaprl.rewards.unicode_text import count_letters, find_phrase
@@ -189,6 +190,31 @@ def messages(call: Call) -> list[dict[str, Any]]:
         content.append({"type": "image_url", "image_url": {"url": call.image.url}})
     content.append({"type": "text", "text": encode_data(call.data)})
     return [{"role": "system", "content": call.task.prompt}, {"role": "user", "content": content}]
+
+
+def request_form(server: ServerConfig, model: str) -> str:
+    """What the model is called and how it is asked; servers that agree in both get the same bodies."""
+    options = server.request.model_dump_json(exclude_defaults=True)
+    return (server.model or model) + (f" {options}" if options != "{}" else "")
+
+
+def request_headers(server: ServerConfig) -> dict[str, str]:
+    """The headers of all requests to a server, with its key.
+
+    Raises:
+        ValueError: the environment holds no key for it.
+    """
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    if server.api_key_env:
+        key = os.environ.get(server.api_key_env, "").strip()
+        if not key:
+            raise ValueError(
+                f"endpoint.servers: the environment variable {server.api_key_env} holds no key for {server.url}"
+            )
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ValueError(f"endpoint.servers: {server.api_key_env} holds no key, but spaces or control characters")
+        headers["Authorization"] = f"Bearer {key}"
+    return headers
 
 
 def request_body(

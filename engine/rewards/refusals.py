@@ -9,19 +9,26 @@ taken for the cause, and calls about it are made no more.
 But where *all* requests are refused it is no matter of single pictures: the model takes none, or the request's form is not
 understood. Then the run ends, with the server's words. And nothing is remembered of a server that never answered a task: what
 it refuses says something about the configuration, which may be mended before the run is resumed.
+
+What only *fails* time after time, while other calls are answered (see ``item_faults``), is kept beside them, but for a time: it
+may be the server after all, or one part of it that is mended. For an hour it is not asked for, a picture or reference as a
+whole where two calls about it failed and none was answered; then, if it fails again, for twice as long, up to a day.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import time
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from balcaprl.rewards.item_faults import CallIdentity, ItemFaults
 from balcaprl.rewards.outcomes import HOPELESS, AttemptError, Blame
 from balcaprl.rewards.protocol import Call
 from balcaprl.rewards.redaction import redact
@@ -35,16 +42,19 @@ _HEADER = {"format": "balcaprl judge refusals", "version": 1}
 _ENOUGH_CALLS = 2
 _FIRST = 8
 _LATER = 32
-_ROUNDS = 4
 _MAX_LOGGED = 20
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 3600.0, 86_400.0
 
 
 class CallFailedError(RuntimeError):
     """A call that brought no valid reply after all attempts; the message names the last failure."""
 
 
-class CallRefusedError(CallFailedError):
-    """A call that can never succeed, for what it is about; ``kind`` is that of the failure, see ``outcomes``."""
+class CallLeftOutError(CallFailedError):
+    """A call that is not made, or not made again, for what it is about; ``kind`` is that of the failure, see ``outcomes``."""
+
+    verdict = "it fails whenever it is asked for, while others are answered; it is left out for a while"
+    may_pass = True
 
     def __init__(self, message: str, kind: str, words: str = "") -> None:
         super().__init__(message)
@@ -53,16 +63,18 @@ class CallRefusedError(CallFailedError):
         """The server's, fit for a log; empty where it said nothing, or said it in an earlier run."""
 
 
-@dataclass(frozen=True)
-class CallIdentity:
-    """What a call is known by."""
+class CallRefusedError(CallLeftOutError):
+    """A call that can never succeed."""
 
-    by_model: dict[str, bytes]
-    """Keys of the reply cache, by what the servers call the model."""
-    key: bytes
-    """Of the call, at all servers together."""
-    subject: bytes | None
-    """Of what it shares with others about the same picture or reference."""
+    verdict = "refused for good, left out and not asked for again"
+    may_pass = False
+
+
+@dataclass
+class _Pause:
+    kind: str
+    until: float
+    wait_s: float
 
 
 def refusals_path(output: Path) -> Path:
@@ -75,15 +87,22 @@ class RefusalMemory:
 
     Args:
         path: the file, or None: remembered for as long as this object lives.
+        now: seconds since 1970.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None = None, now: Callable[[], float] = time.time) -> None:
+        self.path, self._now = path, now
+        self._pauses: dict[bytes, _Pause] = {}
+        """Of calls and subjects that failed."""
+        self._failing: dict[bytes, set[bytes]] = defaultdict(set)
+        """Subject -> its calls that failed."""
         self._calls: dict[bytes, str] = {}
         self._subjects: dict[bytes, Counter[str]] = defaultdict(Counter)
         self._answered: set[bytes] = set()
+        self._written: set[bytes] = set()
+        """Those of which the file says so."""
         self._trusted: set[str] = set()
-        self._waiting: dict[str, list[dict[str, str]]] = defaultdict(list)
+        self._waiting: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self._file: BinaryIO | None = None
         if path is not None and path.is_file() and path.stat().st_size:
             self._load(path)
@@ -96,9 +115,23 @@ class RefusalMemory:
             kind = kinds.most_common(1)[0][0] if kinds.total() >= _ENOUGH_CALLS else None
         return kind
 
-    def add(self, task: str, key: bytes, subject: bytes | None, kind: str) -> None:
-        """A call was refused for good."""
-        line = {"key": key.hex(), "kind": kind, **({} if subject is None else {"subject": subject.hex()})}
+    def paused(self, key: bytes, subject: bytes | None) -> str | None:
+        """The kind of failure that a call would likely meet, or None where it may be made."""
+        names = [key]
+        if (
+            subject is not None
+            and subject not in self._answered
+            and len(self._failing.get(subject, ())) >= _ENOUGH_CALLS
+        ):
+            names.append(subject)
+        pauses = [self._pauses[name] for name in names if name in self._pauses]
+        return next((pause.kind for pause in pauses if self._now() < pause.until), None)
+
+    def add(self, task: str, key: bytes, subject: bytes | None, kind: str, *, for_good: bool = True) -> None:
+        """A call was refused for good, or failed time after time."""
+        line: dict[str, Any] = {"key": key.hex(), "kind": kind}
+        line |= {} if subject is None else {"subject": subject.hex()}
+        line |= {} if for_good else {"failed_at": self._now()}
         self._take(line)
         self._waiting[task].append(line)
         if task in self._trusted:
@@ -107,11 +140,21 @@ class RefusalMemory:
     def note_answered(self, task: str, subject: bytes | None) -> None:
         """A call was answered: its server answers calls of this task, and its subject was not what others were refused for."""
         self._trusted.add(task)
-        if subject is not None and subject in self._subjects and subject not in self._answered:
-            self._answered.add(subject)
+        self.note_cached(subject)
+        if (
+            subject is not None
+            and subject not in self._written
+            and (subject in self._subjects or subject in self._failing)
+        ):
+            self._written.add(subject)
             self._waiting[task].append({"answered": subject.hex()})
         if self._waiting[task]:
             self._write(task)
+
+    def note_cached(self, subject: bytes | None) -> None:
+        """A call was answered earlier."""
+        if subject is not None:
+            self._answered.add(subject)
 
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
@@ -119,14 +162,37 @@ class RefusalMemory:
             self._file.close()
             self._file = None
 
-    def _take(self, line: dict[str, str]) -> None:
+    def _take(self, line: dict[str, Any]) -> None:
         if "answered" in line:
             self._answered.add(bytes.fromhex(line["answered"]))
+            self._written.add(bytes.fromhex(line["answered"]))
             return
         key, kind = bytes.fromhex(line["key"]), str(line["kind"])[:40]
+        if "failed_at" in line:
+            self._take_failed(key, kind, line)
+            return
         if key not in self._calls and "subject" in line:
             self._subjects[bytes.fromhex(line["subject"])][kind] += 1
         self._calls[key] = kind
+
+    def _take_failed(self, key: bytes, kind: str, line: dict[str, Any]) -> None:
+        failed_at = min(float(line["failed_at"]), self._now())  # a clock may have been wrong
+        if not math.isfinite(failed_at):
+            return
+        self._pause(key, kind, failed_at)
+        if "subject" in line:
+            subject = bytes.fromhex(line["subject"])
+            self._failing[subject].add(key)
+            self._pause(subject, kind, failed_at)
+
+    def _pause(self, name: bytes, kind: str, failed_at: float) -> None:
+        """Begin a pause, unless one lasts: calls that failed together count once."""
+        known = self._pauses.get(name)
+        if known is None:
+            self._pauses[name] = _Pause(kind, failed_at + _FIRST_PAUSE_S, _FIRST_PAUSE_S)
+        elif failed_at >= known.until:
+            wait_s = min(_LONGEST_PAUSE_S, 2 * known.wait_s)
+            self._pauses[name] = _Pause(kind, failed_at + wait_s, wait_s)
 
     def _load(self, path: Path) -> None:
         with open(path, "rb") as file:
@@ -208,16 +274,18 @@ class RefusalLog:
     def __init__(self) -> None:
         self._names: set[str] = set()
 
-    def note(self, name: str, error: CallRefusedError) -> None:
-        """A call about the sample of that name was refused."""
+    def note(self, name: str, error: CallLeftOutError) -> None:
+        """A call about the sample of that name was left out."""
         if name in self._names or len(self._names) > _MAX_LOGGED:
             return
         self._names.add(name)
         if len(self._names) > _MAX_LOGGED:
-            logger.warning("further samples that the judge's servers refuse are only counted, as judge/refused")
+            logger.warning(
+                "further samples that the judge's servers refuse or fail on are only counted: judge/refused, judge/failing"
+            )
             return
         words = f": {error.words}" if error.words else ""
-        logger.warning("%r: refused for good, left out and not asked for again: %s%s", name, error, words)
+        logger.warning("%r: %s: %s%s", name, error.verdict, error, words)
 
 
 class Refusals:
@@ -226,13 +294,14 @@ class Refusals:
     Args:
         memory: what was refused before.
         secrets: keys, which no message may show.
+        required_share: ``endpoint.required_share``.
     """
 
-    def __init__(self, memory: RefusalMemory, secrets: Sequence[str] = ()) -> None:
+    def __init__(self, memory: RefusalMemory, secrets: Sequence[str], required_share: float) -> None:
         self.memory = memory
+        self.faults = ItemFaults(required_share)
         self._secrets = secrets
         self._watch = RefusalWatch()
-        self._rounds: Counter[bytes] = Counter()
         self._last: dict[str, tuple[AttemptError, str]] = {}
         """By task the last refusal that a server spoke in this run, with its words."""
         self._fault: JudgeStoppedError | None = None
@@ -242,6 +311,7 @@ class Refusals:
 
         Raises:
             CallRefusedError: it was refused before.
+            CallLeftOutError: it failed not long ago, time after time.
             JudgeStoppedError: all is refused.
         """
         if self._fault is not None:
@@ -250,6 +320,9 @@ class Refusals:
         if kind is not None:
             self._watch.note_start(call.task.name, item)
             self.refuse(call, identity, item, AttemptError(kind, f"refused earlier ({kind})", weight=HOPELESS))
+        kind = self.memory.paused(identity.key, identity.subject)
+        if kind is not None:
+            raise CallLeftOutError(f"{call.task.name}: failed not long ago ({kind})", kind)
 
     def note_start(self, call: Call, item: Hashable) -> None:
         """A call is made."""
@@ -258,19 +331,32 @@ class Refusals:
     def note_valid(self, call: Call, identity: CallIdentity) -> None:
         """It was answered."""
         self._watch.note_valid(call.task.name)
+        self.faults.note_answered(call, identity)
         self.memory.note_answered(call.task.name, identity.subject)
+
+    def note_cached(self, call: Call, identity: CallIdentity) -> None:
+        """The cache has its reply."""
+        self.faults.note_answered(call, identity)
+        self.memory.note_cached(identity.subject)
 
     def note_failed(self, call: Call, item: Hashable) -> None:
         """It ended without an answer, but may be answered another time."""
         self._watch.note_failed(call.task.name, item)
 
-    def is_refusal(self, call: Call, identity: CallIdentity, error: AttemptError) -> bool:
-        """Whether a call can never be answered: its server says so, or all it ever brought are replies that are no good, in
-        round after round of attempts, while other calls of its task are answered."""
-        if error.blame is Blame.REPLY:
-            self._rounds[identity.key] += 1
-            return self._rounds[identity.key] >= _ROUNDS and call.task.name in self._watch.answered
-        return error.blame is Blame.ITEM
+    def leave_out(self, call: Call, identity: CallIdentity, item: Hashable, error: AttemptError) -> None:
+        """Decide on a call whose attempts are used up; comes back where it may be made another time.
+
+        Raises:
+            CallRefusedError: its server says that it can never be answered; or
+            JudgeStoppedError: that, of too many in a row.
+            CallLeftOutError: it is to blame for its failures.
+        """
+        if error.blame is Blame.ITEM:
+            self.refuse(call, identity, item, error)
+        self.note_failed(call, item)
+        if self.faults.is_calls_fault(call, identity):
+            self.memory.add(call.task.name, identity.key, identity.subject, error.kind, for_good=False)
+            raise CallLeftOutError(f"{call.task.name}: {error}", error.kind, self.shown(error, call))
 
     def shown(self, error: AttemptError, call: Call) -> str:
         """What the server says, fit for a log: one short line without keys, texts of the call and control characters."""

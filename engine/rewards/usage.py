@@ -55,6 +55,8 @@ class Usage:
     """Calls without a valid reply, whatever was tried."""
     num_refused: int = 0
     """Those of them that can never succeed, for what they are about; from memory, they are no attempts."""
+    num_failing: int = 0
+    """Those of them that fail time after time while others are answered; from memory, they are no attempts."""
     num_cancelled: int = 0
     """Calls that were under way when they were no longer wanted."""
     failures: Counter[str] = field(default_factory=Counter)
@@ -69,6 +71,17 @@ class Usage:
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
     """Of the latest valid attempts."""
 
+    def note_ended(self, *, is_cancelled: bool) -> None:
+        """A call ended without a reply."""
+        self.num_cancelled += is_cancelled
+        self.num_given_up += not is_cancelled
+
+    def note_left_out(self, *, is_failing: bool) -> None:
+        """A call is not made, or not made again: it fails time after time, or else is refused."""
+        self.num_given_up += 1
+        self.num_failing += is_failing
+        self.num_refused += not is_failing
+
     def metrics(self) -> dict[str, float]:
         """For the log, under ``judge/``; latencies under ``time/``, as no two runs agree on them."""
         values: dict[str, float] = {
@@ -79,6 +92,7 @@ class Usage:
             "judge/valid": self.num_valid,
             "judge/given_up": self.num_given_up,
             "judge/refused": self.num_refused,
+            "judge/failing": self.num_failing,
             "judge/cancelled": self.num_cancelled,
             "judge/prompt_tokens": self.prompt_tokens,
             "judge/completion_tokens": self.completion_tokens,
