@@ -65,7 +65,7 @@ def test_one_picture_that_always_fails_costs_its_own_scores_alone(name, tmp_path
         server.refusal = FAILURES[name]
         scores, metrics = run_steps(judge_of(server, refusals=tmp_path / "r", **hangs), range(3), SHADES)
         asked = server.counts["refused"]
-        assert metrics["judge/failing"] >= 6
+        assert metrics["judge/failing"] >= 4, "of six captions; once the share is there, one may be not waited for"
         ends = ("cached", "shared", "valid", "given_up", "cancelled")
         assert metrics["judge/calls"] == sum(metrics[f"judge/{end}"] for end in ends)
         resumed, more = run_steps(judge_of(server, refusals=tmp_path / "r", **hangs), range(3, 5), SHADES)

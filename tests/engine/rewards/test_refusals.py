@@ -133,7 +133,9 @@ def test_a_picture_to_which_no_usable_reply_ever_comes_does_not_end_the_run(text
         shades = [60, *range(100, 240, 20)]
         judge = judge_of(server, refusals=tmp_path / "r", max_attempts=2)
         scores, _ = run_steps(judge, range(2), shades)
-        assert server.counts["refused"] <= 2 * 2 * 5, "two captions; rounds without a control yet prove nothing"
+        assert server.counts["refused"] <= 4 * 2 * 5, (
+            "the captions of both steps at most; early rounds have no control yet"
+        )
     assert all(math.isnan(b.precision) for b in scores[0])
     assert not any(math.isnan(r) for i in range(1, 8) for b in scores[i] for r in b.rewards)
 
