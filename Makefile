@@ -40,7 +40,8 @@ test-isa: $(VENV)/.test
 # `pip install .` brings. CPU builds of torch where the index can be reached, else the registry's own.
 NEWEST := .venv-newest
 TORCHES = $(shell sed -n 's/^ *\("torch\(vision\)\?[<>=][^"]*"\).*/\1/p' setup.py)
-CORE := tests/engine/test_torchvision_compat.py tests/engine/test_extras.py tests/engine/rollout/test_hf.py
+CORE := tests/engine/test_torchvision_compat.py tests/engine/test_extras.py tests/engine/rollout/test_hf.py \
+	tests/engine/policy tests/engine/test_trainer.py
 
 test-newest:
 	$(PYTHON) -m venv --clear $(NEWEST)
