@@ -1,7 +1,7 @@
 """Checkpoints: a stock transformers folder plus the trainer's state, complete or absent.
 
-``checkpoints/step_00000050/`` opens in ``AutoModelForImageTextToText`` and in vLLM like any published model. Beside the
-model lie ``trainer/optimizer.safetensors``, ``trainer_state.json`` and ``manifest.json``. A checkpoint is written under
+``checkpoints/step_00000050/`` opens in ``AutoModelForImageTextToText`` and in vLLM like any published model; an adapter's
+opens in stock peft, and ``merge.py`` makes a whole model of it. Beside the model lie ``trainer/optimizer.safetensors``, ``trainer_state.json`` and ``manifest.json``. A checkpoint is written under
 another name, its manifest last, flushed to disk, and renamed: a kill at any moment leaves the previous one whole. Before one
 is resumed from, every file is compared with the manifest; one that is damaged is put aside under another name, and the newest
 whole one taken.
@@ -40,6 +40,10 @@ _PARTIAL = ".partial_"
 _DAMAGED = "damaged_"
 _KEYS: dict[str, type] = {"step": int, "policy_version": int, "data": dict, "config": dict, "origin": dict}
 _MAX_STATE_BYTES = 64 << 20
+_ADVICE = (
+    "Checkpoints before it are as they were; make room or choose another output_dir, and start the same command again to go "
+    "on from the newest"
+)
 
 
 class CheckpointError(ValueError):
@@ -87,17 +91,13 @@ def save_checkpoint(
     if final in list_checkpoints(output_dir):
         return final  # this step is saved already, as when a run ends on a step that was due
     partial = parent / f"{_PARTIAL}{final.name}"
-    with _saving(final, partial):
-        parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(final, partial, _ADVICE):
         save_model(partial)
         (partial / _TENSORS).parent.mkdir()
         save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, partial / _TENSORS)
         plain = {"format": FORMAT, **{key: getattr(state, key) for key in _KEYS}}
         (partial / STATE_FILE).write_text(json.dumps(plain, indent=2) + "\n")
         manifest.write_manifest(partial)
-        _fsync_tree(partial)
-        os.replace(partial, final)
-        _fsync(parent)
     if keep is not None:
         for old in list_checkpoints(output_dir)[:-keep]:
             _remove(old)
@@ -170,6 +170,21 @@ def load_state(checkpoint: Path) -> TrainerState:
     return TrainerState(tensors=tensors, **plain)
 
 
+def digest_of_base(checkpoint: Path) -> str | None:
+    """What an adapter's checkpoint keeps to tell the model beneath it by; None where it has none, as of adapters of others.
+
+    Raises:
+        CheckpointError: its state cannot be read.
+    """
+    if not (checkpoint / STATE_FILE).is_file():
+        return None
+    try:
+        base = _read_plain(checkpoint / STATE_FILE)["origin"].get("base")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoint} is damaged: {error}") from error
+    return base if isinstance(base, str) else None
+
+
 def clear_partial_checkpoints(output_dir: Path) -> None:
     """Remove what saves that were killed left behind; only for who holds the run folder."""
     for partial in (output_dir / FOLDER).glob(f"{_PARTIAL}*"):
@@ -182,20 +197,30 @@ def clear_partial_checkpoints(output_dir: Path) -> None:
 
 
 @contextmanager
-def _saving(final: Path, partial: Path) -> Iterator[None]:
-    """Leaves nothing of a save that fails, and says why it did."""
+def new_folder(final: Path, partial: Path, advice: str) -> Iterator[Path]:
+    """Put the folder ``partial``, which is written within, in place as ``final`` at the end, flushed to disk.
+
+    Args:
+        final: does not exist, or is an empty folder.
+        partial: its name until then, in the same folder; what lies there is removed.
+        advice: what to do when the disk is full or cannot be written.
+
+    Raises:
+        SaveError: it could not be written; nothing is left of the attempt.
+    """
     try:
         if partial.exists():
             shutil.rmtree(partial)
-        yield
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _fsync_tree(partial)
+        os.replace(partial, final)
+        _fsync(final.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):
             reason = getattr(error, "strerror", None) or str(error)
-            raise SaveError(
-                f"{final} could not be saved: {reason} ({_free(final)}). Checkpoints before it are as they were; make room "
-                "or choose another output_dir, and start the same command again to go on from the newest"
-            ) from error
+            raise SaveError(f"{final} could not be saved: {reason} ({_free(final)}). {advice}") from error
         raise
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``balcaprl train | demo | evaluate | report | prepare | recaption | judge-audit | judge-cache | ...``."""
+"""The command line: ``balcaprl train | demo | evaluate | merge | report | prepare | recaption | judge-audit | ...``."""
 
 from __future__ import annotations
 
@@ -82,6 +82,9 @@ def build_parser() -> CommandParser:
         "demo", _demo_parser(), help="train the small captioner that ships with the package, in minutes"
     )
     commands.add_subcommand("evaluate", _evaluate_parser(), help="score a checkpoint on held-out images")
+    commands.add_subcommand(
+        "merge", _merge_parser(), help="write an adapter's checkpoint and its model as one stock transformers folder"
+    )
     commands.add_subcommand("report", _report_parser(), help="write report.html of a run folder anew")
     add_judge_commands(commands)
     commands.add_subcommand("warmstart", _warmstart_parser(), help="rebuild the demo's warm start from scratch")
@@ -158,7 +161,7 @@ def _demo_parser() -> CommandParser:
 
 def _evaluate_parser() -> CommandParser:
     parser = CommandParser(description="Score a checkpoint on held-out images, under the configuration of its run.")
-    parser.add_argument("folder", type=user_path, help="a stock transformers checkpoint folder")
+    parser.add_argument("folder", type=user_path, help="a checkpoint; of an adapter alone with --model.path")
     parser.add_argument(
         "--config", action=ActionConfigFile, help="a recipe; default: what is harmless of the run's own"
     )
@@ -169,6 +172,23 @@ def _evaluate_parser() -> CommandParser:
         help="also write scores and captions to this folder, empty or of an evaluation",
     )
     parser.add_class_arguments(TrainConfig)
+    return parser
+
+
+def _merge_parser() -> CommandParser:
+    parser = CommandParser(
+        description="Merge the adapter (LoRA) of a checkpoint into the model that it was trained on: a stock transformers "
+        "folder, in the data type of that model."
+    )
+    parser.add_argument("folder", type=user_path, metavar="CHECKPOINT", help="a checkpoint that holds an adapter alone")
+    parser.add_argument("out", type=user_path, metavar="OUT", help="the folder to write; empty, or not there yet")
+    parser.add_argument(
+        "--base",
+        type=str,
+        default=None,
+        help="the model that the adapter was trained on: a folder, a hub id, or demo. Needed, as a checkpoint does not choose "
+        "what is loaded",
+    )
     return parser
 
 
@@ -257,6 +277,18 @@ def _evaluate(options: Namespace) -> int:
     return 0
 
 
+def _merge(options: Namespace) -> int:
+    from balcaprl.places import check_merge
+
+    base = None if options.base is None else str(expand_home(options.base))
+    check_merge(options.folder, options.out, base)  # before torch is imported
+    from balcaprl.merge import merge_checkpoint
+
+    merge_checkpoint(options.folder, options.out, base)
+    print(options.out)
+    return 0
+
+
 def _report(options: Namespace) -> int:
     from balcaprl.report import write_report
 
@@ -281,6 +313,7 @@ _COMMANDS = {
     "train": _train,
     "demo": _demo,
     "evaluate": _evaluate,
+    "merge": _merge,
     "report": _report,
     "prepare": lambda options: prepare(options, _to_config),
     "recaption": lambda options: recaption(options, _to_config),

@@ -12,13 +12,13 @@ class ModelFilesError(ValueError):
     """A folder or hub id cannot be loaded as a model; the message says which and why."""
 
 
-def refuse_no_model(path_or_id: str | Path) -> None:
-    """Raise ModelFilesError for what is neither a folder nor can be a hub id."""
+def refuse_no_model(path_or_id: str | Path, *, option: str = "model.path") -> None:
+    """Raise ModelFilesError for what is neither a folder nor can be a hub id; ``option`` is what the user set."""
     folder = Path(path_or_id).expanduser()
     if not folder.exists():
         if not _HUB_ID.fullmatch(str(path_or_id)):
             raise ModelFilesError(
-                f"model.path: {path_or_id} does not exist, and is no hub id such as Qwen/Qwen3-VL-4B-Instruct"
+                f"{option}: {path_or_id} does not exist, and is no hub id such as Qwen/Qwen3-VL-4B-Instruct"
             )
     elif not folder.is_dir():
-        raise ModelFilesError(f"model.path: {path_or_id} is a file; give the folder that it lies in")
+        raise ModelFilesError(f"{option}: {path_or_id} is a file; give the folder that it lies in")

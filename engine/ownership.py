@@ -132,8 +132,24 @@ def refuse_no_folder(path: Path, *, option: str) -> None:
         raise NotADirectoryError(f"{option}: {existing} is no folder; name another one")
 
 
+def refuse_filled_folder(path: Path, *, option: str) -> None:
+    """Refuse a folder that is to be put in place as a whole, and is there with something in it.
+
+    Raises:
+        NotADirectoryError: no folder can be there.
+        ForeignPathError: it holds something.
+    """
+    refuse_no_folder(path, option=option)
+    found = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    if found:
+        raise ForeignPathError(
+            f"{option}: {path} is not empty (it holds {_some(found)}): nothing in it is touched. Name a folder that is empty "
+            "or does not exist yet"
+        )
+
+
 def claim_file(path: Path, *, option: str) -> Claim:
-    """Make a file this process's own to write; whether its content is ours is for the caller to tell.
+    """Make a path this process's own to write; whether what is there is ours is for the caller to tell.
 
     Raises:
         PathInUseError: another process writes it; the message says which.
@@ -223,11 +239,14 @@ def _refuse_foreign_folder(path: Path, kind: str, option: str) -> None:
         return
     others = [name.removeprefix(_PREFIX) for name in found if name.startswith(_PREFIX)]
     whose = f"the folder of another kind of output ({others[0]})" if others else f"no {kind} folder of balcaprl"
-    shown = ", ".join(repr(name)[1:-1][:80] for name in found[:3]) + (", ..." if len(found) > 3 else "")
     raise ForeignPathError(
-        f"{option}: {path} is not empty and is {whose} (it holds {shown}): nothing in it is touched. "
+        f"{option}: {path} is not empty and is {whose} (it holds {_some(found)}): nothing in it is touched. "
         "Name a folder that is empty or does not exist yet"
     )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(repr(name)[1:-1][:80] for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _lock(lock: Path, path: Path, option: str) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from balcaprl.config import DataConfig, TrainConfig
 from balcaprl.data.datasets import locate
 from balcaprl.model_path import refuse_no_model
-from balcaprl.ownership import refuse_no_folder
+from balcaprl.ownership import refuse_filled_folder, refuse_no_folder
 
 
 def check_places(config: TrainConfig) -> None:
@@ -28,3 +30,16 @@ def check_data_path(config: DataConfig) -> None:
     """Raise DatasetError where no data set can be; see ``balcaprl.data.datasets.locate``."""
     if config.kind != "scenes":
         locate(config)
+
+
+def check_merge(checkpoint: Path, out: Path, base: str | None) -> None:
+    """Raise what ``balcaprl.merge.merge_checkpoint`` would, if it is to be seen by the paths.
+
+    Raises:
+        ModelFilesError: ``checkpoint`` or ``base`` names no folder, and cannot be a hub id.
+        ForeignPathError: ``out`` holds something.
+    """
+    refuse_no_model(checkpoint, option="CHECKPOINT")
+    refuse_filled_folder(out, option="OUT")
+    if base not in (None, "demo"):
+        refuse_no_model(base, option="--base")

@@ -111,18 +111,28 @@ def digest_of(policy: Policy, kind: str) -> str:
     """
     if kind == StartingWeights.kind:
         return _digest(policy.model.named_parameters())
-    named = policy.stock_model.named_parameters()
-    return _digest((_WRAPPERS.sub("", name), p) for name, p in named if not _ADAPTER_PARTS.search(name))
+    return _digest_of_base(policy.stock_model, None)
 
 
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def is_of_base(model: nn.Module, digest: str) -> bool:
+    """Whether ``digest``, of kind ``base``, is of the stock model, which may be adapted, as it is or rounded to 16 bits."""
+    return any(_digest_of_base(model, dtype) == digest for dtype in (None, torch.bfloat16, torch.float16))
+
+
+def _digest_of_base(model: nn.Module, dtype: torch.dtype | None) -> str:
+    named = model.named_parameters()
+    return _digest(((_WRAPPERS.sub("", name), p) for name, p in named if not _ADAPTER_PARTS.search(name)), dtype)
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:
+    """Of the tensors as they are, or as they would be in ``dtype``."""
     digest = hashlib.sha256()
     pieces = []
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().flatten()
         places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLES, flat.numel()), dtype=torch.float64)
-        pieces.append(flat[places.long().to(flat.device)].float())
+        pieces.append(flat[places.long().to(flat.device)].to(dtype or flat.dtype).float())
     if pieces:
         digest.update(torch.cat([piece.to(pieces[0].device) for piece in pieces]).cpu().numpy().tobytes())
     return digest.hexdigest()

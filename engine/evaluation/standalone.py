@@ -8,6 +8,7 @@ from balcaprl.assets import demo_model_path
 from balcaprl.config import TrainConfig
 from balcaprl.data import load_dataset
 from balcaprl.evaluation.b_capscore import evaluate_captions
+from balcaprl.merge import refuse_other_base
 from balcaprl.metrics import RunLog
 from balcaprl.ownership import Claim, claim_folder
 from balcaprl.policy import Policy
@@ -21,12 +22,13 @@ def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None)
     """Scores of a checkpoint folder on the held-out images of a config, sampled and greedy.
 
     Args:
-        checkpoint: a stock transformers folder.
+        checkpoint: a stock transformers folder, or an adapter's.
         config: its data, rollout, reward, evaluation and model sections count (``model.path`` does for
             an adapter alone: it names the model that the adapter belongs to).
         out: a folder for the scores and captions, empty or of an earlier evaluation; none: only return the scores.
 
     Raises:
+        ModelFilesError: the checkpoint cannot be loaded, or is an adapter of another model.
         ForeignPathError: ``out`` holds something else, such as a run.
         PathInUseError: another process writes to ``out``.
     """
@@ -56,6 +58,8 @@ def _evaluate(checkpoint: Path, config: TrainConfig, claim: Claim | None) -> dic
         attention=model.attention,
         base=demo_model_path() if model.path == "demo" else model.path,
     )
+    if hasattr(policy.model, "disable_adapter"):
+        refuse_other_base(policy.stock_model, checkpoint, model.path)
     held_out = held_out_prompts(dataset, PromptMaker.of(policy, config))
     if not held_out.prompts:
         raise ValueError("there are no held-out images: set data.num_eval above 0")

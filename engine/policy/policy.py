@@ -37,7 +37,7 @@ from balcaprl.policy.packing import (
 )
 from balcaprl.policy.parts import saved_tokens
 from balcaprl.policy.record_text import RecordText
-from balcaprl.policy.stock import check_family, load_stock, with_adapter
+from balcaprl.policy.stock import check_family, load_stock, processor_of_adapter, with_adapter
 from balcaprl.policy.tower import frozen_tower_features, is_frozen
 from balcaprl.policy.weight_files import is_adapter, model_folder
 from balcaprl.types import Prompt, PromptError, Sample
@@ -109,7 +109,7 @@ class Policy:
                 raise ValueError(f"{folder} holds an adapter alone: name the model that it belongs to (model.path)")
             stock = cls.from_pretrained(base, dtype=dtype, device=device, attention=attention)
             model: Any = with_adapter(stock.model, folder)
-            processor = stock.processor
+            processor = processor_of_adapter(folder, stock.model, stock.processor)
         else:
             model, processor = load_stock(folder, weights_dtype, attention)
         model.to(weights_device)

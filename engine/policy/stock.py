@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -14,6 +14,7 @@ from balcaprl.policy.families import UnsupportedFamilyError, family_of
 from balcaprl.policy.weight_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    PROCESSOR_CONFIG,
     ModelFilesError,
     check_folder,
     is_adapter,
@@ -43,8 +44,8 @@ def check_family(folder: Path) -> None:
             family_of(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
-def load_stock(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Any, Any]:
-    """Model and processor of a folder that ``weight_files.model_folder`` has checked.
+def load_stock(folder: Path, dtype: torch.dtype | Literal["auto"], attention: str) -> tuple[Any, Any]:
+    """Model and processor of a folder that ``weight_files.model_folder`` has checked; ``auto``: in the dtype of its files.
 
     Raises:
         UnsupportedFamilyError: For a family that ``families.py`` does not know.
@@ -69,12 +70,37 @@ def load_stock(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Any, A
         raise ModelFilesError(
             f"{folder}: {len(missing)} tensors are missing from the weights: {', '.join(missing[:5])}"
         )
+    _refuse_more_ids(folder, processor, model)
+    return model, processor
+
+
+def processor_of_adapter(folder: Path, model: Any, of_base: Any) -> Any:
+    """The processor that was saved beside an adapter, which is the one that it was trained with; else its base's.
+
+    Raises:
+        ModelFilesError: It cannot be loaded, or does not fit the model.
+    """
+    import transformers
+
+    path = folder / PROCESSOR_CONFIG
+    plain = read_json(path) if path.is_file() else None
+    if not isinstance(plain, dict) or "processor_class" not in plain:
+        return of_base
+    with _told_of(folder, "has a processor that cannot be loaded"):
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    if type(processor) is not type(of_base):
+        kinds = (type(processor).__name__, type(of_base).__name__)
+        raise ModelFilesError(f"{folder}: its processor is a {kinds[0]}, and that of its base a {kinds[1]}")
+    _refuse_more_ids(folder, processor, model)
+    return processor
+
+
+def _refuse_more_ids(folder: Path, processor: Any, model: Any) -> None:
     num_ids, num_rows = len(getattr(processor, "tokenizer", processor)), model.get_input_embeddings().weight.shape[0]
     if num_ids > num_rows:
         raise ModelFilesError(
             f"{folder}: the tokenizer has {num_ids} ids and the model embeds {num_rows}: they do not belong together"
         )
-    return model, processor
 
 
 def with_adapter(model: Any, folder: Path) -> Any:

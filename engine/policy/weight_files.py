@@ -21,6 +21,7 @@ from balcaprl.model_path import ModelFilesError, refuse_no_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PROCESSOR_CONFIG = "processor_config.json"
 TRAINER_FILES = ("trainer_state.json", "trainer/")
 """Of a checkpoint: what no model is loaded from."""
 _READ = {".json", ".jinja", ".model", ".txt", ".safetensors"}
@@ -30,7 +31,11 @@ _MAX_JSON_BYTES = 64 << 20
 
 
 def model_folder(
-    path_or_id: str | Path, *, verify: bool = True, accept: Callable[[Path], None] = lambda folder: None
+    path_or_id: str | Path,
+    *,
+    verify: bool = True,
+    accept: Callable[[Path], None] = lambda folder: None,
+    option: str = "model.path",
 ) -> Path:
     """The folder of a model, its files checked; those of a hub id are downloaded first, as far as they are not there.
 
@@ -39,19 +44,20 @@ def model_folder(
         verify: also compare the files with the manifest, if it is a checkpoint that has one.
         accept: looks at the folder once its configuration is there, before the weights are, and raises for a model that is
             not wanted.
+        option: what the user set to name it, for messages.
 
     Raises:
         ModelFilesError: there is none, or not all of it may be loaded.
     """
-    refuse_no_model(path_or_id)
+    refuse_no_model(path_or_id, option=option)
     folder = Path(path_or_id).expanduser()
     from_hub = not folder.exists()
     if from_hub:
-        folder = _downloaded(str(path_or_id), _SETTINGS)
+        folder = _downloaded(str(path_or_id), _SETTINGS, option)
     _refuse(folder, _setting_faults(folder))
     accept(folder)
     if from_hub:
-        folder = _downloaded(str(path_or_id), [*_SETTINGS, "model*.safetensors", ADAPTER_WEIGHTS])
+        folder = _downloaded(str(path_or_id), [*_SETTINGS, "model*.safetensors", ADAPTER_WEIGHTS], option)
     check_folder(folder, hashes=verify)
     return folder
 
@@ -59,6 +65,16 @@ def model_folder(
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter (LoRA) and not the model that it belongs to."""
     return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+
+
+def quantisation(folder: Path) -> str | None:
+    """The method by which the weights of a checked model folder are quantised; None where they are not."""
+    config = read_json(folder / "config.json")
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    found = next((s["quantization_config"] for s in sections if s.get("quantization_config")), None)
+    if found is None:
+        return None
+    return str(found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found)[:80]
 
 
 def check_folder(folder: Path, *, hashes: bool = True) -> None:
@@ -193,7 +209,7 @@ def _unreadable(path: Path) -> str | None:
         return str(error)
 
 
-def _downloaded(repository: str, patterns: list[str]) -> Path:
+def _downloaded(repository: str, patterns: list[str], option: str) -> Path:
     """The hub's folder of a model, from its cache where it is there."""
     from huggingface_hub import snapshot_download
 
@@ -202,8 +218,8 @@ def _downloaded(repository: str, patterns: list[str]) -> Path:
     except Exception as error:  # of the hub's client, of its HTTP library, of the disk
         reason = next(iter(str(error).strip().splitlines()), "")[:300]
         raise ModelFilesError(
-            f"model.path: {repository} is no folder here, and cannot be had from the Hugging Face hub: "
+            f"{option}: {repository} is no folder here, and cannot be had from the Hugging Face hub: "
             f"{type(error).__name__}: {reason}. Check the name and the network; without one, download it elsewhere (hf "
-            f"download {repository}), and give the folder as model.path; or set HF_HOME to a cache that has "
+            f"download {repository}), and give the folder as {option}; or set HF_HOME to a cache that has "
             "it, and HF_HUB_OFFLINE=1"
         ) from error

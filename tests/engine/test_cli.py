@@ -160,6 +160,27 @@ def test_what_paths_show_is_told_before_anything_heavy_is_imported(name, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["HERE/nowhere", "HERE/out"], "CHECKPOINT: HERE/nowhere does not exist"),
+        (["HERE/file", "HERE/out"], "CHECKPOINT: HERE/file is a file"),
+        (["HERE", "HERE/file"], "OUT: HERE/file is no folder"),
+        (["HERE", "HERE"], "OUT: HERE is not empty (it holds file)"),
+        (["HERE", "HERE/out", "--base=HERE/nowhere"], "--base: HERE/nowhere does not exist"),
+    ],
+)
+def test_what_paths_of_a_merge_show_is_told_before_anything_heavy_is_imported(arguments, told, tmp_path):
+    (tmp_path / "file").write_text("{}\n")
+    arguments, told = [a.replace("HERE", str(tmp_path)) for a in arguments], told.replace("HERE", str(tmp_path))
+    command = [sys.executable, "-c", WITHOUT_TORCH, "merge", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"balcaprl merge: {told}")
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_paths_do_not_show_goes_on_to_the_trainer(tmp_path):
     """A hub id may exist, and a run to resume takes its model from its checkpoint."""
     (tmp_path / "run" / "checkpoints" / "step-1").mkdir(parents=True)
