@@ -1,10 +1,10 @@
 """Checkpoints: a stock transformers folder plus the trainer's state, complete or absent.
 
 ``checkpoints/step_00000050/`` opens in ``AutoModelForImageTextToText`` and in vLLM like any published model; an adapter's
-opens in stock peft, and ``merge.py`` makes a whole model of it. Beside the model lie ``trainer/optimizer.safetensors``, ``trainer_state.json`` and ``manifest.json``. A checkpoint is written under
-another name, its manifest last, flushed to disk, and renamed: a kill at any moment leaves the previous one whole. Before one
-is resumed from, every file is compared with the manifest; one that is damaged is put aside under another name, and the newest
-whole one taken.
+opens in stock peft, and ``merge.py`` makes a whole model of it. Beside the model lie ``trainer/optimizer.safetensors``,
+``trainer_state.json`` and ``manifest.json``. A checkpoint is written under another name, its manifest last, flushed to disk,
+and renamed: a kill at any moment leaves the previous one whole. Before one is resumed from, every file is compared with the
+manifest; one that is damaged is put aside under another name, and the newest whole one taken.
 """
 
 from __future__ import annotations

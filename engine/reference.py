@@ -120,8 +120,9 @@ def is_of_base(model: nn.Module, digest: str) -> bool:
 
 
 def _digest_of_base(model: nn.Module, dtype: torch.dtype | None) -> str:
-    named = model.named_parameters()
-    return _digest(((_WRAPPERS.sub("", name), p) for name, p in named if not _ADAPTER_PARTS.search(name)), dtype)
+    # What is trained with an adapter, its biases and tokens' rows say, is no part of the base, whatever its name.
+    named = [(n, p) for n, p in model.named_parameters() if not p.requires_grad and not _ADAPTER_PARTS.search(n)]
+    return _digest(((_WRAPPERS.sub("", name), parameter) for name, parameter in named), dtype)
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:

@@ -53,6 +53,8 @@ ADAPTERS = {
     "norms": {"target_modules": ATTENTION, "modules_to_save": ["norm"]},
     "rsLoRA": {"target_modules": ATTENTION, "use_rslora": True},
     "DoRA": {"target_modules": ATTENTION, "use_dora": True},
+    "the layers' biases": {"target_modules": ["q_proj"], "bias": "lora_only"},
+    "tokens": {"target_modules": ATTENTION, "trainable_token_indices": [5, 6, 7]},
     "biases": {"target_modules": ATTENTION, "lora_bias": True},
 }  # fmt: skip
 
@@ -97,7 +99,7 @@ def checkpoint_of(base, folder, **options):
     return folder
 
 
-def run(base, out, **options):
+def run(base, out, *, options, dtype):
     """The checkpoint of a run of one step."""
     config = {
         "output_dir": str(out),
@@ -107,7 +109,7 @@ def run(base, out, **options):
         "rollout": {"sampler": "hf", "prompts_per_step": 1, "group_size": 2, "sampling": {"max_completion_tokens": 4}},
         "logging": {"tensorboard": False},
     }
-    trainer = Trainer(TrainConfig.model_validate(config), policy=adapted(base, target_modules=ATTENTION, **options))
+    trainer = Trainer(TrainConfig.model_validate(config), policy=adapted(base, dtype=dtype, **options))
     try:
         trainer.train()
     finally:
@@ -170,11 +172,14 @@ def test_a_base_in_16_bits_is_summed_in_float32_and_rounded_once(bases, tmp_path
     assert torch.equal(state["model.language_model.embed_tokens.weight"], base.get_input_embeddings().weight)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_checkpoint_of_a_run_is_merged_and_evaluated_on_its_own_base_alone(bases, tmp_path, capsys, dtype):
+@pytest.mark.parametrize(
+    ("adapter", "dtype"),
+    [("attention", "float32"), ("attention", "bfloat16"), ("tokens", "float32"), ("head", "float32")],
+)
+def test_a_checkpoint_of_a_run_is_merged_and_evaluated_on_its_own_base_alone(bases, tmp_path, capsys, adapter, dtype):
     """The command, the files of a run; a base of the same shapes and other weights is told."""
     folder, other = bases("qwen tied"), build_tiny_qwen(tmp_path / "other", CORPUS, seed=9, **QWEN)
-    checkpoint = run(folder, tmp_path / "run", dtype=dtype)
+    checkpoint = run(folder, tmp_path / "run", options=ADAPTERS[adapter], dtype=dtype)
     assert main(["merge", str(checkpoint), str(tmp_path / "merged"), "--base", str(folder)]) == 0
     in_peft = peft.PeftModel.from_pretrained(stock(folder), checkpoint).eval()
     merged = stock(tmp_path / "merged")

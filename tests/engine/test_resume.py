@@ -95,13 +95,12 @@ def whole(model, **options):
     return Policy.from_pretrained(model, device="cpu", **options)
 
 
-def adapted(model, *, begun=False, seed=7, modules_to_save=None):
+def adapted(model, *, begun=False, seed=7, **options):
     peft = pytest.importorskip("peft", reason="LoRA is an extra: pip install 'balcaprl[lora]'")
     stock = whole(model)
     torch.manual_seed(seed)
-    settings = peft.LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=not begun, modules_to_save=modules_to_save
-    )
+    options = {"target_modules": ["q_proj", "v_proj"], **options}
+    settings = peft.LoraConfig(r=4, init_lora_weights=not begun, **options)
     return Policy.from_model(peft.get_peft_model(stock.model, settings), stock.processor)
 
 
@@ -140,13 +139,24 @@ def test_a_policy_that_is_handed_in_again_goes_on_from_the_checkpoint(models, tm
         assert lines[0][-1]["kl"] > 1e-6
 
 
-@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
-def test_an_adapter_alone_goes_on_without_the_policy_too(models, tmp_path, kl_coef):
+ADAPTERS = {
+    "attention": {},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "whole head": {"modules_to_save": ["lm_head"]},
+    "biases": {"target_modules": ["q_proj"], "bias": "lora_only"},
+    "tokens": {"trainable_token_indices": [1, 2, 3]},
+    "DoRA": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize(("kind", "kl_coef"), [*((kind, 0.0) for kind in ADAPTERS), ("attention", 0.1)])
+def test_an_adapter_alone_goes_on_without_the_policy_too(models, tmp_path, kind, kl_coef):
     """The adapter's checkpoint and ``model.path`` are all that is needed."""
     loss = {"kl_coef": kl_coef}
-    uninterrupted = adapted(models[0])
+    uninterrupted = adapted(models[0], **ADAPTERS[kind])
     run(config(models[0], tmp_path / "one", loss=loss), policy=uninterrupted)
-    run(config(models[0], tmp_path / "two", loss=loss), policy=adapted(models[0]), stop_at=2)
+    run(config(models[0], tmp_path / "two", loss=loss), policy=adapted(models[0], **ADAPTERS[kind]), stop_at=2)
     resumed = run(config(models[0], tmp_path / "two", loss=loss))
     assert same(trained(resumed.policy), trained(uninterrupted))
 
