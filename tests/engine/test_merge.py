@@ -102,13 +102,9 @@ def checkpoint_of(base, folder, **options):
 def run(base, out, *, options, dtype):
     """The checkpoint of a run of one step."""
     config = {
-        "output_dir": str(out),
-        "steps": 1,
-        "threads": 1,
-        "data": {"num_eval": 0},
+        "output_dir": str(out), "steps": 1, "threads": 1, "data": {"num_eval": 0}, "logging": {"tensorboard": False},
         "rollout": {"sampler": "hf", "prompts_per_step": 1, "group_size": 2, "sampling": {"max_completion_tokens": 4}},
-        "logging": {"tensorboard": False},
-    }
+    }  # fmt: skip
     trainer = Trainer(TrainConfig.model_validate(config), policy=adapted(base, dtype=dtype, **options))
     try:
         trainer.train()
@@ -226,15 +222,14 @@ def quantised(tmp_path, bases, section=None):
 
 
 def with_nan(checkpoint):
-    tensors = load_file(checkpoint / "adapter_model.safetensors")
-    next(iter(tensors.values())).fill_(torch.nan)
-    save_file(tensors, checkpoint / "adapter_model.safetensors")
+    file = checkpoint / "adapter_model.safetensors"
+    save_file({name: tensor.fill_(torch.nan) for name, tensor in load_file(file).items()}, file)
     return checkpoint
 
 
 def naming(checkpoint, name):
-    config = json.loads((checkpoint / "adapter_config.json").read_text())
-    (checkpoint / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+    file = checkpoint / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": name}))
     return checkpoint
 
 
