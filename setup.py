@@ -35,7 +35,7 @@ PACKAGES = [
 # What `import balcaprl` and `balcaprl train` need; heavy packages are extras. Upper bounds stand where a new version has broken
 # something before, just above the newest that was tried: `make test-newest` tries what they allow.
 INSTALL_REQUIRES = [
-    "torch>=2.8,<2.15",  # from torch.mm with out_dtype on, for the head on a GPU
+    "torch>=2.8,<2.16",  # from torch.mm with out_dtype on, for the head on a GPU
     "numpy>=1.26",
     "safetensors>=0.4",
     "transformers>=5.0,<5.25",
