@@ -99,7 +99,7 @@ def test_bounds_that_cross_are_refused(capsys):
 
 @pytest.mark.parametrize("module", ["balcaprl", "balcaprl.cli"])
 def test_no_arguments_print_the_help(module):
-    result = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=600)
     assert result.returncode == 2
     assert "usage: balcaprl" in result.stderr
     for command in ("train", "demo", "evaluate", "doctor"):
@@ -153,7 +153,7 @@ def test_what_paths_show_is_told_before_anything_heavy_is_imported(name, tmp_pat
     options, told = [text.replace("HERE", str(tmp_path)) for text in options], told.replace("HERE", str(tmp_path))
     arguments = ["train", "demo", f"--output_dir={tmp_path / 'run'}", *options]
     command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert result.returncode == 1
     assert result.stderr.startswith(f"balcaprl train: {told}")
     assert "Traceback" not in result.stderr
@@ -174,7 +174,7 @@ def test_what_paths_of_a_merge_show_is_told_before_anything_heavy_is_imported(ar
     (tmp_path / "file").write_text("{}\n")
     arguments, told = [a.replace("HERE", str(tmp_path)) for a in arguments], told.replace("HERE", str(tmp_path))
     command = [sys.executable, "-c", WITHOUT_TORCH, "merge", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 1
     assert result.stderr.startswith(f"balcaprl merge: {told}")
     assert "Traceback" not in result.stderr
@@ -198,7 +198,7 @@ def test_what_paths_do_not_show_goes_on_to_the_trainer(tmp_path):
             f"--output_dir={tmp_path / 'x'}",
             *options.split(),
         ]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
         assert "is imported" in result.stderr
 
 
@@ -299,7 +299,7 @@ def test_a_hanging_reward_cannot_keep_a_run_from_ending(tmp_path):
             time.sleep(1)
             assert process.poll() is None
             process.send_signal(signal.SIGINT)
-            output, _ = process.communicate(timeout=60)
+            output, _ = process.communicate(timeout=600)
         finally:
             process.kill()
     assert process.returncode == 130

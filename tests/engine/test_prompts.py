@@ -191,4 +191,4 @@ assert len(os.listdir("/proc/self/task")) == before + 1, "the pool's one thread"
 """
     if not Path("/proc/self/task").is_dir():
         pytest.skip("threads are counted by Linux's /proc")
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=600)

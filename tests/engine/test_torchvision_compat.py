@@ -13,7 +13,7 @@ from balcaprl.torchvision_compat import ensure_importable, subprocess_env
 
 
 def _python(*args, env):
-    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=600)
 
 
 def _clean_env(**extra):
