@@ -1,4 +1,4 @@
-"""From data sets to samples: drawn scenes, ShareGPT4V, JSON Lines, Hugging Face data sets.
+"""Turns data sets into samples: drawn scenes, ShareGPT4V, JSON Lines, Hugging Face data sets.
 
 ``load_dataset`` reads and checks a data set and splits off the held-out images; ``SampleStream`` is the resumable order
 in which training draws the rest. Records that cannot be used are counted by reason and logged once, in one message.

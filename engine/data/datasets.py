@@ -1,15 +1,15 @@
-"""Data sets as samples: read, checked, split.
+"""Loads data sets as samples: reads, checks and splits them.
 
     dataset = load_dataset(config.data, seed=config.seed)
     stream = dataset.train_stream(seed=config.seed)
     samples = stream.next_decodable(8)
 
-An image that several records show is one: it is trained on or held out with all of them (``split.py``).
+All records that show the same image are trained on together or held out together (``split.py``).
 
-What is checked when: at start every record's text, its image path (inside the image folder, an existing file of an
-allowed size) and, with ``data.check_headers``, the header of its image; a record that fails is counted, and all counts
-are logged in one message. Pixels are decoded when a sample is drawn; a file that turns out damaged then is skipped by
-``SampleStream.next_decodable`` and counted.
+Loading checks three things of each record: its text, its image path (inside the image folder, an existing file of an
+allowed size) and, with ``data.check_headers``, the header of its image. A record that fails is counted, and all counts
+are logged in one message. Pixels are decoded when a sample is drawn; a file that then turns out to be damaged is
+skipped by ``SampleStream.next_decodable`` and counted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set made ready: what to train on, what to hold out, and what was left out."""
+    """A loaded data set: what to train on, what to hold out, and what was left out."""
 
     train: SampleSource
     evaluation: SampleSource
@@ -40,17 +40,17 @@ class Dataset:
     shuffle: bool = True
 
     def train_stream(self, *, seed: int) -> SampleStream:
-        """The resumable order in which training draws its samples."""
+        """Return the resumable order in which training draws its samples."""
         return SampleStream(self.train, seed=seed, shuffle=self.shuffle)
 
     def some_references(self, most: int = 256) -> list[str]:
-        """Reference captions from all over the training samples, to see what language they are in."""
+        """Return up to ``most`` reference captions, spread over the training samples, to detect their language."""
         step = max(1, len(self.train) // most)
         return [self.train[index].reference for index in range(0, len(self.train), step)[:most]]
 
 
 def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
-    """Read, check and split the data set of ``config``; logs one message that accounts for all records.
+    """Read, check and split the data set of ``config``, and log one message that accounts for all records.
 
     ``seed`` chooses the held-out images. The same files, config and seed give the same data set.
 
@@ -86,10 +86,10 @@ def _load_scenes(config: DataConfig) -> Dataset:
 
 
 def locate(config: DataConfig) -> tuple[Path, Path]:
-    """The data set's path and the image folder.
+    """Return the data set's path and the image folder.
 
     Raises:
-        DatasetError: one of them is missing, or no file or folder as the kind of data asks for.
+        DatasetError: one of them is missing, or is not the file or folder that ``data.kind`` expects.
     """
     if config.path is None:
         raise DatasetError(f"data.path: needed for data.kind {config.kind}")
@@ -118,7 +118,7 @@ def _read(config: DataConfig, path: Path, report: LoadReport) -> tuple[list[Reco
 
 @dataclass(frozen=True)
 class RecordSource:
-    """Records as samples, their images decoded when they are asked for."""
+    """Records as samples whose images are decoded when they are asked for."""
 
     records: list[Record]
     images: RecordImages

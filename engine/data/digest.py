@@ -1,4 +1,4 @@
-"""A digest of a data set's files: whether a run that is resumed still has the data that it began with."""
+"""A digest of a data set's files, which shows whether a resumed run still has the data that it began with."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _NUM_SAMPLES = 64
 
 
 def data_digest(config: DataConfig) -> str | None:
-    """Of the content of ``data.path``; None for drawn scenes.
+    """Return a digest of the content of ``data.path``; None for drawn scenes.
 
-    A file is read whole. Of a folder names, sizes and files of up to 64 MiB are read whole, of larger ones 64 pieces of 1 MiB:
-    a data set whose images lie in its tables has too many bytes to read at each start. Image files elsewhere are not read.
+    A single file is read whole. In a folder, all names and sizes count; files of up to 64 MiB are read whole, and of
+    larger files 64 pieces of 1 MiB are read, because a data set that holds its images in its tables has too many bytes
+    to read at each start. Files whose names begin with ``cache-`` or a dot, and image files elsewhere, are not read.
 
     Raises:
         OSError: a file cannot be read.

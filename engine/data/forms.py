@@ -1,4 +1,4 @@
-"""The forms that records come in: which key holds what. What is unclear is refused, with the keys that were looked for."""
+"""The forms that records come in: which key holds what. The message about an unclear entry names the keys sought."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 from balcaprl.logtext import printable
 
 IMAGE_KEYS = ("image", "images", "image_path", "file_name", "image_url")
-"""The first of these that holds something is the image."""
+"""The first of these keys that holds something gives the image."""
 REFERENCE_KEYS = ("reference", "references", "caption", "captions", "text")
-"""The first of these that holds something is the reference caption, or a list of them."""
+"""The first of these keys that holds something gives the reference caption, or a list of reference captions."""
 TURN_KEYS = ("conversations", "messages")
-"""Turns of ``from`` / ``value`` or ``role`` / ``content``; so are those of ``prompt`` and ``completion``."""
+"""Keys of a list of turns with ``from`` / ``value`` or ``role`` / ``content``; lists in ``prompt`` and ``completion``
+together are read in the same way."""
 IMAGE_PLACEHOLDER = "<image>"
 MAX_FACTS_DEPTH = 32
 
@@ -22,7 +23,7 @@ _ANSWER_ROLES = frozenset(("gpt", "assistant", "model"))
 
 
 class RecordError(ValueError):
-    """An entry that is no record; ``reason`` is a short phrase for counting."""
+    """An entry cannot become a record; ``reason`` is a short phrase for counting."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -31,21 +32,21 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Fields:
-    """What an entry says."""
+    """The contents of an entry."""
 
     image: Any
-    """In whatever form ``image_source`` takes."""
+    """The image, in any form that ``image_source`` takes."""
     references: Sequence[Any]
-    """At least one; not all need be text."""
+    """At least one reference caption; not all need to be text."""
     instruction: str | None
-    """The image placeholder included."""
+    """The instruction, with its image placeholder, or None if the entry has none."""
     own_id: Any
     facts: Any
 
 
 @dataclass
 class _Exchange:
-    """The first question, the first answer after it, and the images that the question brings along."""
+    """The first question, the first answer after it, and the images that come with the question."""
 
     question: str | None = None
     answer: str | None = None
@@ -57,11 +58,12 @@ def read_fields(entry: Mapping[str, Any], *, turns_first: bool, image: Any = Non
 
     Args:
         entry: a JSON object, or a row of a table.
-        turns_first: where an entry has both turns and a reference of its own, the turns count.
-        image: the entry's image, where it is known already.
+        turns_first: if an entry has both turns and a reference of its own, use the turns.
+        image: the entry's image, if it is already known.
 
     Raises:
-        RecordError: nothing to be found, or several things where one is expected.
+        RecordError: image or caption is missing, the instruction has several image placeholders, or the facts are
+            nested too deep.
     """
     exchange = _first_exchange(_turns(entry))
     found = image if image is not None else _image(entry, exchange)
@@ -135,7 +137,7 @@ def _first_exchange(turns: list[Any]) -> _Exchange:
 
 
 def _parts(content: Any) -> tuple[str | None, list[Any]]:
-    """Text and images of a turn: a plain text, or a list of ``{"type": "text" | "image" | "image_url", ...}``."""
+    """Return text and images of a turn: plain text, or a list of ``{"type": "text" | "image" | "image_url", ...}``."""
     if isinstance(content, str):
         return content, []
     if not isinstance(content, list):

@@ -1,4 +1,4 @@
-"""Hugging Face data sets saved on disk. The only importer of ``datasets``."""
+"""Reads Hugging Face data sets saved on disk. This is the only module that imports ``datasets``."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _BATCH_ROWS = 1000
 
 
 class TableImages:
-    """The undecoded images of a data set, by row. They are taken as they are stored, whatever the column is declared as."""
+    """The undecoded images of a data set by row, taken as they are stored, whatever type the column declares."""
 
     def __init__(self, table: Any, column: str) -> None:
         self._table, self._column = table.select_columns([column]).with_format("arrow"), column
 
     def __getitem__(self, row: int) -> Any:
-        """See ``readers.ImageColumn``."""
+        """Return the stored image of a row; see ``readers.ImageColumn``."""
         return self._table[row][self._column][0].as_py()
 
 
 def read_hf_folder(path: Path, instruction: str, report: LoadReport) -> tuple[list[Record], TableImages]:
     """Read a folder that ``datasets.Dataset.save_to_disk`` wrote; images stay on disk until they are drawn.
 
-    Columns are named as the keys of ``forms.py``. Of a folder with several splits ``train`` is taken, or the only one there is.
+    Columns are named like the keys in ``forms.py``. In a folder with splits, ``train`` is read, or the only split.
 
     Raises:
         DatasetError: ``datasets`` is not installed, the folder cannot be read, or a column is missing.

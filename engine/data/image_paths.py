@@ -1,4 +1,4 @@
-"""Where the image file that a record names really lies: below the image folder, or nowhere."""
+"""Finds the real place of the image file that a record names, and refuses every place outside the image folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LEAVES = "path leaves the image folder"
 
 
 class ImageError(ValueError):
-    """An image that may not or cannot be used.
+    """An image must not or cannot be used.
 
     Attributes:
         reason: one of a few short phrases, for counting: ``missing file``, ``broken image``, ``URL``, ...
@@ -27,7 +27,7 @@ class ImageError(ValueError):
 
 
 def check_image_file(path: str | os.PathLike[str], root: Path, *, max_file_bytes: int) -> Path:
-    """Return where the image really lies, without opening it.
+    """Return the real path of an image file, without opening the file.
 
     Raises:
         ImageError: the path is refused, or there is no ordinary file of an allowed size.
@@ -40,14 +40,14 @@ def check_image_file(path: str | os.PathLike[str], root: Path, *, max_file_bytes
         raise ImageError(f"{shown}: no such file in {root}", "missing file") from None
     except OSError as error:
         raise ImageError(f"{shown}: cannot be read: {error.strerror}", "unreadable file") from error
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block, a folder would fail obscurely
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block, and opening a folder would fail obscurely
         raise ImageError(f"{shown}: not an ordinary file", "not a file")
     check_num_bytes(status.st_size, shown, max_file_bytes)
     return resolved
 
 
 def check_num_bytes(num_bytes: int, name: str, max_file_bytes: int) -> None:
-    """Raise ``ImageError`` for a file of no bytes or too many."""
+    """Raise ``ImageError`` for a file with no bytes or too many."""
     if num_bytes == 0:
         raise ImageError(f"{name}: empty file", "broken image")
     if num_bytes > max_file_bytes:
@@ -55,21 +55,22 @@ def check_num_bytes(num_bytes: int, name: str, max_file_bytes: int) -> None:
 
 
 def resolve_image_path(path: str | os.PathLike[str], root: Path) -> Path:
-    """Return the real location of ``path`` below ``root``, links followed; the file need not exist.
+    """Return the real location of ``path`` below ``root``, with links followed; the file need not exist.
 
-    Taken are paths relative to ``root``, with slashes of either kind, and absolute paths and ``file://`` URLs below it.
+    Allowed are paths relative to ``root``, with slashes of either kind, and absolute paths and ``file://`` URLs below
+    ``root``.
 
     Raises:
-        ImageError: another URL, a path elsewhere, a ``..``, or a link that leaves ``root``.
+        ImageError: ``path`` is another URL, lies elsewhere, contains ``..``, or follows a link that leaves ``root``.
     """
     given = os.fspath(path)
     name, shown = _without_scheme(given), printable(given)
-    # Windows forms count everywhere: a data set written there must not mean something else here.
+    # Windows path forms are recognised on every system, so that a data set written on Windows means the same here.
     windows = PureWindowsPath(name)
     is_absolute = name.startswith("/")
     if windows.anchor and not is_absolute:
         raise ImageError(f"{shown}: absolute path of another system; give it relative to {root}", "absolute path")
-    if ".." in windows.parts:  # splits at both kinds of slash
+    if ".." in windows.parts:  # parts are split at both kinds of slash
         raise ImageError(f"{shown}: '..' may not occur in an image path", _LEAVES)
     try:
         real_root = os.path.realpath(root)
@@ -96,7 +97,7 @@ def _is_below(path: str, folder: str) -> bool:
 
 
 def _without_scheme(name: str) -> str:
-    """The path of a ``file://`` URL of this machine; another name as it is."""
+    """Return the path of a local ``file://`` URL, refuse any other URL, and return any other name unchanged."""
     if not _URL.match(name):
         return name
     if name[:7].lower() == "file://":

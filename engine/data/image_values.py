@@ -1,4 +1,4 @@
-"""What a data set gives for an image: a path, or the bytes of an image file in one of the forms in which they are embedded."""
+"""Reads what a data set gives for an image: a path, or the bytes of an image file that is embedded in some form."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from urllib.parse import unquote_to_bytes
 from balcaprl.data.image_paths import ImageError
 
 DICT_KEYS = ("bytes", "path", "image", "image_url", "url", "base64", "file_name")
-"""Of an object that stands for an image; the first that holds something counts."""
+"""Keys of an object that stands for an image; the first key that holds something counts."""
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
-"""How files of the formats begin that are opened."""
+"""The first bytes of files in the formats that are opened."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{40,}={0,2}\s*")
 _MAX_DEPTH = 4
 
 
 def image_source(value: Any, depth: int = _MAX_DEPTH) -> str | bytes:
-    """The path or the bytes that ``value`` gives: itself, alone in a list, in an object, as a data URL or in Base64.
+    """Return the path or bytes that ``value`` gives: directly, in a list of one, in an object, as data URL or Base64.
 
     Raises:
-        ImageError: it gives no image, or several.
+        ImageError: ``value`` gives no image, a broken one, or several.
     """
     if isinstance(value, bytes | bytearray | memoryview) and len(value):
         return bytes(value)
@@ -43,7 +43,7 @@ def image_source(value: Any, depth: int = _MAX_DEPTH) -> str | bytes:
 
 
 def _from_text(text: str) -> str | bytes:
-    """A data URL's or Base64 text's bytes; any other text is a path."""
+    """Return the bytes of a data URL or a Base64 text; any other text is a path and is returned unchanged."""
     if text[:5].lower() == "data:":
         return _from_data_url(text)
     if _BASE64.fullmatch(text):
@@ -67,7 +67,7 @@ def _from_data_url(url: str) -> bytes:
 
 
 def _from_base64(text: str) -> bytes | None:
-    """Of either alphabet, with or without padding and line ends; None where it is broken."""
+    """Decode Base64 of either alphabet, with or without padding and line ends; return None if it is broken."""
     dense = "".join(text.split()).rstrip("=")
     dense += "=" * (-len(dense) % 4)
     try:

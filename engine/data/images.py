@@ -1,7 +1,7 @@
-"""Images from untrusted files: confined to a folder, bounded before they are decoded, and always RGB in the end.
+"""Loads images from untrusted files: confined to a folder, limited in size before decoding, and always as RGB.
 
-A data set names its image files; none of those names may reach outside the image folder, and no file may end the run or
-eat the machine's memory. Everything that can be wrong with an image is an ``ImageError`` with a short ``reason``.
+A data set names its image files. No such name may reach outside the image folder, and no file may end the run or
+exhaust the machine's memory. Every fault of an image raises ``ImageError`` with a short ``reason``.
 
     image = load_image("coco/000000000009.jpg", root, max_pixels=1_003_520, max_source_pixels=64_000_000,
                        max_file_bytes=64 << 20)
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""The formats that are opened; Pillow's many other readers are never tried on a data set's files."""
+"""The only formats that are opened; Pillow's many other readers are never tried on a data set's files."""
 MAX_ASPECT_RATIO = 200
-"""Longer side over shorter side; beyond it image processors (Qwen2.5-VL's) refuse an image."""
+"""Largest ratio of longer to shorter side; image processors (Qwen2.5-VL's) refuse images beyond it."""
 BYTES_PER_PIXEL = 12
-"""Decoding takes at most this many bytes for each of ``max_source_pixels``, whatever the file is made of: three quarters of a
-gigabyte by default. Most pictures take less; progressive JPEG of four colours takes all."""
+"""Decoding takes at most this many bytes for each of ``max_source_pixels``, whatever the file contains: three quarters
+of a gigabyte by default. Most pictures take less; a progressive JPEG of four colours takes this much."""
 _COSTS = {"WEBP": 16}
-"""Bytes per pixel of formats whose decoders take more; fewer pixels of them are allowed."""
+"""Bytes per pixel of formats whose decoders take more, so that fewer pixels are allowed."""
 _TIFF_TILE = (322, 323)
-"""Tags of the sides of a tile, which is decoded whole however small the image is."""
+"""Tags of a tile's width and length in TIFF files; a tile is decoded whole, however small the image is."""
 
 _DIGEST_SIZE = 12
 _END_BYTES = 4096
@@ -65,7 +65,7 @@ def load_image(
         max_file_bytes: a larger file is refused unread.
 
     Returns:
-        RGB, upright (EXIF orientation applied), transparency laid on white, the first frame of an animation.
+        an upright RGB image (EXIF orientation applied), transparency laid on white; of an animation, the first frame.
 
     Raises:
         ImageError: the path is refused, or the file is missing, too large, of another format, or damaged.
@@ -77,17 +77,17 @@ def load_image(
 def decode_image(
     data: bytes, name: str, *, max_pixels: int, max_source_pixels: int, max_file_bytes: int
 ) -> Image.Image:
-    """Decode an image file that is already in memory; ``name`` stands in errors. Otherwise as ``load_image``."""
+    """Decode an image file that is already in memory, like ``load_image``; ``name`` appears in error messages."""
     return _decode(_open_bytes(data, name, max_file_bytes), name, max_pixels, max_source_pixels)
 
 
 def check_image(
     path: str | os.PathLike[str], root: Path, *, max_pixels: int, max_source_pixels: int, max_file_bytes: int
 ) -> str:
-    """Raise the ``ImageError`` that ``load_image`` would, as far as path, size and header tell; decode nothing.
+    """Raise the ``ImageError`` that ``load_image`` would, as far as path, size and header show it; decode nothing.
 
     Returns:
-        a digest of the file's length, beginning and end: equal for equal files, and seldom for others.
+        a digest of the file's length, beginning and end: equal for equal files, and seldom equal for different ones.
     """
     with _open_file(path, root, max_file_bytes) as file:
         _open_header(file, printable(path), max_pixels, max_source_pixels)
@@ -95,12 +95,12 @@ def check_image(
 
 
 def check_image_bytes(data: bytes, name: str, *, max_pixels: int, max_source_pixels: int, max_file_bytes: int) -> None:
-    """Raise the ``ImageError`` that ``decode_image`` would, as far as size and header tell; decode nothing."""
+    """Raise the ``ImageError`` that ``decode_image`` would, as far as size and header show it; decode nothing."""
     _open_header(_open_bytes(data, name, max_file_bytes), name, max_pixels, max_source_pixels)
 
 
 def content_digest(content: bytes) -> str:
-    """What names an image by its file's bytes."""
+    """Return a digest of an image file's bytes, which identifies the image."""
     return blake2b(content, digest_size=_DIGEST_SIZE).hexdigest()
 
 
@@ -130,10 +130,10 @@ def _open_bytes(data: bytes, name: str, max_file_bytes: int) -> BinaryIO:
 
 
 def _open_header(file: BinaryIO, name: str, max_pixels: int, max_source_pixels: int) -> Image.Image:
-    """Read the header and hold it to the bounds; the pixels stay unread."""
+    """Read the header and check it against the limits; the pixels stay unread."""
     try:
         image = _open(file)
-    except Image.DecompressionBombError as error:  # Pillow's own bound, about 179 million pixels
+    except Image.DecompressionBombError as error:  # Pillow's own limit, about 179 million pixels
         raise ImageError(f"{name}: refused unread: {error}", "too large") from error
     except Image.UnidentifiedImageError:
         raise ImageError(f"{name}: not an image, or not one of {', '.join(FORMATS)}", "not an image") from None
@@ -158,7 +158,7 @@ def _open(file: BinaryIO) -> Image.Image:
 
 
 def _check_memory(image: Image.Image, name: str, max_source_pixels: int) -> None:
-    """Raise the ``ImageError`` of an image that takes more to decode than ``BYTES_PER_PIXEL`` of the pixels allowed."""
+    """Raise ``ImageError`` if the image has too many pixels, or if decoding it would take too many bytes."""
     width, height = image.size
     if width * height > max_source_pixels:
         raise ImageError(
@@ -168,7 +168,7 @@ def _check_memory(image: Image.Image, name: str, max_source_pixels: int) -> None
     tags: Any = getattr(image, "tag_v2", {})
     try:
         cost = max(cost, BYTES_PER_PIXEL * math.prod(int(tags.get(tag, 1)) for tag in _TIFF_TILE))
-    except Exception as error:  # no number, or none that can be read
+    except Exception as error:  # a tag is not a number, or cannot be read
         raise ImageError(f"{name}: broken header: the size of its tiles: {printable(error)}") from error
     if cost > BYTES_PER_PIXEL * max_source_pixels:
         raise ImageError(
@@ -182,7 +182,8 @@ def _decode(file: BinaryIO, name: str, max_pixels: int, max_source_pixels: int) 
     try:
         return _decode_pixels(file, name, max_pixels, max_source_pixels)
     except ImageError as error:
-        bare = without_text(file) if error.reason == "broken image" else None  # texts may follow the pixels
+        # Texts that Pillow refuses may follow the pixels, so that they are found only while decoding.
+        bare = without_text(file) if error.reason == "broken image" else None
         if bare is None:
             raise
         return _decode_pixels(bare, name, max_pixels, max_source_pixels)
@@ -194,7 +195,7 @@ def _decode_pixels(file: BinaryIO, name: str, max_pixels: int, max_source_pixels
     rawmode = _rawmode(image)
     try:
         if image.format in ("JPEG", "MPO"):  # MPO: a JPEG file with further pictures behind the first
-            # libjpeg scales while it decodes; twice the target leaves the final filter enough to work with
+            # libjpeg scales while it decodes; twice the target size leaves the final filter enough detail
             image.draft(image.mode, (2 * size[0], 2 * size[1]))
         image.load()
         orientation = _orientation(image)
@@ -206,7 +207,7 @@ def _decode_pixels(file: BinaryIO, name: str, max_pixels: int, max_source_pixels
 
 
 def _rawmode(image: Image.Image) -> str:
-    """How the file stores the pixels, where Pillow's reader says so; "" elsewhere."""
+    """Return how the file stores its pixels, if Pillow's reader says so; otherwise ""."""
     tiles: Any = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles and len(tiles[0]) > 3 else ""
     found = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -214,25 +215,25 @@ def _rawmode(image: Image.Image) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) where there is none to be read. TIFF is turned by Pillow's reader itself."""
+    """Return the EXIF orientation, or 1 (upright) if none can be read. Pillow's reader turns TIFF images by itself."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged metadata spoils no picture
+    except Exception:  # damaged metadata is no reason to refuse a picture
         return 1
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
     turn = _TURNS.get(orientation)
     upright = image if turn is None else image.transpose(turn)
-    upright.info = {}  # profiles and comments have served; keep no copy in memory
+    upright.info = {}  # profiles and comments have been used; keep no copy in memory
     return upright
 
 
 def shrunk_size(size: tuple[int, int], max_pixels: int, name: str) -> tuple[int, int]:
-    """The largest size of the same shape with at most ``max_pixels`` pixels, never larger than ``size``.
+    """Return the largest size of the same shape with at most ``max_pixels`` pixels, never larger than ``size``.
 
     Raises:
-        ImageError: it is too thin, before or after rounding; ``name`` stands in the message.
+        ImageError: the image is too thin, before or after shrinking; ``name`` appears in the message.
     """
     _check_ratio(size, name, "")
     width, height = size

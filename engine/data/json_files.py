@@ -1,4 +1,4 @@
-"""JSON arrays and JSON Lines, told apart by what they hold and not by how they are called."""
+"""Reads JSON arrays and JSON Lines, which are told apart by their content and not by their file name."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from balcaprl.data.records import DatasetError
 from balcaprl.logtext import printable
 
 MAX_LINE_BYTES = 128 << 20
-"""Longest line of a JSON Lines file; an embedded image of ``data.max_file_bytes`` fits."""
+"""Longest allowed line of a JSON Lines file; an embedded image of ``data.max_file_bytes`` fits."""
 
 
 class RepeatedKey(dict[str, Any]):
-    """An object in which a key occurs twice, so that its meaning is not clear."""
+    """A JSON object in which a key occurs twice, so that the object's meaning is not clear."""
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,24 @@ class Item:
     """One entry of a file."""
 
     where: str
-    """``record 3`` of an array, ``line 4`` of JSON Lines."""
+    """The entry's place: ``record 3`` in an array, ``line 4`` in JSON Lines."""
     key: int
-    """What ``JsonFile.again`` finds it by."""
+    """The key with which ``JsonFile.again`` finds the entry."""
     value: Any = None
     problem: tuple[str, str] | None = None
-    """Reason and message, where it cannot be read."""
+    """Reason and message, if the entry cannot be read."""
 
 
 class JsonFile:
-    """Reads the entries of a file; those that hold an embedded image can be read again, so that none stays in memory.
+    """Reads the entries of a file, and gives those with an embedded image again when they are asked for.
+
+    Entries of JSON Lines in UTF-8 are read again from the file, so that no image stays in memory. Of other files, the
+    entries that are passed to ``hold`` stay in memory.
 
     Args:
-        path: a JSON array, or a JSON value a line; UTF-8, or UTF-16 and UTF-32 as a byte order mark or zeros tell.
-        lenient: a file that begins like an array and is none is read as lines, of which the broken ones are counted.
+        path: a JSON array, or one JSON value per line, in UTF-8, or in UTF-16 or UTF-32 if a byte order mark or zero
+            bytes show it.
+        lenient: read a file that begins like an array but is not one as lines, and count the broken lines.
     """
 
     def __init__(self, path: Path, *, lenient: bool) -> None:
@@ -45,10 +49,10 @@ class JsonFile:
         self._held: dict[int, Any] | None = None
 
     def items(self) -> Iterator[Item]:
-        """All entries; blank lines do not count.
+        """Yield all entries, without blank lines.
 
         Raises:
-            DatasetError: the file cannot be read, or is neither form as a whole.
+            DatasetError: the file cannot be read, or begins like an array, is not valid JSON, and ``lenient`` is false.
         """
         try:
             with open(self.path, "rb") as file:
@@ -72,12 +76,12 @@ class JsonFile:
             raise DatasetError(f"data.path: {self.path} cannot be read: {error.strerror}") from error
 
     def hold(self, item: Item) -> None:
-        """Make sure that ``again`` finds an entry."""
+        """Make sure that ``again`` finds an entry, which stays in memory if the file is not JSON Lines in UTF-8."""
         if self._held is not None:
             self._held[item.key] = item.value
 
     def again(self, key: int) -> Any:
-        """The value of an entry, once more; None where the file has changed."""
+        """Return the value of an entry again; None if the file has changed so that the entry cannot be read."""
         if self._held is not None:
             return self._held.get(key)
         try:
@@ -118,7 +122,7 @@ class JsonFile:
 def _parsed(where: str, key: int, line: bytes | str) -> Item:
     try:
         return Item(where, key, json.loads(line, object_pairs_hook=_object))
-    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or nested without end
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or nested too deep
         return Item(where, key, problem=("broken line", f"{where}: {printable(error)}"))
 
 

@@ -1,4 +1,4 @@
-"""From decoded pixels of any mode to RGB of a given size, in bands: no second copy of a large image is made on the way."""
+"""Converts decoded pixels of any mode to RGB of a given size, in bands: no second copy of a large image is made."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from PIL import Image
 
 _BAND_PIXELS = 1 << 20
 _REDUCING_GAP = 3.0
-"""From twice this times the target on, whole blocks are averaged before the final filter; see ``PIL.Image.resize``."""
+"""Images at least twice this many times the target size are averaged in whole blocks before the final filter, as in
+``PIL.Image.resize``."""
 _LOW_DEPTH = {"L;2": 85, "L;4": 17}
-"""What Pillow multiplies the values of shallow PNG files with, but not their transparent one."""
+"""Factors by which Pillow multiplies the pixels of PNG files of 2 and 4 bits, but not their transparent value."""
 
 
 def shrunk_rgb(image: Image.Image, size: tuple[int, int], rawmode: str = "") -> Image.Image:
-    """RGB of ``size``, transparency laid on white; what is smaller than it was is filtered.
+    """Return an RGB image of ``size``, with transparency laid on white; a filter is applied if the image shrinks.
 
     Args:
-        image: loaded, of any mode.
-        size: at most that of ``image``.
-        rawmode: how the file stored the pixels, where the decoder says so.
+        image: a loaded image of any mode.
+        size: the width and height to return, at most those of ``image``.
+        rawmode: how the file stored the pixels, if the decoder says so.
 
     Raises:
         ValueError: pixel values are not finite.
@@ -43,7 +44,7 @@ def shrunk_rgb(image: Image.Image, size: tuple[int, int], rawmode: str = "") -> 
 
 
 def _bands(image: Image.Image, multiple: int = 1) -> Iterator[tuple[int, Image.Image]]:
-    """The image in strips of whole rows, each a multiple of ``multiple`` but for the last, with their first row."""
+    """Yield (first row, strip of rows); every strip but the last has a multiple of ``multiple`` rows."""
     width, height = image.size
     rows = max(1, _BAND_PIXELS // width // multiple) * multiple
     for top in range(0, height, rows):
@@ -51,7 +52,7 @@ def _bands(image: Image.Image, multiple: int = 1) -> Iterator[tuple[int, Image.I
 
 
 def _mend_transparency(image: Image.Image, rawmode: str) -> None:
-    """The transparent value of a PNG file in the depth in which Pillow gives its pixels."""
+    """Convert the transparent value of a PNG file to the bit depth in which Pillow gives the pixels."""
     value = image.info.get("transparency")
     if isinstance(value, int) and rawmode in _LOW_DEPTH:
         image.info["transparency"] = value * _LOW_DEPTH[rawmode]
@@ -60,7 +61,7 @@ def _mend_transparency(image: Image.Image, rawmode: str) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode of eight bits to RGB, transparency laid on white."""
+    """Convert any mode of eight bits to RGB, with transparency laid on white."""
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
@@ -69,7 +70,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _value_range(image: Image.Image) -> tuple[float, float]:
-    """What becomes black and white: 16-bit values have a range; 32-bit and floating point ones have none and are stretched."""
+    """Return the values that become black and white: 0 and 65535 for 16-bit pixels, otherwise the image's extremes."""
     if image.mode.startswith("I;16"):
         return 0.0, 65535.0
     low, high = np.inf, -np.inf

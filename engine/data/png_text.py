@@ -1,4 +1,4 @@
-"""PNG files without their texts and profiles: any amount of them is valid, and Pillow refuses a file over a few of them."""
+"""Removes texts and profiles from PNG files: any amount of them is valid, but Pillow refuses more than a few."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _DROPPED = frozenset((b"tEXt", b"zTXt", b"iTXt", b"iCCP"))
 
 
 def without_text(file: BinaryIO) -> BinaryIO | None:
-    """A copy of a PNG file that has none; None where it is no PNG file, or has none to begin with."""
+    """Return a copy of a PNG file without texts and profiles; None if the file is not PNG, or has none of them."""
     file.seek(0)
     data = file.read()
     if not data.startswith(_SIGNATURE):

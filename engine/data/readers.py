@@ -1,4 +1,4 @@
-"""Readers: from a file or folder to records, and to a column of the images that are embedded in it."""
+"""Reads a JSON file into records and a column of the images that are embedded in the file."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from balcaprl.data.records import LoadReport, Record, RecordBuilder
 
 
 class ImageColumn(Protocol):
-    """The undecoded images that a data set holds itself."""
+    """The undecoded images that are embedded in a data set."""
 
     def __getitem__(self, key: int, /) -> Any:
-        """In a form that ``image_source`` takes; None where there is none."""
+        """Return an image in a form that ``image_source`` takes; None if there is none."""
         ...
 
 
 class EmbeddedImages:
-    """Those of a JSON file, read again when they are asked for."""
+    """The images embedded in a JSON file, read again when they are asked for."""
 
     def __init__(self, file: JsonFile, turns_first: bool) -> None:
         self._file, self._turns_first = file, turns_first
 
     def __getitem__(self, key: int) -> Any:
-        """See ``ImageColumn``."""
+        """Return the image of the entry with this key; see ``ImageColumn``."""
         try:
             return read_fields(self._file.again(key), turns_first=self._turns_first).image
-        except (RecordError, AttributeError):  # the file has changed
+        except (RecordError, AttributeError):  # the file has changed since it was read
             return None
 
 
 def read_json(
     path: Path, instruction: str, report: LoadReport, *, turns_first: bool
 ) -> tuple[list[Record], ImageColumn]:
-    """Read a JSON array of objects, or one a line, whatever the file is called.
+    """Read a JSON array of objects, or one JSON object per line, whatever the file is called.
 
     Args:
         path: the file.
-        instruction: for records that have none of their own.
-        report: counts what is left out.
-        turns_first: see ``read_fields``; also, a broken array is an error and not a number of broken lines.
+        instruction: the instruction for records that have none of their own.
+        report: the report in which left-out entries are counted.
+        turns_first: see ``read_fields``; true also makes a broken array an error instead of a number of broken lines.
 
     Raises:
-        DatasetError: the file cannot be read, or is no JSON.
+        DatasetError: the file cannot be read, or, with ``turns_first``, is a broken array.
     """
     builder = RecordBuilder(instruction, report)
     file = JsonFile(path, lenient=not turns_first)
@@ -58,7 +58,7 @@ def read_json(
 
 
 def _add(builder: RecordBuilder, file: JsonFile, item: Item, turns_first: bool) -> tuple[str, str] | None:
-    """Make records of one entry; the reason and message where there are none."""
+    """Make records of one entry; return the reason and a message if that is impossible, otherwise None."""
     entry = item.value
     if not isinstance(entry, dict):
         return "not an object", item.where

@@ -1,4 +1,4 @@
-"""The images of records: checked at start without decoding, decoded when they are drawn."""
+"""The images of records: checked at the start without decoding, and decoded when they are drawn."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
     from balcaprl.data.readers import ImageColumn
 
-# Checks of files wait for the disk, not for the processor: more threads than cores pay, above all on network disks.
+# File checks wait for the disk, not the processor, so more threads than cores pay off, above all on network disks.
 _CHECK_THREADS = 16
 _CHUNK = 256
 _BAR_FROM = 5_000
 _Outcomes = dict[str | int, str | ImageError]
-"""By ``Record.image``: what names the image, or why it cannot be used."""
+"""For each ``Record.image``, the image's id, or the error that says why the image cannot be used."""
 
 
 class RecordImages:
-    """Finds the image of a record: a file below ``root``, or one that the data set holds itself."""
+    """Finds the image of a record: a file below ``root``, or an image that is embedded in the data set."""
 
     def __init__(self, config: DataConfig, root: Path, column: ImageColumn | None) -> None:
         self._root = root
@@ -49,16 +49,17 @@ class RecordImages:
         self._byte_limit = {"max_file_bytes": config.max_file_bytes}
 
     def load(self, record: Record) -> Image.Image:
-        """Decode; raises ``ImageError``."""
+        """Decode the image of a record; raises ``ImageError`` if that fails."""
         image = self._find(record)
         if isinstance(image, bytes):
             return decode_image(image, printable(record.sample_id), **self._limits)
         return load_image(image, self._root, **self._limits)
 
     def check(self, record: Record) -> str:
-        """Raise the ``ImageError`` of a record that is known to be bad without decoding; a name for the image otherwise.
+        """Return an id for a record's image, or raise the ``ImageError`` that can be found without decoding.
 
-        Without ``check_headers`` a file is not opened: its real path names it, and a copy of it counts as another image.
+        Without ``check_headers`` a file is not opened. Its id then comes from its real path, so that a copy of the file
+        counts as another image.
         """
         image = self._find(record)
         if isinstance(image, bytes):
@@ -71,9 +72,9 @@ class RecordImages:
         return content_digest(os.fsencode(resolved))
 
     def checked(self, records: Sequence[Record], report: LoadReport) -> list[Record]:
-        """The records that pass ``check``, in their order, with their ``image_id``; the others are counted in ``report``.
+        """Return the records that pass ``check``, in order and with ``image_id``; count the others in ``report``.
 
-        Each image is looked at once. Runs in threads, with a progress bar on a terminal where it takes a while.
+        Each image is checked once. The checks run in threads; a terminal shows a progress bar for 5,000 images or more.
         """
         distinct = list({record.image: record for record in reversed(records)}.values())
         chunks = [distinct[start : start + _CHUNK] for start in range(0, len(distinct), _CHUNK)]
@@ -91,9 +92,10 @@ class RecordImages:
         return kept
 
     def _told_apart(self, found: _Outcomes, pool: ThreadPoolExecutor) -> _Outcomes:
-        """Files that look like one image are read whole: they are copies, or alike in length, beginning and end.
+        """Return whole-content ids for files that share an id: they may be alike only in length, beginning and end.
 
-        So are all files of a data set that also embeds images, which are named by their whole content.
+        If a data set also embeds images, all files get whole-content ids, because embedded images have ids of this
+        kind.
         """
         if not self._check_headers:
             return {}
@@ -108,7 +110,7 @@ class RecordImages:
     def _whole_digest(self, image: str) -> str:
         try:
             return content_digest(check_image_file(image, self._root, **self._byte_limit).read_bytes())
-        except (ImageError, OSError):  # it changes under our eyes: an image of its own
+        except (ImageError, OSError):  # the file has changed since its check: it counts as an image of its own
             return content_digest(image.encode("utf-8", "replace"))
 
     def _outcomes(self, records: Sequence[Record]) -> list[str | ImageError]:
@@ -123,7 +125,7 @@ class RecordImages:
     def _find(self, record: Record) -> bytes | str:
         if isinstance(record.image, str):
             return record.image
-        assert self._column is not None  # only its reader makes records of what it holds
+        assert self._column is not None  # a reader that makes records of embedded images returns a column of them
         return image_source(self._column[record.image])
 
 

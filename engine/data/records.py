@@ -1,7 +1,8 @@
-"""From the files of a data set to plain records, and the account of what had to be left out.
+"""Plain records from the files of a data set, and the report of what had to be left out.
 
-A *record* names an image and holds one reference caption. A reader turns one format into records; what it cannot use it
-hands to the ``LoadReport`` under a short reason. Only what spoils the data set as a whole raises (``DatasetError``).
+A *record* names an image and holds one reference caption. A reader turns one file format into records, and counts each
+entry that it cannot use in the ``LoadReport`` under a short reason. Only a fault that makes the whole data set unusable
+raises ``DatasetError``.
 """
 
 from __future__ import annotations
@@ -13,32 +14,32 @@ from balcaprl.data.forms import IMAGE_PLACEHOLDER, Fields
 from balcaprl.logtext import printable
 
 MAX_EXAMPLES = 3
-"""Examples kept of each reason for an exclusion."""
+"""Number of examples that are kept for each reason of exclusion."""
 MAX_ID_CHARS = 200
 
 
 class DatasetError(ValueError):
-    """A data set that cannot be used as a whole; the message says where and what to do."""
+    """A data set cannot be used at all; the message says where the fault is and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One usable line of a data set."""
+    """One usable entry of a data set: an image and one reference caption."""
 
     sample_id: str
     image: str | int
-    """A path, or what an ``ImageColumn`` finds an embedded image by."""
+    """A path, or the key with which an ``ImageColumn`` finds an embedded image."""
     reference: str
     instruction: str
     facts: Any = None
-    """What the data set knows of the image beyond the reference: questions, a rubric; plain JSON."""
+    """What the data set knows about the image beyond the reference, as plain JSON: questions, a rubric."""
     image_id: str = ""
-    """The same for all records of one image; ``RecordImages.checked`` tells it."""
+    """Identifies the image: the same for all records of one image. ``RecordImages.checked`` fills it in."""
 
 
 @dataclass
 class Exclusions:
-    """What was left out for one reason."""
+    """The records that were left out for one reason."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -51,21 +52,21 @@ class LoadReport:
     source: str
     """Kind and path of the data set."""
     num_records: int = 0
-    """Records read, the excluded ones included."""
+    """Number of records read, including the excluded ones."""
     num_train: int = 0
     num_eval: int = 0
     num_eval_images: int | None = None
-    """Where an image may have several records."""
+    """Number of held-out images; None for drawn scenes, where each image has one record."""
     exclusions: dict[str, Exclusions] = field(default_factory=dict)
-    """By reason."""
+    """The records that were left out, by reason."""
 
     @property
     def num_excluded(self) -> int:
-        """Records that were left out."""
+        """Number of records that were left out."""
         return sum(e.count for e in self.exclusions.values())
 
     def exclude(self, reason: str, where: str) -> None:
-        """Count one record as left out; ``where`` names it, and may say more."""
+        """Count one record as left out; ``where`` names the record, and may say more about it."""
         entry = self.exclusions.setdefault(reason, Exclusions())
         entry.count += 1
         if len(entry.examples) < MAX_EXAMPLES:
@@ -86,7 +87,7 @@ class LoadReport:
 
 
 class RecordBuilder:
-    """Holds each entry to what a record needs, counts those that fall short, and makes sample ids unique."""
+    """Makes records from entries, counts the entries that cannot become one, and makes sample ids unique."""
 
     def __init__(self, instruction: str, report: LoadReport) -> None:
         self.records: list[Record] = []
@@ -95,17 +96,17 @@ class RecordBuilder:
         self._ids: set[str] = set()
 
     def exclude(self, reason: str, where: str) -> None:
-        """Count an entry that became no record."""
+        """Count an entry that cannot become a record."""
         self._report.num_records += 1
         self._report.exclude(reason, where)
 
     def add(self, where: str, fields: Fields, image: str | int) -> None:
-        """Make a record of each reference, or count why not.
+        """Make one record per reference of an entry; a reference without text is counted as left out.
 
         Args:
-            where: names the entry in the file, and tells equal ids apart.
-            fields: of the entry.
-            image: a path, or what the images' column finds an embedded one by.
+            where: the entry's place in the file, for messages and to tell equal ids apart.
+            fields: the contents of the entry.
+            image: the image's path, or the key with which the image column finds an embedded image.
         """
         asked = clean_text(fields.instruction).replace(IMAGE_PLACEHOLDER, "").strip() or self._instruction
         for number, reference in enumerate(fields.references, 1):
@@ -120,7 +121,7 @@ class RecordBuilder:
             self.records.append(Record(sample_id, image, caption, asked, fields.facts))
 
     def _unique_id(self, own_id: Any, fallback: str, where: str) -> str:
-        """It stands in logs, in messages and in names of files, so it is one printable line from the start."""
+        """Return an unused id of one printable line, because ids appear in logs, messages and file names."""
         own = clean_text(str(own_id))[:MAX_ID_CHARS] if isinstance(own_id, str | int) else ""
         sample_id = printable(own or clean_text(fallback)[-MAX_ID_CHARS:], MAX_ID_CHARS)
         while sample_id in self._ids:
@@ -134,7 +135,7 @@ def _named(where: str, own_id: Any) -> str:
 
 
 def clean_text(value: Any) -> str:
-    """The text without surrounding space, NUL, and lone surrogates, which no tokenizer takes; "" if it is no text."""
+    """Return the stripped text without NUL and lone surrogates, which no tokenizer takes; "" if it is not text."""
     if not isinstance(value, str):
         return ""
     return value.encode("utf-8", "replace").decode().replace("\0", "").strip()

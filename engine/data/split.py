@@ -1,4 +1,4 @@
-"""What is trained on and what is held out: whole images, with all of their records."""
+"""Splits records into training and held-out ones by whole images, each with all of its records."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from balcaprl.data.records import Record
 logger = logging.getLogger(__name__)
 
 DEFAULT_NUM_EVAL = 128
-"""``data.num_eval``'s default, and so a wish and no order: of few images at most half are held out."""
+"""The default of ``data.num_eval``. A default is not a request, so this value holds out at most half of the images."""
 
 
 def split_records(records: list[Record], num_eval: int, seed: int) -> tuple[list[Record], list[Record]]:
-    """Training records in the file's order, and those of the held-out images; no image is on both sides.
+    """Return the training records in the file's order, and those of the held-out images; no image is on both sides.
 
-    ``seed`` shuffles the images, in the order of their first records, and the last ones are held out.
+    The images, in the order of their first records, are shuffled by ``seed``, and the last ones are held out.
     """
     images: dict[str, list[Record]] = {}
     for record in records:
@@ -32,9 +32,9 @@ def split_records(records: list[Record], num_eval: int, seed: int) -> tuple[list
 
 
 def num_held_out(wanted: int, num_images: int) -> int:
-    """How many images are held out: ``wanted``, unless that leaves none to train on, or is the default and more than half.
+    """Return how many images to hold out: ``wanted`` if that fits, otherwise half of the images, with a warning.
 
-    Half of the images then, which one message says.
+    ``wanted`` does not fit if it leaves no image to train on, or if it is the default and more than half of the images.
     """
     fits = wanted < num_images and (wanted != DEFAULT_NUM_EVAL or 2 * wanted <= num_images)
     if fits or not wanted:

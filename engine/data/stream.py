@@ -16,7 +16,7 @@ from balcaprl.types import Sample
 logger = logging.getLogger(__name__)
 
 MAX_PERMUTED = 10_000_000
-"""Larger sources are drawn in order: a permutation would take too much memory, and an epoch is never finished."""
+"""Larger sources are drawn in order: a permutation would take too much memory, and no run finishes an epoch of them."""
 
 
 class SampleSource(Protocol):
@@ -30,13 +30,13 @@ class SampleSource(Protocol):
 class SampleStream:
     """Draws samples epoch after epoch; the same source, seed and state give the same samples.
 
-    Each epoch is a permutation by seed and epoch, or the source's order without ``shuffle``. A source of more than
-    ``MAX_PERMUTED`` samples is drawn in order, with ``shuffle`` from a place that the seed chooses.
+    Each epoch is a permutation that seed and epoch determine; without ``shuffle`` it is the source's order. A source of
+    more than ``MAX_PERMUTED`` samples is drawn in order; with ``shuffle`` it starts at a place that the seed chooses.
 
     Args:
-        source: what to draw from, at least one sample.
-        seed: chooses the order.
-        shuffle: draw in a random order, anew each epoch.
+        source: the samples to draw from, at least one.
+        seed: the seed of the order.
+        shuffle: draw in a random order that changes with each epoch.
     """
 
     def __init__(self, source: SampleSource, *, seed: int, shuffle: bool = True) -> None:
@@ -50,20 +50,20 @@ class SampleStream:
 
     @property
     def num_undecodable(self) -> int:
-        """Distinct samples whose image turned out not to decode."""
+        """Number of distinct samples whose image did not decode."""
         return len(self._undecodable)
 
     def next(self, count: int) -> list[Sample]:
-        """The next ``count`` samples, undecoded; goes on into the next epoch where one ends."""
+        """Return the next ``count`` samples, undecoded; when an epoch ends, the next one follows."""
         return [self._source[self._next_index()] for _ in range(count)]
 
     def next_decodable(self, count: int) -> list[Sample]:
-        """The next ``count`` samples whose images decode; each image is decoded here, once, and kept with its sample.
+        """Return the next ``count`` samples whose images decode; each is decoded here, once, and kept with its sample.
 
         An image that does not decode is skipped, logged once, and counted in ``num_undecodable``.
 
         Raises:
-            DatasetError: as many images in a row as an epoch holds do not decode.
+            DatasetError: the number of successive images that do not decode reaches the number of samples in an epoch.
         """
         samples: list[Sample] = []
         failures_in_a_row = 0
@@ -81,7 +81,7 @@ class SampleStream:
         return samples
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor as plain JSON values."""
+        """Return the cursor as plain JSON values."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -90,10 +90,10 @@ class SampleStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken.
+        """Continue from the place at which ``state`` was taken.
 
         Raises:
-            DatasetError: the state belongs to another seed, order or number of samples.
+            DatasetError: the state belongs to another seed, order or number of samples, or is damaged.
         """
         for name, value in self._identity().items():
             if state.get(name) != value:
@@ -144,6 +144,6 @@ class SampleStream:
 
 
 def decoded(sample: Sample) -> Sample:
-    """The sample with its image decoded and held; raises the ``ImageError`` of one that does not decode."""
+    """Return the sample with its image decoded and kept; raises ``ImageError`` if the image does not decode."""
     image = sample.load_image()
     return replace(sample, load_image=lambda: image)

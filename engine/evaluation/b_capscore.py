@@ -1,6 +1,7 @@
-"""b-CapScore: the harmonic mean of precision, recall and linguistic quality, per image, then averaged.
+"""b-CapScore: the harmonic mean of precision, recall and linguistic quality of each caption, averaged over images.
 
-The linguistic score is taken as judged: the length mask is a training signal, and the mean length ratio stands beside.
+The linguistic score is used as judged, because the length mask is only a training signal; the mean length ratio is
+reported separately.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from balcaprl.types import REWARD_NAMES, Prompt, RolloutGroup
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of one caption per image."""
+    """Scores of one caption per held-out sample."""
 
     scores: dict[str, float]
-    """Means over images: the three rewards, ``b_capscore``, ``length_ratio``; counts: ``num_images``, ``num_samples``
-    (more than images where some have several references), ``num_unscorable``, and ``num_excluded`` that became no prompt."""
+    """Means over images: the rewards, ``b_capscore``, ``length_ratio``. Counts: ``num_images``, ``num_samples`` (more
+    if an image has several references), ``num_unscorable``, and ``num_excluded`` (samples that became no prompt)."""
     groups: list[RolloutGroup]
-    """The captions, one rollout a group."""
+    """The captions, as groups of one rollout each."""
 
 
 def evaluate_captions(
@@ -41,9 +42,10 @@ def evaluate_captions(
     batch_size: int = 64,
     num_excluded: int = 0,
 ) -> Evaluation:
-    """Caption each prompt once and score the captions; ``num_excluded`` held-out samples became no prompt.
+    """Caption each prompt once and score the captions.
 
-    ``greedy=False`` samples from the policy's own distribution, which shows flaws that greedy decoding hides.
+    ``num_excluded`` is the number of held-out samples that became no prompt; it is only reported. ``greedy=False``
+    samples from the policy's own distribution, which shows flaws that greedy decoding hides.
     """
     groups: list[RolloutGroup] = []
     for start in range(0, len(prompts), batch_size):
@@ -55,7 +57,7 @@ def evaluate_captions(
 
 
 def summarise(groups: Sequence[RolloutGroup], names: Sequence[str] = REWARD_NAMES) -> dict[str, float]:
-    """Means over all scored rollouts of ``groups``, of the rewards that are named and what belongs to them."""
+    """Return means over all rollouts of ``groups`` (the named rewards, b-CapScore and length ratio), and counts."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     breakdowns = [rollout.breakdown for rollout in rollouts if rollout.breakdown is not None]
     return {
@@ -68,7 +70,7 @@ def summarise(groups: Sequence[RolloutGroup], names: Sequence[str] = REWARD_NAME
 
 
 def summarise_images(groups: Sequence[RolloutGroup], names: Sequence[str] = REWARD_NAMES) -> dict[str, float]:
-    """As ``summarise``, but first a mean for each image over its samples: one with five references counts once."""
+    """Like ``summarise``, but average over each image's samples first: an image with five references counts once."""
     by_image: dict[str, list[RolloutGroup]] = {}
     for group in groups:
         by_image.setdefault(group.prompt.sample.image_identity, []).append(group)

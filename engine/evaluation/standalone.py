@@ -1,4 +1,4 @@
-"""Scoring a checkpoint outside of a run."""
+"""Scores a checkpoint outside of a run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from balcaprl.rollout import make_sampler
 
 
 def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None) -> dict[str, dict[str, float]]:
-    """Scores of a checkpoint folder on the held-out images of a config, sampled and greedy.
+    """Return the scores of a checkpoint folder on the held-out images of a config, sampled and greedy.
 
     Args:
-        checkpoint: a stock transformers folder, or an adapter's.
-        config: its data, rollout, reward, evaluation and model sections count (``model.path`` does for
-            an adapter alone: it names the model that the adapter belongs to).
-        out: a folder for the scores and captions, empty or of an earlier evaluation; none: only return the scores.
+        checkpoint: a stock transformers folder or an adapter folder.
+        config: the configuration, of which the seed and the data, rollout, reward, endpoint, evaluation and model
+            sections are used (``model.path`` only for an adapter: it names the model that the adapter belongs to).
+        out: a folder for the scores and captions, empty or of an earlier evaluation; None: only return the scores.
 
     Raises:
         ModelFilesError: the checkpoint cannot be loaded, or is an adapter of another model.
@@ -41,7 +41,7 @@ def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None)
 def _evaluate(checkpoint: Path, config: TrainConfig, claim: Claim | None) -> dict[str, dict[str, float]]:
     out = claim.path if claim is not None else None
     model = config.model
-    CustomRewards(config.reward.custom)  # the user's own code first: it fails before anything heavy is loaded
+    CustomRewards(config.reward.custom)  # checks the user's own code, so that it fails before anything heavy is loaded
     dataset = load_dataset(config.data, seed=config.seed)
     judge = make_judge(
         config.reward,

@@ -1,9 +1,9 @@
-"""At load: is what the policy computes what the model itself computes, and does a prompt show it the image?
+"""Checks at load that the policy computes what the model itself computes, and that a prompt shows the model its image.
 
-The model's own ``generate`` takes a few greedy tokens of a text, and of a text with a small picture where there is a
-processor; its logits are compared with those of the packed forward and the policy's head, over the whole vocabulary.
-Whatever a model does beside ``hidden @ W.T`` shows here: capped or scaled logits, adapters, other masks or positions. A few
-tokens cost less than loading the weights. No random state is touched.
+The model's own ``generate`` continues a text by a few greedy tokens and, where the processor takes images, does the
+same for a prompt with a small picture. Its logits are compared with those of the packed forward and the policy's head,
+over the whole vocabulary. The comparison shows whatever a model does beyond ``hidden @ W.T``: capped or scaled logits,
+adapters, other masks or positions. A few tokens cost less than loading the weights. No random state changes.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NUM_TOKENS = 3
-"""That the model generates."""
+"""Number of tokens that the model generates for one comparison."""
 _ROUNDING = 2e-3
-"""Largest difference of log-probabilities that float32 and above explain, in nats; measured: 1e-6 to 1e-4."""
+"""Largest log-probability difference that rounding in float32 or float64 explains, in nats; measured: 1e-6 to 1e-4."""
 _ROUNDING_HALF = 0.15
-"""The mean difference that half precision explains."""
+"""Largest mean log-probability difference that rounding in half precision explains, in nats."""
 _INSTRUCTION = "Describe the image."
 _LOGIT_FIELDS = re.compile(r"logit|lm_head|softcap|mup|multiplier|output_mult")
 _HEAD_LEVELS = (1.0, 100.0)
-"""Largest logits at which the head is tried: a cap shows at large ones alone."""
+"""Largest absolute logit of each hidden state that the head is tried on; a cap has an effect only on large logits."""
 
 
 class PolicyMismatchError(ValueError):
-    """The policy would train another distribution than the model's own."""
+    """The policy would train a different distribution from the model's own."""
 
 
 def check_agreement(policy: Policy) -> None:
-    """Find what the model does to its logits, then compare; see the module's docstring.
+    """Find what the model does to its logits, then compare policy and model as the module's docstring describes.
 
     Raises:
-        PolicyMismatchError: says by how much the two differ, and what may cause it.
+        PolicyMismatchError: The two differ; the message says by how much, and what may cause it.
     """
     with torch.no_grad(), _untouched_random_state(policy.device):
         policy.logit_rule = _find_logit_rule(policy)
@@ -57,7 +57,7 @@ def check_agreement(policy: Policy) -> None:
 
 
 def takes_images(policy: Policy) -> bool:
-    """Whether prompts with images can be made: the model takes them, and its processor is there."""
+    """Whether prompts with images can be made: the model takes images, and its processor is loaded."""
     from transformers import ProcessorMixin
 
     return policy.family.image_token_id(policy.model.config) >= 0 and isinstance(policy.processor, ProcessorMixin)
@@ -67,7 +67,7 @@ def takes_images(policy: Policy) -> bool:
 
 
 def _find_logit_rule(policy: Policy) -> LogitRule:
-    """What makes the model's logits out of its head's product: nothing, or a scale, a cap that its configuration names."""
+    """Find how the model turns its head's product into logits: unchanged, or by a configured scale, cap or both."""
     module = head_module(policy.model)
     if module is None or getattr(policy.stock_model, "model", None) is None:
         raise PolicyMismatchError(f"{_name(policy)}: it has no head on one decoder (get_output_embeddings, model)")
@@ -84,7 +84,7 @@ def _find_logit_rule(policy: Policy) -> LogitRule:
     tolerance = max(1e-4, 16 * torch.finfo(policy.dtype).eps)
 
     def error(rule: LogitRule) -> float:
-        """Relative to each row's largest logit."""
+        """Largest error of any row, relative to the row's largest logit."""
         found = (rule(raw) - expected).abs().amax(-1) / expected.abs().amax(-1)
         return float(found.nan_to_num(torch.inf).max())
 
@@ -102,7 +102,7 @@ def _find_logit_rule(policy: Policy) -> LogitRule:
 
 
 def _logits_of(policy: Policy, hidden: Tensor) -> Tensor:
-    """(N, V) that the model makes of last hidden states (N, D): those take the place of a text's."""
+    """Run the model on a text, replace its last hidden states by ``hidden`` (N, D), and return the logits (N, V)."""
 
     def replace(_module: nn.Module, _args: Any, output: Any) -> Any:
         output.last_hidden_state = hidden[None].to(output.last_hidden_state.dtype)
@@ -113,7 +113,7 @@ def _logits_of(policy: Policy, hidden: Tensor) -> Tensor:
     try:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, "return_dict": True}
         return policy.stock_model(**inputs).logits[0]
-    except Exception as error:  # foreign code, which may want an image, say
+    except Exception as error:  # foreign code can fail in any way, for example because it needs an image
         raise PolicyMismatchError(
             f"{_name(policy)}: it cannot run on a text alone, so its head cannot be compared: "
             f"{type(error).__name__}: {error}"
@@ -123,7 +123,7 @@ def _logits_of(policy: Policy, hidden: Tensor) -> Tensor:
 
 
 def _configured_numbers(config: Any) -> dict[str, float]:
-    """What the configurations of model and text model say of logits, by name."""
+    """Positive numbers that the configurations of the model and its text model hold about logits, by field name."""
     found = {}
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
@@ -133,14 +133,14 @@ def _configured_numbers(config: Any) -> dict[str, float]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------- the whole
+# ------------------------------------------------------------------------------------------- the whole model
 
 
 def _compare(policy: Policy, inputs: Mapping[str, Any], what: str) -> None:
-    """Raise unless the packed forward gives what the model's own generation gives."""
+    """Raise PolicyMismatchError unless the packed forward agrees with the model's own generation."""
     try:
         expected, completion = _generate(policy, inputs)
-    except Exception as error:  # foreign code on what its own processor made
+    except Exception as error:  # foreign code can fail in any way, even on its own processor's output
         raise PolicyMismatchError(
             f"{_name(policy)}: the model itself cannot generate from {what} that its processor and chat template prepared: "
             f"{type(error).__name__}: {error}"
@@ -166,7 +166,7 @@ def _compare(policy: Policy, inputs: Mapping[str, Any], what: str) -> None:
 
 
 def _generate(policy: Policy, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """The model's own logits (T, V) of a few greedy tokens (T,), and the tokens."""
+    """Generate a few greedy tokens with the model itself; returns their logits (T, V) and the tokens (T,)."""
     from transformers import GenerationConfig
 
     unwanted = sorted({*policy.banned_token_ids, *_ends(policy)})
@@ -187,7 +187,7 @@ def _generate(policy: Policy, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor
 
 @contextmanager
 def _generation_config(model: Any, config: Any) -> Iterator[None]:
-    """Within, nothing of the checkpoint's own: it may ask for beams, penalties, its own kind of cache."""
+    """Use ``config`` within the context, because the checkpoint's own may ask for beams, penalties or its own cache."""
     before, model.generation_config = model.generation_config, config
     try:
         yield
@@ -198,7 +198,7 @@ def _generation_config(model: Any, config: Any) -> Iterator[None]:
 def _text(policy: Policy) -> dict[str, Tensor]:
     ids = _plain_ids(policy, 5)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    # Some take a prompt without them for one whose completion it may look at, too.
+    # Without token_type_ids, some models let the prompt attend to its completion too.
     takes_types = "token_type_ids" in inspect.signature(policy.stock_model.forward).parameters
     return inputs | {"token_type_ids": torch.zeros_like(ids)} if takes_types else inputs
 
@@ -214,15 +214,15 @@ def _plain_ids(policy: Policy, count: int) -> Tensor:
 def _ends(policy: Policy) -> tuple[int, ...]:
     try:
         return policy.eos_token_ids
-    except (ValueError, AttributeError):  # none is named, or a tokenizer is missing: what samples will say so
+    except (ValueError, AttributeError):  # no end is named, or the tokenizer is missing; a sampler reports it later
         return ()
 
 
 def _picture(policy: Policy) -> Mapping[str, Any]:
-    """A small picture in the chat template.
+    """Prepare a prompt with a small picture by the chat template and the processor.
 
     Raises:
-        PolicyMismatchError: The template is missing, or shows neither image nor instruction.
+        PolicyMismatchError: The template is missing, fails, or leaves out the image or the instruction.
     """
     from PIL import Image
 
@@ -235,7 +235,7 @@ def _picture(policy: Policy) -> Mapping[str, Any]:
     told = "the checkpoint's chat template (chat_template.jinja)"
     try:
         text, inputs = policy.process(image, _INSTRUCTION)
-    except Exception as error:  # a template and a processor are foreign code
+    except Exception as error:  # templates and processors are foreign code and can fail in any way
         raise PolicyMismatchError(
             f"{_name(policy)}: {told} and its processor cannot prepare one image and an instruction: "
             f"{type(error).__name__}: {error}"

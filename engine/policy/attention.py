@@ -1,7 +1,8 @@
-"""How stock model code runs on packed groups: an attention function that transformers finds by name.
+"""Attention functions, registered with transformers by name, that let stock model code run on packed groups.
 
-The decoder's layers look their attention up by name and hand unknown keyword arguments on to it, so that the layout of a
-packed batch reaches it without a change of the model. For a name without a mask function transformers makes no mask.
+The decoder's layers look up their attention function by name and pass unknown keyword arguments on to it. The layout of
+a packed batch therefore reaches the function without any change to the model. transformers makes no mask for a name
+that has no mask function.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from balcaprl.policy.last_layer import as_now
 SHARED_PREFIX = "balcaprl_shared_prefix"
 """The name under which the attention of packed groups is registered."""
 IMAGE_SEGMENTS = "balcaprl_flash_image_segments"
-"""That of the image towers' attention. transformers hands the segments' offsets to names with "flash" in them alone."""
+"""The name of the image towers' attention. transformers passes segment offsets only to names that contain "flash"."""
 
 
 def shared_prefix_forward(
@@ -39,10 +40,10 @@ def shared_prefix_forward(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in the form that transformers calls: (1, H, T, head_dim) in, (1, T, H, head_dim) out.
+    """Shared-prefix attention with transformers' signature: (1, H, T, head_dim) in, (1, T, H, head_dim) out.
 
     Raises:
-        ValueError: For dropout or capped scores, which the packed attention does not have.
+        ValueError: Dropout or capped scores are asked for, which the packed attention does not support.
     """
     if dropout:
         raise ValueError(f"dropout: the packed attention has none, got {dropout}; keep the model in evaluation mode")
@@ -63,8 +64,10 @@ def image_segments_forward(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """A tower's attention within images or windows: one call for all segments of a length, where transformers' own code calls
-    once for each segment. (1, H, T, head_dim) in, (1, T, H, head_dim) out."""
+    """An image tower's attention within images or windows: (1, H, T, head_dim) in, (1, T, H, head_dim) out.
+
+    It makes one call for all segments of the same length; transformers' own code makes one call per segment.
+    """
     segments, parts = _segments_of(cu_seq_lens_q), []
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     for length, at in segments.by_length:
@@ -77,16 +80,16 @@ def image_segments_forward(
 
 
 class _Segments(NamedTuple):
-    """An image's windows, or images."""
+    """The segments within which a tower attends (images, or windows of images), grouped by length."""
 
     by_length: list[tuple[int, slice | Tensor]]
-    """(length, its segments' tokens in order) for each length; a slice where they lie one after the other."""
+    """For each length, the length and the tokens of its segments in order: a slice where they are contiguous."""
     places: Tensor | None
-    """(T,): where each token is once the lengths are put one after the other; None where there is one length."""
+    """LongTensor (T,): place of each token once the parts of ``by_length`` are concatenated; None for a single part."""
 
 
 def _segments_of(offsets: Tensor) -> _Segments:
-    """Kept with the offsets, which all blocks of a tower share: they are read from the device once."""
+    """Group segments by length. All blocks of a tower share ``offsets``, so the result is cached on that tensor."""
     found: _Segments | None = getattr(offsets, "balcaprl_segments", None)
     if found is None:
         bounds = offsets.tolist()
@@ -110,7 +113,7 @@ def _tokens_of(length: int, begins: list[int], device: torch.device) -> slice | 
 
 @functools.cache
 def register() -> None:
-    """Make the functions known to transformers."""
+    """Register both attention functions with transformers."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(SHARED_PREFIX, shared_prefix_forward)
@@ -119,7 +122,7 @@ def register() -> None:
 
 @contextmanager
 def using_attention(config: Any, name: str) -> Iterator[None]:
-    """The text model or tower of ``config`` attends by the function of that name."""
+    """Within the context, the text model or tower of ``config`` attends with the function registered as ``name``."""
     before = config._attn_implementation
     config._attn_implementation = name
     try:
@@ -129,7 +132,7 @@ def using_attention(config: Any, name: str) -> Iterator[None]:
 
 
 def calling_once_for_segments(tower_config: Any) -> AbstractContextManager:
-    """A tower that takes ``sdpa`` attends by ``image_segments_forward``; one that was given another function keeps it."""
+    """Within the context, a tower set to ``sdpa`` uses ``image_segments_forward``; any other setting stays in use."""
     plain = tower_config._attn_implementation == "sdpa"
     return using_attention(tower_config, IMAGE_SEGMENTS) if plain else nullcontext()
 
@@ -147,16 +150,16 @@ def sharing_obstacle(config: Any, longest: int) -> str | None:
 
 
 def enable_checkpointing(model: Any, *configs: Any) -> None:
-    """Keep only layer inputs in the forward, and compute the rest again in the backward.
+    """Enable gradient checkpointing: the forward keeps only layer inputs, and the backward recomputes the rest.
 
-    The recomputation runs after ``using_attention`` and ``reading_only`` have been left: it enters them again, as they were
-    in the forward of ``configs`` (text model, tower).
+    The recomputation runs after ``using_attention`` and ``reading_only`` have been left. It therefore enters both
+    again, in the state that they had during the forward. ``configs`` are those of the text model and the tower.
     """
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), _again([(config, config._attn_implementation) for config in configs], as_now())
 
-    # transformers' name for it since 5.24, which warns of the other one
+    # transformers 5.24 introduced the first name and warns about the second.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, "context_fn": contexts})
 
@@ -171,8 +174,11 @@ def _again(names: list[tuple[Any, str]], last_layer: AbstractContextManager[None
 
 @contextmanager
 def checkpointing(model: nn.Module) -> Iterator[None]:
-    """Layers for which it is enabled recompute within. transformers asks for training mode of the layer alone; its
-    children stay as they are, and so does sampling, whose cache it would take away."""
+    """Within the context, layers that have gradient checkpointing enabled use it.
+
+    transformers only requires training mode of the layer itself, so its children stay in evaluation mode. Training mode
+    ends with the context, because checkpointing would deprive sampling of its KV cache.
+    """
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and not m.training]
     for layer in layers:
         layer.training = True

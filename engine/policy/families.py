@@ -1,8 +1,8 @@
 """What differs between the supported model families: the image call, the positions, and the special ids.
 
-Everything else is alike in transformers: a text model runs on embeddings, and ``get_input_embeddings`` /
-``get_output_embeddings`` name the two ends. Adding a family adds one class here. Methods take the stock model itself,
-never one that an adapter wraps.
+Everything else is the same across transformers: a text model runs on embeddings, and ``get_input_embeddings`` and
+``get_output_embeddings`` return the input and output embeddings. A new family needs one new class in this module.
+Methods take the stock model itself, never one that an adapter wraps.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ logger = logging.getLogger(__name__)
 
 
 class UnsupportedFamilyError(ValueError):
-    """The checkpoint's ``model_type`` is none of the supported ones, nor a vision-language model that runs as they do."""
+    """The checkpoint's ``model_type`` is not supported, and is not that of a vision-language model with one decoder."""
 
 
 class ImageFeatures(NamedTuple):
-    """What the text model gets of N image tokens, all images one after the other."""
+    """What the text model gets for N image tokens, with all images one after the other."""
 
     embeds: Tensor
-    """(N, D), one row per placeholder; before projection (N, rows merged into one token, width of the tower)."""
+    """Features (N, D), one row per placeholder; before projection, (N, rows merged into one token, tower width)."""
     deepstack: tuple[Tensor, ...] = ()
-    """As ``embeds``, added to the hidden states after the first decoder layers (Qwen3-VL)."""
+    """Features shaped like ``embeds``, added to the hidden states after the first decoder layers (Qwen3-VL)."""
 
 
 _SHORTENED_TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -42,48 +42,48 @@ class Family(ABC):
     """One model family. Methods take the stock transformers model; A is the number of position axes."""
 
     model_types: ClassVar[tuple[str, ...]] = ()
-    """Values of ``config.model_type`` that it serves."""
+    """Values of ``config.model_type`` that the family serves."""
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
-    """The class of transformers that loads it."""
+    """Name of the transformers class that loads the family's checkpoints."""
     is_known: ClassVar[bool] = True
-    """Whether the text model can be run on packed embeddings; otherwise the whole model runs on repeated rows."""
+    """Whether the text model can run on packed embeddings; otherwise the whole model runs on repeated rows."""
 
     def text_model(self, model: Any) -> Any:
-        """The decoder, which runs on embeddings."""
+        """Return the decoder, which runs on embeddings."""
         return model.model.language_model
 
     def image_token_id(self, config: Any) -> int:
-        """Id of the placeholder that an image's features replace; -1 where there are no images."""
+        """Return the id of the placeholder that image features replace; -1 where the model takes no images."""
         return int(config.image_token_id)
 
     @abstractmethod
     def num_image_tokens(self, model: Any, image_inputs: dict[str, Tensor]) -> int | None:
-        """Placeholders that the images of one prompt need; None where that is not known.
+        """Count the placeholders that the images of one prompt need; None where the number is not known.
 
         Raises:
-            ValueError: The image tensors do not fit together; says how.
+            ValueError: The image tensors do not fit together; the message says how.
         """
 
     @abstractmethod
     def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
-        """Features of all images, in order."""
+        """Compute the features of all images, in order."""
 
     @abstractmethod
     def prompt_positions(self, model: Any, prompt_ids: Tensor, image_inputs: dict[str, Tensor]) -> Tensor:
-        """Positions (A, P) of the prompt (P,). A completion goes on at their maximum + 1, alike on all axes."""
+        """Compute the positions (A, P) of a prompt (P,). A completion continues at their maximum + 1 on every axis."""
 
     @abstractmethod
     def position_ids(self, positions: Tensor) -> Tensor:
-        """Positions (A, rows, length) in the form that the text model takes."""
+        """Convert positions (A, rows, length) to the form that the text model takes."""
 
     @abstractmethod
     def banned_token_ids(self, config: Any) -> tuple[int, ...]:
-        """Ids that a completion must never hold: they would ask for images that are not there."""
+        """Return the ids that a completion must never contain: they would ask for images that are not there."""
 
     def published_name(self, config: Any, name: str) -> str:
-        """The name that vLLM knows a parameter by: the published checkpoints' where transformers has renamed it.
+        """Return the name by which vLLM knows a parameter: the one in published checkpoints if transformers renamed it.
 
-        transformers 5 dropped a level of the names of CLIP's and SigLIP's towers, in memory and in what it saves.
+        transformers 5 dropped one level from the names of CLIP and SigLIP towers, both in memory and in saved files.
         """
         tower = "model.vision_tower."
         kind = getattr(getattr(config, "vision_config", None), "model_type", None)
@@ -92,14 +92,14 @@ class Family(ABC):
 
     @abstractmethod
     def vision_modules(self, model: Any) -> list[nn.Module]:
-        """What ``freeze_vision`` freezes: the image tower, not the projection into the text model."""
+        """Return what ``freeze_vision`` freezes: the image tower, but not its projection into the text model."""
 
     def projections(self, model: Any) -> list[tuple[nn.Module, str]]:
-        """(parent, name) of each projection, ``ImageFeatures``' one before those of ``deepstack``."""
+        """Return (parent, name) of each projection: that for ``ImageFeatures.embeds``, then those for ``deepstack``."""
         return []
 
     def projected_rows(self, config: Any) -> int:
-        """Rows of the tower that a projection merges into one image token."""
+        """Return how many tower rows a projection merges into one image token."""
         return 1
 
 
@@ -109,7 +109,7 @@ class QwenVL(Family):
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl", "qwen2_vl")
 
     def num_image_tokens(self, model: Any, image_inputs: dict[str, Tensor]) -> int:
-        """See ``Family``: every merged block of patches is a token."""
+        """Count the image tokens: every merged block of patches is one. See ``Family``."""
         grid, pixels = image_inputs.get("image_grid_thw"), image_inputs.get("pixel_values")
         if grid is None and pixels is None:
             return 0
@@ -123,7 +123,7 @@ class QwenVL(Family):
         return patches // self.projected_rows(model.config)
 
     def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
-        """See ``Family``."""
+        """Compute the features of all images, with one attention call per segment length. See ``Family``."""
         with calling_once_for_segments(model.model.visual.config):
             output = model.model.get_image_features(
                 image_inputs["pixel_values"], image_inputs["image_grid_thw"], return_dict=True
@@ -132,79 +132,79 @@ class QwenVL(Family):
         return ImageFeatures(torch.cat(list(output.pooler_output)), deepstack)
 
     def prompt_positions(self, model: Any, prompt_ids: Tensor, image_inputs: dict[str, Tensor]) -> Tensor:
-        """See ``Family``: (3, P), as the model itself counts them."""
+        """Compute the positions (3, P) with the model's own counting. See ``Family``."""
         is_image = (prompt_ids == self.image_token_id(model.config)).int()
         grid = image_inputs.get("image_grid_thw")
         positions, _ = model.model.get_rope_index(prompt_ids[None], is_image[None], image_grid_thw=grid)
         return positions[:, 0]
 
     def position_ids(self, positions: Tensor) -> Tensor:
-        """See ``Family``: (3, rows, length)."""
+        """Return the positions (3, rows, length) unchanged. See ``Family``."""
         return positions
 
     def banned_token_ids(self, config: Any) -> tuple[int, ...]:
-        """See ``Family``: image, video, and the marks around them."""
+        """Return the ids of image and video tokens and of the marks around them. See ``Family``."""
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         return tuple(sorted({int(getattr(config, name)) for name in names}))
 
     def vision_modules(self, model: Any) -> list[nn.Module]:
-        """See ``Family``. The merger is the projection, and stays trainable."""
+        """Return the tower without its merger, which is the projection and stays trainable. See ``Family``."""
         visual = model.model.visual
         return [visual.patch_embed, visual.blocks]
 
     def projections(self, model: Any) -> list[tuple[nn.Module, str]]:
-        """See ``Family``."""
+        """Return the merger as the only projection. See ``Family``."""
         return [(model.model.visual, "merger")]
 
     def projected_rows(self, config: Any) -> int:
-        """See ``Family``."""
+        """Return the number of rows in one merged block. See ``Family``."""
         return int(config.vision_config.spatial_merge_size) ** 2
 
 
 class Qwen3VL(QwenVL):
-    """Qwen3-VL: as above, and features of inner tower layers join the hidden states of the first decoder layers."""
+    """Qwen3-VL: like Qwen2.5-VL, with features of inner tower layers added after the first decoder layers."""
 
     model_types = ("qwen3_vl",)
 
     def vision_modules(self, model: Any) -> list[nn.Module]:
-        """See ``Family``."""
+        """Return the modules of ``QwenVL`` and the tower's position embedding. See ``Family``."""
         return [*super().vision_modules(model), model.model.visual.pos_embed]
 
     def projections(self, model: Any) -> list[tuple[nn.Module, str]]:
-        """See ``Family``."""
+        """Return the merger, then those of the inner tower layers. See ``Family``."""
         mergers = model.model.visual.deepstack_merger_list
         return [*super().projections(model), *((mergers, str(index)) for index in range(len(mergers)))]
 
 
 class OneAxis(Family):
-    """What families have in common whose positions are counted from 0 on one axis."""
+    """Common base of families whose positions are counted from 0 on one axis."""
 
     def prompt_positions(self, model: Any, prompt_ids: Tensor, image_inputs: dict[str, Tensor]) -> Tensor:
-        """See ``Family``: (1, P), counted from 0."""
+        """Return the positions (1, P), counted from 0. See ``Family``."""
         return torch.arange(prompt_ids.shape[0], device=prompt_ids.device)[None]
 
     def position_ids(self, positions: Tensor) -> Tensor:
-        """See ``Family``: (rows, length)."""
+        """Return the positions (rows, length) of the only axis. See ``Family``."""
         return positions[0]
 
 
 class Llava(OneAxis):
-    """LLaVA-1.5: a tower of one fixed image size (CLIP, SigLIP), one position axis."""
+    """LLaVA-1.5: a tower with one fixed image size (CLIP, SigLIP) and one position axis."""
 
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
 
     def num_image_tokens(self, model: Any, image_inputs: dict[str, Tensor]) -> int:
-        """See ``Family``: as many as the tower makes of such an image."""
+        """Count the features that the tower makes of images of this size. See ``Family``."""
         pixels = image_inputs.get("pixel_values")
         return 0 if pixels is None else pixels.shape[0] * self._tokens_per_image(model)
 
     def _tokens_per_image(self, model: Any) -> int:
-        """Features of one image or tile: whether there is a class feature among them, the tower knows best."""
+        """Count the features of one image or tile, from the tower's own count, which includes any class feature."""
         rows = int(model.model.vision_tower.embeddings.num_positions)
-        return rows - int(model.config.vision_feature_select_strategy == "default")  # which drops the first
+        return rows - int(model.config.vision_feature_select_strategy == "default")  # "default" drops the first feature
 
     def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
-        """See ``Family``."""
+        """Compute the projected features of all images. See ``Family``."""
         output = model.model.get_image_features(
             pixel_values=image_inputs["pixel_values"],
             vision_feature_layer=model.config.vision_feature_layer,
@@ -214,25 +214,28 @@ class Llava(OneAxis):
         return ImageFeatures(torch.cat(list(output.pooler_output)))
 
     def banned_token_ids(self, config: Any) -> tuple[int, ...]:
-        """See ``Family``."""
+        """Return the image placeholder's id. See ``Family``."""
         return (self.image_token_id(config),)
 
     def vision_modules(self, model: Any) -> list[nn.Module]:
-        """See ``Family``."""
+        """Return the image tower. See ``Family``."""
         return [model.model.vision_tower]
 
     def projections(self, model: Any) -> list[tuple[nn.Module, str]]:
-        """See ``Family``."""
+        """Return the projector as the only projection. See ``Family``."""
         return [(model.model, "multi_modal_projector")]
 
 
 class LlavaNext(Llava):
-    """LLaVA-NeXT: as above, of an image shrunk to one tile and of the tiles that it is cut into, as many as its shape asks."""
+    """LLaVA-NeXT: like LLaVA-1.5, on the image shrunk to one tile plus the tiles that its shape lets it be cut into."""
 
     model_types = ("llava_next",)
 
     def num_image_tokens(self, model: Any, image_inputs: dict[str, Tensor]) -> int:
-        """See ``Family``: the model's own arithmetic of tiles, rows' ends and cut edges, on features of one number each."""
+        """Count the image tokens with the model's own code for tiles, row ends and cut edges. See ``Family``.
+
+        The code runs on placeholder features that are one number wide.
+        """
         pixels, sizes = image_inputs.get("pixel_values"), image_inputs.get("image_sizes")
         if pixels is None and sizes is None:
             return 0
@@ -255,7 +258,7 @@ class LlavaNext(Llava):
         return int(lengths.sum())
 
     def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
-        """See ``Family``."""
+        """Compute the projected features of all images and their tiles. See ``Family``."""
         output = model.model.get_image_features(
             pixel_values=image_inputs["pixel_values"],
             image_sizes=image_inputs["image_sizes"],
@@ -273,54 +276,55 @@ class TextOnly(OneAxis):
     auto_class = "AutoModelForCausalLM"
 
     def text_model(self, model: Any) -> Any:
-        """See ``Family``."""
+        """Return the decoder, which is the whole base model here. See ``Family``."""
         return model.model
 
     def image_token_id(self, config: Any) -> int:
-        """See ``Family``: there are no images."""
+        """Return -1, because there are no images. See ``Family``."""
         return -1
 
     def num_image_tokens(self, model: Any, image_inputs: dict[str, Tensor]) -> int:
-        """See ``Family``."""
+        """Return 0, or raise ValueError for image inputs. See ``Family``."""
         if image_inputs:
             raise ValueError(f"model_type {model.config.model_type!r} takes no images, got {sorted(image_inputs)}")
         return 0
 
     def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
-        """See ``Family``: never asked for."""
+        """Raise ValueError, because there are no images. See ``Family``."""
         raise ValueError(f"model_type {model.config.model_type!r} takes no images")
 
     def banned_token_ids(self, config: Any) -> tuple[int, ...]:
-        """See ``Family``: nothing."""
+        """Return no ids. See ``Family``."""
         return ()
 
     def vision_modules(self, model: Any) -> list[nn.Module]:
-        """See ``Family``: nothing."""
+        """Return no modules. See ``Family``."""
         return []
 
 
 class Unknown(OneAxis):
-    """Any other vision-language model of transformers: it runs whole, each completion in a row with its own images."""
+    """Any other vision-language model of transformers: it runs whole, on one row per completion with its own images."""
 
     is_known = False
 
     def image_token_id(self, config: Any) -> int:
-        """See ``Family``."""
+        """Return the placeholder's id under either name that configurations use; -1 without one. See ``Family``."""
         for name in ("image_token_id", "image_token_index"):
             if getattr(config, name, None) is not None:
                 return int(getattr(config, name))
         return -1
 
     def num_image_tokens(self, model: Any, image_inputs: dict[str, Tensor]) -> None:
-        """See ``Family``: not known; the model itself checks."""
+        """Return None: the number is not known, and the model itself checks it. See ``Family``."""
 
     def whole_inputs(self, model: Any, prompt_ids: Tensor, inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-        """What a row (1, length) of a prompt (P,) and a completion takes beside ids and mask: the images as they are, and what
-        belongs to each token as the model's own ``generate`` goes on with it.
+        """Make the model inputs, other than ids and mask, for a row (1, length) of a prompt (P,) and a completion.
+
+        Images stay as they are. Per-token inputs are extended over the completion as the model's own ``generate`` does.
 
         Raises:
-            ValueError: The prompt has images, and lacks a value for each token that the model reads with them; or the model
-                does not say how one goes on.
+            ValueError: The prompt has images but not the ``token_type_ids`` that the model needs with them, or the
+                model does not extend one of the per-token inputs in ``generate``.
         """
         per_token = {key: value for key, value in inputs.items() if is_per_token(key, value, len(prompt_ids))}
         images = {key: value for key, value in inputs.items() if key not in per_token}
@@ -346,14 +350,14 @@ class Unknown(OneAxis):
         return images | per_token
 
     def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
-        """See ``Family``: the model takes images by itself."""
+        """Raise UnsupportedFamilyError: how image features enter the text model is not known. See ``Family``."""
         raise UnsupportedFamilyError(
             f"model_type {model.config.model_type!r}: how images enter its text model is not known; sample with vLLM, or "
             "add a class to balcaprl/policy/families.py"
         )
 
     def banned_token_ids(self, config: Any) -> tuple[int, ...]:
-        """See ``Family``: all that the configuration calls a token of an image, video or sound."""
+        """Return every id that the configuration names as an image, video, vision or audio token. See ``Family``."""
         found = set()
         for name, value in config.to_dict().items():
             media = any(kind in name for kind in ("image", "video", "vision", "audio"))
@@ -362,7 +366,11 @@ class Unknown(OneAxis):
         return tuple(sorted(found))
 
     def vision_modules(self, model: Any) -> list[nn.Module]:
-        """See ``Family``: what transformers' models call their tower."""
+        """Return the towers under the names that transformers' models use. See ``Family``.
+
+        Raises:
+            UnsupportedFamilyError: The model has no tower under any of these names.
+        """
         towers = [getattr(model.model, name, None) for name in ("visual", "vision_tower", "vision_model")]
         found = [tower for tower in towers if tower is not None]
         if not found:
@@ -374,17 +382,18 @@ class Unknown(OneAxis):
 
 _FAMILIES: tuple[Family, ...] = (QwenVL(), Qwen3VL(), Llava(), LlavaNext(), TextOnly())
 _FIXED_SIZE_TOWERS = ("clip_vision_model", "siglip_vision_model")
-"""What the LLaVA classes were written for; others, such as Pixtral's, take images of any size."""
+"""Tower types that the LLaVA classes support; other towers, such as Pixtral's, take images of any size."""
 
 
 def family_of(config: Any) -> Family:
-    """The family that serves a transformers configuration.
+    """Return the family that serves a transformers configuration.
 
-    A vision-language model that is not listed gets ``Unknown``, with a warning that names it: it trains, without the
-    gain of shared prompts.
+    A vision-language model that is not listed gets ``Unknown`` and a warning that names it: it can be trained, but
+    without the savings of shared prompts.
 
     Raises:
-        UnsupportedFamilyError: It is no such model; names the ``model_type`` and those that are supported.
+        UnsupportedFamilyError: No family serves it; the message names its ``model_type`` and, where it is no
+            vision-language model, the supported ones.
     """
     for family in _FAMILIES:
         if config.model_type in family.model_types and not _has_other_tower(config, family):
@@ -420,7 +429,7 @@ _CROSS_ATTENTION = (
 
 
 def _refuse_other_decoders(config: Any, class_name: Any) -> None:
-    """Raise UnsupportedFamilyError for a model whose prompt and completion are not one sequence of one decoder."""
+    """Raise UnsupportedFamilyError for a model that does not read prompt, images and completion as one sequence."""
     import transformers
 
     names = class_name if isinstance(class_name, (list, tuple)) else [class_name]

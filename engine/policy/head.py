@@ -1,11 +1,12 @@
-"""From last hidden states to log-probabilities: the model's own head, with whatever is done to it and to its logits.
+"""From last hidden states to log-probabilities: the model's own head, including adapters and changes to its logits.
 
-A head of plain rows, adapted (LoRA), biased, or with scaled logits is one matrix product: ``Head.folded`` says of what, and the
-kernels that never store logits run on that. A head that is more (capped logits, DoRA, quantised rows) runs as the model
-runs it, in chunks whose logits are computed again in the backward: slower, and the same numbers.
+A head with a plain weight matrix is one matrix product, even with a LoRA adapter, a bias or scaled logits.
+``Head.folded`` returns the product's two operands, and the kernels that never store logits run on them. Any other head
+(capped logits, DoRA, quantised rows) runs as the model runs it, in chunks whose logits the backward recomputes. This is
+slower and gives the same numbers.
 
-Ids that no text can hold (``num_tokens`` and beyond, rows that only pad the head) are left out of the distribution, as samplers
-leave them out.
+Ids from ``num_tokens`` on belong to rows that only pad the head, and no text contains them. They are left out of the
+distribution here, as they are in samplers.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from torch.utils.checkpoint import checkpoint
 from balcaprl.kernels import linear_logprobs
 
 _COLUMN_MULTIPLE = 16
-"""A bias is one column more; columns of zeros fill up to this, which matrix products are fast at."""
+"""A bias adds one column to the weight; zero columns pad the width to a multiple of this, for fast matrix products."""
 _MAX_CHUNK_LOGITS = 1 << 24
-"""Logits that a chunk of a head that is no matrix holds at once."""
+"""Largest number of logits held at once when a head that is not a plain matrix product runs in chunks."""
 
 
 def adapter_delta(module: Any) -> Tensor | None:
-    """What the active adapters of a peft layer add to its weight, differentiable; None for nothing."""
+    """Sum what the active adapters of a peft layer add to its weight, differentiable; None if they add nothing."""
     if module.disable_adapters or module.merged:
         return None
     held = (module.lora_A, getattr(module, "lora_embedding_A", ()))
@@ -44,39 +45,39 @@ def is_more_than_a_matrix(module: Any) -> bool:
 
 @dataclass(frozen=True)
 class LogitRule:
-    """What a model does to the product of hidden states and head: ``softcap * tanh(scale * logits / softcap)``."""
+    """How a model changes the product of hidden states and head: ``softcap * tanh(scale * logits / softcap)``."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """(..., V) to (..., V)."""
+        """Apply the scale and the cap to logits (..., V)."""
         scaled = logits if self.scale == 1.0 else logits * self.scale
         return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
 
 
 @dataclass(frozen=True)
 class Head:
-    """The head of a model as it is now, adapters switched as they are."""
+    """The head of a model in its present state, with adapters switched on or off as they are."""
 
     module: Any
-    """What the model calls: a layer, D to V."""
+    """The layer that the model calls, from D to V."""
     rule: LogitRule
     num_tokens: int
-    """Ids from here on are no tokens; at most V."""
+    """Number of ids that the distribution covers, at most V; later rows of the head are left out."""
 
     @property
     def is_linear(self) -> bool:
-        """Whether ``folded`` can say it."""
+        """Whether the head is one matrix product, which ``folded`` can express."""
         return self.rule.softcap is None and self._matrix() is not None
 
     def folded(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """``hidden`` (T, D') and ``weight`` (num_tokens, D') whose product are the logits; both differentiable.
+        """Return ``hidden`` (T, D') and ``weight`` (num_tokens, D') whose product is the logits; both differentiable.
 
-        D' is D, or more where the head has a bias.
+        D' is D, or larger where the head has a bias.
         """
         matrix, module = self._matrix(), self.module
-        assert matrix is not None  # is_linear
+        assert matrix is not None  # callers check is_linear first
         delta = None if matrix is module else adapter_delta(module)
         weight = matrix.weight if delta is None else matrix.weight + delta.to(matrix.weight.dtype)
         weight = weight if weight.shape[0] == self.num_tokens else weight[: self.num_tokens]
@@ -89,12 +90,12 @@ class Head:
         return hidden if self.rule.scale == 1.0 else hidden * self.rule.scale, weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(T, num_tokens) of (T, D), as the model computes them."""
+        """Compute logits (T, num_tokens) from hidden states (T, D), as the model does."""
         logits = hidden @ self.module.weight.T if _is_plain(self.module) else self.module(hidden)
         return self.rule(logits[..., : self.num_tokens])
 
     def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float, banned: Sequence[int] = ()) -> Tensor:
-        """Log-probabilities (T,) of ``targets`` (T,), differentiable; of the distribution without the ``banned`` ids."""
+        """Differentiable log-probabilities (T,) of ``targets`` (T,), in the distribution without the ``banned`` ids."""
         if not self.is_linear:
             return self._logprobs_in_chunks(hidden, targets, temperature, banned)
         hidden, weight = self.folded(hidden)
@@ -102,13 +103,14 @@ class Head:
         banned = [token for token in banned if token < self.num_tokens]
         if not banned:
             return logprobs
-        # Probability of all banned ids together; the softmax's normaliser follows from the targets' own.
+        # ``mass`` is the probability of all banned ids together. The log-sum-exp that it needs follows from the
+        # targets' logits and log-probabilities.
         log_normalizer = (hidden * weight[targets]).sum(-1) / temperature - logprobs
         mass = (hidden @ weight[banned].T / temperature - log_normalizer[:, None]).exp().sum(-1)
         return logprobs - torch.log1p(-mass)
 
     def _matrix(self) -> nn.Linear | None:
-        """The layer of plain rows that the head is, beside adapters that add a matrix; None where it is something else."""
+        """Return the head's plain linear layer, beneath adapters that only add a matrix; None for any other head."""
         module: Any = self.module
         adapted = hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")
         base = module.base_layer if adapted else module
@@ -132,7 +134,7 @@ class Head:
 
 
 def known_ids(tokenizer: Any) -> tuple[int, tuple[int, ...]]:
-    """First id beyond a tokenizer's own, and the ids before it that none of its tokens has."""
+    """Return the first id after a tokenizer's last one, and the smaller ids that none of its tokens has."""
     if not hasattr(tokenizer, "get_vocab"):
         return sys.maxsize, ()
     known = set(tokenizer.get_vocab().values())
@@ -140,7 +142,7 @@ def known_ids(tokenizer: Any) -> tuple[int, tuple[int, ...]]:
 
 
 def head_module(model: Any) -> nn.Module | None:
-    """The layer that a model's logits come from; of one that peft keeps twice, the one that runs."""
+    """Return the layer that computes a model's logits; where peft keeps an original and a copy, the one that runs."""
     module = model.get_output_embeddings()
     while hasattr(module, "original_module") and hasattr(module, "modules_to_save"):
         active = [name for name in module.active_adapters if name in module.modules_to_save]

@@ -1,8 +1,8 @@
-"""The last decoder layer at the tokens that are read alone.
+"""Runs the last decoder layer only for tokens that the loss reads.
 
-Of its output a loss reads the tokens that predict; all others of a prompt serve as keys and values only. Their queries, their
-part of the output projection and their MLP change nothing, in value or in gradient, and are left out. The model's
-code stays as it is: hooks on these parts take the rows that are read, and put zeros in the place of the others.
+The loss reads this layer's output only at tokens that predict a completion token. All other prompt tokens serve only as
+keys and values. Their queries, output projection and MLP affect neither values nor gradients and are skipped. The
+model's code stays unchanged: hooks on these parts select the rows that are read, and put zeros in place of the others.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _TOKEN_WISE = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
-"""Parts of a decoder layer that take each token by itself, and whose result for a token only that token's output shows."""
+"""Parts of a decoder layer that treat each token separately, and whose result affects only that token's output."""
 
 
 class ReadTokens(NamedTuple):
-    """Those of a packed row (1, T, ...) whose last hidden state is read."""
+    """The tokens of a packed row (1, T, ...) whose last hidden states are read, U in number."""
 
     tokens: slice | Tensor
-    """A slice up to the row's end, or a LongTensor (U,), ascending."""
+    """Places of the tokens: a slice up to the row's end, or an ascending LongTensor (U,)."""
     num_tokens: int
-    """T."""
+    """Number of tokens in the row, T."""
 
     def take(self, x: Tensor) -> Tensor:
-        """(1, T, ...) to (1, U, ...)."""
+        """Select the tokens that are read: (1, T, ...) to (1, U, ...)."""
         return x[:, self.tokens] if isinstance(self.tokens, slice) else x.index_select(1, self.tokens)
 
     def put(self, x: Tensor) -> Tensor:
-        """(1, U, D) to (1, T, D), zeros elsewhere."""
+        """Put the tokens back into their places, with zeros elsewhere: (1, U, D) to (1, T, D)."""
         if isinstance(self.tokens, slice):
             return F.pad(x, (0, 0, self.tokens.start, 0))
         return x.new_zeros(1, self.num_tokens, x.shape[2]).index_copy(1, self.tokens, x)
@@ -43,9 +43,9 @@ _active: ContextVar[tuple[nn.Module, ReadTokens] | None] = ContextVar("reading_o
 
 @contextmanager
 def reading_only(layer: nn.Module, read: ReadTokens | None) -> Iterator[None]:
-    """Within, ``layer`` computes these tokens' output alone, and zeros in its parts elsewhere; all of it for None.
+    """Within the context, parts of ``layer`` compute only the tokens of ``read``, and give zeros for all other tokens.
 
-    A compiled layer stays whole: what was compiled does not see hooks come and go.
+    None computes all tokens. So does a compiled layer, because compiled code does not notice added or removed hooks.
     """
     if read is None or layer._compiled_call_impl is not None:
         yield
@@ -62,7 +62,7 @@ def reading_only(layer: nn.Module, read: ReadTokens | None) -> Iterator[None]:
 
 
 def as_now() -> AbstractContextManager[None]:
-    """``reading_only`` as it holds at this moment, for a forward that is computed again when it no longer does."""
+    """Return a context that restores the present ``reading_only``, for a forward that is recomputed later."""
     active = _active.get()
     return nullcontext() if active is None else reading_only(*active)
 

@@ -1,4 +1,4 @@
-"""Which kernels the small layers of a model run on: the native library's on the CPU, Liger's on CUDA where they prove right."""
+"""Chooses kernels for small layers of a model: the native library's on the CPU, Liger's on CUDA if found correct."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from balcaprl.kernels import native_layers
 logger = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-4
-"""Of a fused result against the stock one: another formula is further away."""
+"""Largest relative difference between a fused and a stock result; a different formula differs by more."""
 _EPS = 1e-6
 
 
 class LayerKernels(NamedTuple):
-    """All differentiable."""
+    """Fused kernels for the small layers, all differentiable."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    """x (..., D), weight (D,), eps."""
+    """RMSNorm: takes x (..., D), weight (D,) and eps."""
     silu_mul: Callable[[Tensor, Tensor], Tensor]
-    """gate, up (...)."""
+    """``silu(gate) * up``: takes gate and up, both (...)."""
     rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    """q, k (N, H, L, head_dim), cos, sin (N, L, head_dim), which have no gradient."""
+    """Rotary positions: takes q, k (N, H, L, head_dim) and cos, sin (N, L, head_dim); cos and sin get no gradient."""
 
 
 def _rotate_on_cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ NATIVE = LayerKernels(native_layers.rms_norm, native_layers.silu_mul, _rotate_on
 
 
 def kernels_for(*tensors: Tensor) -> LayerKernels | None:
-    """What runs on all of these; None: nothing but the stock code."""
+    """Return the kernels that can run on all of these tensors; None if only the stock code can."""
     if len({(x.device, x.dtype) for x in tensors}) > 1:
         return None
     if tensors[0].is_cuda:
@@ -50,7 +50,7 @@ def kernels_for(*tensors: Tensor) -> LayerKernels | None:
 
 @functools.cache
 def _liger(device: torch.device) -> LayerKernels | None:
-    """Liger's kernels, as its own modules for Llama call them; None where it is not installed, or computes something else."""
+    """Return Liger's kernels, called as in its Llama modules; None if Liger is missing or computes something else."""
     try:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
         from liger_kernel.ops.rope import LigerRopeFunction
@@ -65,7 +65,7 @@ def _liger(device: torch.device) -> LayerKernels | None:
     kernels = LayerKernels(rms_norm, LigerSiLUMulFunction.apply, LigerRopeFunction.apply)
     try:
         wrong = wrong_kernels(kernels, device)
-    except Exception as error:  # of a compiler, a driver, another version: anything, and training can do without
+    except Exception as error:  # any failure of compiler, driver or version: training works without Liger
         wrong = [f"{type(error).__name__}: {error}".splitlines()[0]]
     if wrong:
         logger.warning("liger-kernel is not used on %s, the stock layers are: %s", device, ", ".join(wrong))
@@ -73,7 +73,7 @@ def _liger(device: torch.device) -> LayerKernels | None:
 
 
 def wrong_kernels(kernels: LayerKernels, device: torch.device) -> list[str]:
-    """Names of those whose values or gradients are not what the formula gives on random inputs."""
+    """Names of the kernels whose values or gradients on random inputs differ from those of the plain formula."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -108,7 +108,7 @@ def wrong_kernels(kernels: LayerKernels, device: torch.device) -> list[str]:
 def _values_and_gradients(
     kernel: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor
 ) -> list[tuple[Tensor, ...]]:
-    """Of both, for one gradient from above."""
+    """Run both functions and return the output and input gradients of each, for the same output gradient."""
     results = []
     for function in (kernel, plain):
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -120,7 +120,7 @@ def _values_and_gradients(
 
 
 def alike(actual: Tensor, expected: Tensor) -> bool:
-    """Whether two results are of one formula, rounding aside."""
+    """Whether two results agree up to rounding, as results of the same formula do."""
     tolerance = max(_TOLERANCE, 4 * torch.finfo(expected.dtype).eps)
     largest = float(expected.abs().max())
     return torch.allclose(actual.float(), expected.float(), rtol=tolerance, atol=tolerance * largest)

@@ -1,8 +1,8 @@
-"""Faster code for the small layers of stock models: RMSNorm, a SwiGLU block's ``silu(gate) * up``, rotary positions, patches.
+"""Faster code for small layers of stock models: RMSNorm, SwiGLU's ``silu(gate) * up``, rotary positions and patches.
 
-The first three run on fused kernels (``layer_kernels.py``). Where there are none for a device or dtype, and for layers that
-are not exactly these, the stock code runs. A convolution that takes one patch at a time becomes the matrix product
-that it is. Weights and their names stay as they are.
+The first three run on fused kernels (``layer_kernels.py``). The stock code runs where a device or dtype has no kernel,
+and for layers that differ from these. A convolution whose kernel covers exactly one patch runs as the matrix product
+that it amounts to. Weights and their names stay as they are.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from balcaprl.policy.layer_kernels import alike, kernels_for
 logger = logging.getLogger(__name__)
 
 _ROTARY_TEXT, _ROTARY_TOWER = "apply_rotary_pos_emb", "apply_rotary_pos_emb_vision"
-"""What transformers calls the functions that rotate queries and keys."""
+"""Names of transformers' functions that rotate queries and keys, in text models and in image towers."""
 Forward = Callable[..., Any]
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Let the layers of ``model`` that we have kernels for run on them. ``unfuse_layers`` takes that back, and for a while
-    ``stock_layers``.
+    """Let each layer of ``model`` for which there is a kernel run on that kernel.
 
-    A layer is taken by its parts, and only if it then computes on a random input what it did before: checked once for each
-    class and size.
+    ``unfuse_layers`` undoes this, and ``stock_layers`` undoes it temporarily. A layer is recognised by its parts, and
+    is fused only if it computes the same on a random input as before. This check runs once for each class and size.
     """
     checked: dict[tuple[Any, ...], bool] = {}
     for module in model.modules():
@@ -50,7 +49,7 @@ def fuse_layers(model: nn.Module) -> None:
 
 
 def unfuse_layers(model: nn.Module) -> list[nn.Module]:
-    """Let all layers of ``model`` run as transformers wrote them, for a compiler for instance; those that did not."""
+    """Restore the stock code of all layers of ``model``, for instance for a compiler; returns those that were fused."""
     fused = [module for module in model.modules() if _is_fused(module)]
     for module in fused:
         del module.forward
@@ -59,7 +58,7 @@ def unfuse_layers(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def stock_layers(model: nn.Module) -> Iterator[None]:
-    """Within, the layers of ``model`` run as transformers wrote them."""
+    """Within the context, the layers of ``model`` run transformers' own code."""
     fused = unfuse_layers(model)
     try:
         yield
@@ -71,7 +70,7 @@ def stock_layers(model: nn.Module) -> Iterator[None]:
 
 
 def fused_classes(model: nn.Module) -> dict[str, int]:
-    """How many layers of each class run on kernels."""
+    """Number of layers that run on kernels, by class name."""
     names = [type(module).__name__ for module in model.modules() if _is_fused(module)]
     return {name: names.count(name) for name in sorted(set(names))}
 
@@ -82,7 +81,7 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def _fused_forward_of(module: nn.Module) -> Forward | None:
-    """What would stand in for the forward of this module; None: it is no such layer."""
+    """Return the fused replacement for this module's forward; None if there is none for such a module."""
     kind = type(module)
     if kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
         return _norm_forward
@@ -104,12 +103,12 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _takes_patches(conv: nn.Conv3d) -> bool:
-    """Whether it makes one number per channel of each patch, as the Qwen towers' first layer does."""
+    """Whether a convolution can be one matrix product per patch, like the first layer of the Qwen towers."""
     return not any(conv.padding) and set(conv.dilation) == {1} and conv.groups == 1  # type: ignore[arg-type]
 
 
 def _patch_forward(self: Any, patches: Tensor) -> Tensor:
-    """(N, channels, *patch) to (N, width, 1, 1, 1)."""
+    """Embed patches (N, channels, *patch) as (N, width, 1, 1, 1); inputs of another size take the stock convolution."""
     if patches.shape[2:] != self.kernel_size:
         return type(self).forward(self, patches)  # type: ignore[no-any-return]
     out = F.linear(gapless(patches.flatten(1)), self.weight.flatten(1), self.bias)
@@ -125,7 +124,7 @@ def _mlp_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 @functools.cache
 def _rotating_forward(forward: Forward) -> Forward | None:
-    """An attention's own forward that finds another function where its module rotates; None: it does not rotate that way."""
+    """Copy an attention's own forward so that it calls the fused rotation; None if it rotates in an unknown way."""
     if not isinstance(forward, FunctionType):
         return None
     if hasattr(forward, "__wrapped__"):
@@ -141,8 +140,10 @@ def _rotating_forward(forward: Forward) -> Forward | None:
 
 
 def _wrapping(wrapper: FunctionType, inner: Forward) -> Forward | None:
-    """A decorator's wrapper, as the one that takes a renamed argument by its old name, around ``inner`` in place of what it
-    wraps; None: it does not hold that where it can be exchanged."""
+    """Copy a decorator's wrapper so that it wraps ``inner`` instead; None if its closure lacks the wrapped function.
+
+    An example is the decorator by which a forward still accepts a renamed argument under its old name.
+    """
     wrapped, cells = wrapper.__wrapped__, wrapper.__closure__ or ()  # type: ignore[attr-defined]
     exchanged = tuple(CellType(inner) if _content(cell) is wrapped else cell for cell in cells)
     if exchanged == cells:
@@ -155,12 +156,12 @@ def _wrapping(wrapper: FunctionType, inner: Forward) -> Forward | None:
 def _content(cell: CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # empty still
+    except ValueError:  # the cell is still empty
         return None
 
 
 def _copy_of(function: FunctionType, names: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:
-    """It, with other globals and another closure."""
+    """Copy a function with ``names`` as its globals and another closure."""
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
@@ -169,7 +170,7 @@ def _copy_of(function: FunctionType, names: dict[str, Any], closure: tuple[CellT
 def _rotary_text(
     stock: Forward, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """q, k (N, H, L, head_dim); cos, sin (N, L, head_dim)."""
+    """Rotate q, k (N, H, L, head_dim) by cos, sin (N, L, head_dim), with ``stock`` where no kernel fits."""
     kernels = kernels_for(q, k, cos, sin)
     if kernels is None or unsqueeze_dim != 1 or (*q.shape[::2], q.shape[-1]) != cos.shape:
         return stock(q, k, cos, sin, unsqueeze_dim)  # type: ignore[no-any-return]
@@ -177,14 +178,14 @@ def _rotary_text(
 
 
 def _rotary_tower(stock: Forward, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q, k (L, H, head_dim); cos, sin (L, head_dim)."""
+    """Rotate q, k (L, H, head_dim) by cos, sin (L, head_dim), with ``stock`` where no kernel fits."""
     if not all(map(native_layers.takes, (q, k, cos, sin))) or (q.shape[0], q.shape[-1]) != cos.shape:
         return stock(q, k, cos, sin)  # type: ignore[no-any-return]
     return native_layers.rotate(q, cos, sin), native_layers.rotate(k, cos, sin)
 
 
 def _rotates_alike(name: str, fused: Forward, stock: Forward) -> bool:
-    """Whether a function of that name is the rotation that ours stands for; others by the name take other arguments."""
+    """Whether ``stock`` computes the same rotation as ``fused``; other functions of that name take other arguments."""
     generator = torch.Generator().manual_seed(0)
     shape, angles = ((2, 3, 5, 8), (2, 5, 8)) if name == _ROTARY_TEXT else ((5, 3, 8), (5, 8))
     values = [torch.randn(size, generator=generator) for size in (shape, shape, angles, angles)]
@@ -192,7 +193,7 @@ def _rotates_alike(name: str, fused: Forward, stock: Forward) -> bool:
 
 
 def _gives_alike(fused: Callable[[], Any], stock: Callable[[], Any]) -> bool:
-    """Whether both give the same tensor, or tensors. The stock code is foreign: what it raises says that it is another."""
+    """Whether both give the same tensor or tensors; an exception counts as no, because the stock code is foreign."""
     try:
         with torch.no_grad():
             found, expected = (x if isinstance(x, tuple) else (x,) for x in (fused(), stock()))
@@ -204,21 +205,24 @@ def _gives_alike(fused: Callable[[], Any], stock: Callable[[], Any]) -> bool:
 
 @functools.cache
 def _silu_class() -> type[nn.Module]:
-    """transformers' own SiLU, where it has one beside torch's."""
+    """Return the class that transformers uses for SiLU, which may not be torch's."""
     from transformers.activations import ACT2FN
 
     return type(ACT2FN["silu"])
 
 
 def _agrees(module: Any, forward: Forward) -> bool:
-    """Whether both forwards give the same on a few random rows. A rotation has been checked by itself, a product over patches
-    is the convolution by definition."""
+    """Whether the fused and the stock forward of a module give the same result on a few random rows.
+
+    Only norms and MLPs need this check: a rotation is checked in ``_rotates_alike``, and a product over patches equals
+    the convolution by definition.
+    """
     if forward not in (_norm_forward, _mlp_forward):
         return True
-    if len(inspect.signature(type(module).forward).parameters) != 2:  # it is called with more than its rows
+    if len(inspect.signature(type(module).forward).parameters) != 2:  # it takes more than self and rows
         return False
     weight = module.weight if forward is _norm_forward else module.gate_proj.weight
-    if weight is None:  # a norm without one
+    if weight is None:  # a norm without a weight
         return False
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)

@@ -1,14 +1,14 @@
-"""Groups of completions become one batch for the forward pass, in one of two layouts.
+"""Packs groups of completions into one batch for the forward pass, in one of two layouts.
 
-``shared``: padding-free, the prompt of a group once: ``[prompt | completion 1 | ... | completion G]`` for each group, all
-in one row. Each completion goes on from the prompt's positions, and attends to the prompt and to itself. The last
-token of a completion predicts nothing and is left out.
+``shared``: there is no padding, and each group's prompt appears once. A group is ``[prompt | completion 1 | ... |
+completion G]``, and all groups lie in one row. Each completion continues the prompt's positions, and attends to the
+prompt and to itself. The last token of a completion predicts nothing and is left out.
 
-``repeated``: every completion is one right-padded row ``[prompt | completion]``. It is what a model without shared prompts
-runs on, and the twin that the shared layout is tested against.
+``repeated``: every completion is one right-padded row ``[prompt | completion]``. Models that cannot share prompts run
+on this layout, and the shared layout is tested against it.
 
-In both the image tower runs once per image: each placeholder points at the row of features that it takes. Order and
-split of groups never change a result.
+In both layouts the image tower runs once per image: each placeholder points at the row of features that it takes. The
+order and the split of groups never change a result.
 """
 
 from __future__ import annotations
@@ -32,28 +32,29 @@ class Group:
     prompt_ids: Tensor
     """LongTensor (P,), image placeholders expanded."""
     completions: Sequence[Tensor]
-    """LongTensors, one per rollout; may be empty."""
+    """LongTensors, one per rollout; each may be empty."""
     image_inputs: dict[str, Tensor]
-    """The processor's image tensors for this prompt; empty where it has no image. What a model that is not known takes for each
-    token beside its id (``token_type_ids``, (1, P)) is among them."""
+    """The processor's image tensors for this prompt; empty where it has no image. For a family that is not known, they
+    include per-token inputs such as ``token_type_ids`` (1, P)."""
     name: str = ""
     """Names the sample in errors."""
 
 
 class RowBlock(NamedTuple):
-    """Rows of one group, for a model that runs whole: groups whose images have other shapes never meet in one call."""
+    """Rows of one group, for a model that runs whole: groups never share a call, because image shapes may differ."""
 
     num_rows: int
     inputs: dict[str, Tensor]
-    """Beside tokens and mask: the images, once per row, and what belongs to each token, (num_rows, L)."""
+    """Model inputs other than tokens and mask: the images, once per row, and per-token inputs (num_rows, L)."""
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Groups made ready for ``Policy.hidden_states``. R completions of all groups in order, T tokens in them.
+    """Groups made ready for ``Policy.hidden_states``: R completions of all groups in order, with T tokens in total.
 
-    An empty completion takes part in R and ``cu_seqlens``, but not in the forward, nor does a group that has only such.
-    N rows of L tokens go through the model: one row in the shared layout, one per completion in the repeated one.
+    An empty completion counts in R and ``cu_seqlens`` but does not go through the model; neither does a group with only
+    empty completions. N rows of L tokens go through the model: one row in the shared layout, one row per completion in
+    the repeated layout.
     """
 
     targets: Tensor
@@ -63,15 +64,15 @@ class PackedBatch:
     group_index: Tensor
     """LongTensor (R,): the group of each completion."""
     tokens: Tensor
-    """LongTensor (N, L): what goes through the model."""
+    """LongTensor (N, L): the tokens that go through the model."""
     positions: Tensor
-    """LongTensor (A, N, L): rotary positions, A axes."""
+    """LongTensor (A, N, L): rotary positions on A axes."""
     predict_index: Tensor
-    """LongTensor (T,): where in the flattened rows (N * L) each target is predicted."""
+    """LongTensor (T,): the place in the flattened rows (N * L) where each target is predicted."""
     image_index: Tensor
-    """LongTensor (I,): where in the flattened rows the image placeholders are, ascending."""
+    """LongTensor (I,): the places of the image placeholders in the flattened rows, ascending."""
     feature_index: Tensor
-    """LongTensor (I,): the row of the image features that each placeholder takes."""
+    """LongTensor (I,): the row of image features that each placeholder takes."""
     image_inputs: dict[str, Tensor]
     """Image tensors of all groups, each image once."""
     attention_mask: Tensor | None = None
@@ -81,42 +82,42 @@ class PackedBatch:
     read: ReadTokens | None = None
     """Shared layout only: the tokens of ``predict_index``, each once."""
     blocks: tuple[RowBlock, ...] = ()
-    """Of a model that runs whole: its calls, whose rows are those of ``tokens`` in order; ``image_inputs`` is empty then."""
+    """Calls of a model that runs whole: they split the rows of ``tokens`` in order, and ``image_inputs`` is empty."""
     tower_cache: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """What a frozen image tower made of ``image_inputs``, for the next use of this batch."""
+    """The output of a frozen image tower for ``image_inputs``, kept for the next use of this batch."""
 
     @property
     def num_completions(self) -> int:
-        """R."""
+        """Number of completions, R."""
         return self.group_index.shape[0]
 
     @property
     def num_targets(self) -> int:
-        """T."""
+        """Number of completion tokens, T."""
         return self.targets.shape[0]
 
     @property
     def num_forward_tokens(self) -> int:
-        """Tokens that go through the model, padding included."""
+        """Number of tokens that go through the model, padding included."""
         return self.tokens.numel()
 
 
 def label(index: int, group: Group) -> str:
-    """How errors call a group."""
+    """Name a group for error messages."""
     return f"groups[{index}]" + (f" ({group.name})" if group.name else "")
 
 
 def check_group(
     index: int, group: Group, image_token_id: int, num_image_tokens: int | None, max_positions: int | None
 ) -> None:
-    """Raise ValueError naming the group where its prompt, completions and images do not fit together or the model.
+    """Raise ValueError where a group's prompt, completions and images do not fit together or do not fit the model.
 
     Args:
-        index: Of the group.
-        group: To check.
-        image_token_id: Placeholder id.
-        num_image_tokens: Placeholders that its images need, where that is known.
-        max_positions: Longest sequence of the model, where it has one.
+        index: Index of the group, for the message.
+        group: Group to check.
+        image_token_id: Id of the image placeholder.
+        num_image_tokens: Number of placeholders that the group's images need; None where it is not known.
+        max_positions: Longest sequence that the model takes, in tokens; None where there is no limit.
     """
     where = label(index, group)
     tensors = {"prompt_ids": group.prompt_ids} | {f"completions[{j}]": c for j, c in enumerate(group.completions)}
@@ -142,7 +143,7 @@ def check_group(
 
 
 def check_same_dtypes(groups: Sequence[Group]) -> None:
-    """Raise ValueError naming the group whose image tensors have another dtype than those before."""
+    """Raise ValueError for the first group whose image tensors differ in dtype from those of an earlier group."""
     seen: dict[str, tuple[torch.dtype, int]] = {}
     for index, group in enumerate(groups):
         for key, value in group.image_inputs.items():
@@ -157,13 +158,13 @@ def check_same_dtypes(groups: Sequence[Group]) -> None:
 def pack_shared(
     groups: Sequence[Group], prompt_positions: Sequence[Tensor], image_token_id: int, device: torch.device
 ) -> PackedBatch:
-    """Lay checked groups out with each prompt once.
+    """Pack checked groups in the shared layout, with each prompt once.
 
     Args:
-        groups: At least one, checked by ``check_group``.
-        prompt_positions: (A, P) of each group.
-        image_token_id: Placeholder id; only those in prompts count.
-        device: Of the result.
+        groups: At least one group, each checked by ``check_group``.
+        prompt_positions: LongTensor (A, P) for each group: the positions of its prompt.
+        image_token_id: Id of the image placeholder; only placeholders in prompts count.
+        device: Device of the result.
     """
     tokens, positions, predict, read, image, inputs = [], [], [], [], [], []
     prompts: list[int] = []
@@ -211,15 +212,16 @@ def pack_rows(
     *,
     extend: Callable[[Group, int], dict[str, Tensor]] | None = None,
 ) -> PackedBatch:
-    """Lay checked groups out as rows, the prompt repeated for each completion.
+    """Pack checked groups in the repeated layout, with one row of prompt and completion for each completion.
 
     Args:
-        groups: At least one, checked by ``check_group``.
-        prompt_positions: (A, P) of each group.
-        image_token_id: Placeholder id; only those in prompts count.
-        pad_token_id: Fills the rows.
-        device: Of the result.
-        extend: For models that run whole: all inputs of a group for a row of so many tokens, beside its ids and mask.
+        groups: At least one group, each checked by ``check_group``.
+        prompt_positions: LongTensor (A, P) for each group: the positions of its prompt.
+        image_token_id: Id of the image placeholder; only placeholders in prompts count.
+        pad_token_id: Id that fills rows up to their common length.
+        device: Device of the result.
+        extend: Only for models that run whole: takes a group and a row's length in tokens, and returns all inputs of
+            such a row other than its ids and mask.
     """
     rows = [(g, c.cpu()) for g, group in enumerate(groups) for c in group.completions if len(c)]
     width = max((len(groups[g].prompt_ids) + len(c) for g, c in rows), default=0)
@@ -260,10 +262,10 @@ def pack_rows(
 
 
 def merge_image_inputs(inputs: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-    """Image tensors of several prompts, one after the other along the first axis.
+    """Concatenate the image tensors of several prompts along the first axis.
 
-    Images that differ along others, as in their number of tiles, are filled up with zeros: the model reads what
-    ``image_sizes`` tell.
+    Images that differ along other axes, for example in their number of tiles, are padded with zeros. The model reads
+    only the part that ``image_sizes`` describes.
     """
     keys = {key for each in inputs for key in each}
     return {key: _cat_padded([each[key].to(device) for each in inputs if key in each]) for key in sorted(keys)}
@@ -280,13 +282,13 @@ def _cat_padded(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def is_per_token(name: str, value: Tensor, prompt_length: int) -> bool:
-    """Whether a processor's tensor says something of each token of a prompt, and not of its images."""
+    """Whether a processor's tensor holds one value per token of a prompt, and does not describe its images."""
     fits = value.shape == (1, prompt_length) and not value.is_floating_point()
     return name.endswith("token_type_ids") or (fits and not name.startswith(("image_", "pixel_", "num_", "target_")))
 
 
 def _completion_fields(groups: Sequence[Group], device: torch.device) -> dict[str, Any]:
-    """What both layouts say of the completions."""
+    """Make the fields that describe the completions, which are the same in both layouts."""
     completions = [c for group in groups for c in group.completions]
     owners = [g for g, group in enumerate(groups) for _ in group.completions]
     return {
@@ -297,7 +299,7 @@ def _completion_fields(groups: Sequence[Group], device: torch.device) -> dict[st
 
 
 def _first_features(groups: Sequence[Group], image_token_id: int) -> list[int]:
-    """Where each group's image features start, all images standing one after the other."""
+    """Return the row at which each group's image features start, with all images one after the other."""
     counts = [int((group.prompt_ids == image_token_id).sum()) for group in groups]
     return [sum(counts[:g]) for g in range(len(groups))]
 

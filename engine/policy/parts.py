@@ -1,6 +1,7 @@
-"""How a batch of groups is cut into parts that go through the model one after the other: lengths in, indices out.
+"""Cuts a batch of groups into micro-batches, called parts, that go through the model one after the other.
 
-The loss has a global denominator, so that no cut changes the result; it only bounds memory.
+The functions take lengths and return indices. The loss has a global denominator, so a cut never changes the result; it
+only bounds memory.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class GroupLengths:
-    """What a cut needs of one group."""
+    """The lengths of one group that a cut depends on."""
 
     prompt: int
-    """Prompt tokens, at least 1."""
+    """Number of prompt tokens, at least 1."""
     completions: Mapping[int, int]
-    """Index to length, at least 1, of the completions that take part; empty: the group does not."""
+    """Length in tokens, at least 1, of each completion that takes part, by index; empty if the group takes no part."""
     name: str = ""
     """Names the sample in errors."""
 
@@ -29,35 +30,35 @@ class Plan:
     """Parts of a batch, each with the completions of some groups."""
 
     parts: list[list[tuple[int, list[int]]]]
-    """For each part its (group, completions), both ascending."""
+    """For each part, pairs of a group's index and its completions' indices, both ascending."""
 
     @property
     def num_split_groups(self) -> int:
-        """Groups whose prompt goes through the model in more than one part."""
+        """Number of groups whose prompt goes through the model in more than one part."""
         homes = Counter(group for part in self.parts for group, _ in part)
         return sum(count > 1 for count in homes.values())
 
 
 def shared_tokens(prompt: int, lengths: Sequence[int]) -> int:
-    """Tokens of a group in the shared layout: the prompt once, each completion without its last token."""
+    """Count the tokens of a group in the shared layout: the prompt once, and each completion without its last token."""
     return prompt + sum(lengths) - len(lengths)
 
 
 def saved_tokens(prompts: Sequence[int], completions: Sequence[Sequence[int]]) -> float:
-    """How many times the tokens of the shared layout the repeated one has, padding included; 1 where there are none."""
+    """Ratio of the repeated layout's tokens, padding included, to the shared layout's; 1 if there are no tokens."""
     rows = [prompt + n for prompt, lengths in zip(prompts, completions, strict=True) for n in lengths]
     shared = sum(shared_tokens(p, lengths) for p, lengths in zip(prompts, completions, strict=True) if lengths)
     return len(rows) * max(rows) / shared if rows else 1.0
 
 
 def plan_shared(groups: Sequence[GroupLengths], num_parts: int, token_budget: int | None) -> Plan:
-    """Cut for the shared layout: at least ``num_parts`` parts where there are so many groups, of similar size.
+    """Cut for the shared layout into parts of similar size, at least ``num_parts`` if there are that many groups.
 
-    A group stays whole unless it alone exceeds ``token_budget``: then its completions are spread over pieces, and its
-    prompt is repeated for each.
+    A group stays whole unless it exceeds ``token_budget`` by itself. In that case its completions are spread over
+    pieces, and its prompt is repeated in each piece.
 
     Raises:
-        ValueError: A prompt with a single completion exceeds the budget; names the group.
+        ValueError: A prompt with a single completion exceeds the budget; the message names the group.
     """
     items: list[tuple[int, int, list[int]]] = []  # tokens, group, completions
     for index, group in enumerate(groups):
@@ -74,15 +75,15 @@ def plan_shared(groups: Sequence[GroupLengths], num_parts: int, token_budget: in
         if token_budget is None or all(sum(t for t, _, _ in each) <= token_budget for each in bins):
             break
         count += 1
-    # Pieces of one group that meet in a part become one again.
+    # Pieces of one group that end up in the same part are joined again.
     return Plan([_merged(each) for each in bins])
 
 
 def plan_repeated(groups: Sequence[GroupLengths], num_parts: int, token_budget: int | None) -> Plan:
-    """Cut for the repeated layout: parts of rows of similar length, so that little of a part is padding.
+    """Cut for the repeated layout into parts whose rows have similar lengths, so that parts contain little padding.
 
     Raises:
-        ValueError: A single row exceeds ``token_budget``; names the group.
+        ValueError: A single row exceeds ``token_budget``; the message names the group.
     """
     rows = sorted((g.prompt + n, i, j) for i, g in enumerate(groups) for j, n in g.completions.items())
     if not rows:
@@ -99,7 +100,7 @@ def plan_repeated(groups: Sequence[GroupLengths], num_parts: int, token_budget: 
 
 
 def _pieces(index: int, group: GroupLengths, budget: int | None) -> list[list[int]]:
-    """The completions of a group in as few pieces as fit the budget, longest first into the emptiest piece."""
+    """Spread a group's completions over as few pieces as fit the budget: longest first, into the emptiest piece."""
     lengths = group.completions
     if budget is None or shared_tokens(group.prompt, list(lengths.values())) <= budget:
         return [list(lengths)]
@@ -116,7 +117,7 @@ def _pieces(index: int, group: GroupLengths, budget: int | None) -> list[list[in
 
 
 def _balanced(items: Sequence[tuple[int, int, list[int]]], count: int) -> list[list[tuple[int, int, list[int]]]]:
-    """Items in ``count`` bins of similar token sums: the largest first, each into the emptiest bin."""
+    """Spread items over ``count`` bins of similar token sums: the largest first, each into the emptiest bin."""
     bins: list[list[tuple[int, int, list[int]]]] = [[] for _ in range(count)]
     sums = [0] * count
     for item in sorted(items, key=lambda each: (-each[0], each[1], each[2])):
@@ -127,7 +128,7 @@ def _balanced(items: Sequence[tuple[int, int, list[int]]], count: int) -> list[l
 
 
 def _merged(items: Sequence[tuple[int, int, list[int]]]) -> list[tuple[int, list[int]]]:
-    """(group, completions) of a part, each group once, ascending."""
+    """Return the (group, completions) pairs of a part, each group once, in ascending order."""
     members: dict[int, list[int]] = {}
     for _, index, completions in items:
         members.setdefault(index, []).extend(completions)

@@ -48,20 +48,21 @@ _NOT_IMAGE_INPUTS = ("input_ids", "attention_mask", "labels")
 Sharing = Literal["auto", "shared", "repeated"]
 """Whether a group's prompt goes through the model once (``shared``) or once per completion (``repeated``)."""
 MIN_SAVING = 1.3
-"""``auto`` shares prompts from this ratio of tokens on. Below it the many small attention calls of a packed batch cost about
-what it saves: so on one CPU core with the demo's model, where attention weighs most."""
+"""Smallest ratio of ``saved_tokens`` at which ``auto`` shares prompts. Below it, the many small attention calls of a
+packed batch cost about as much as sharing saves. This holds for the demo's model on one CPU core, where attention
+weighs most."""
 
 
 class Policy:
     """A vision-language model, its processor, and what its family needs.
 
-    The model stays a stock transformers model in evaluation mode (there is no dropout to switch off, and its gradients
-    flow all the same), held in ``model``; optimisers take ``model.parameters()``. A peft model is taken as it is: its
-    adapters act inside of the stock model. Make one with ``from_pretrained`` or ``from_model``.
+    ``model`` stays a stock transformers model in evaluation mode, which disables dropout but not gradients. Optimisers
+    take ``model.parameters()``. A peft model is used as it is, because its adapters act inside the stock model. Make a
+    policy with ``from_pretrained`` or ``from_model``.
     """
 
     def __init__(self, model: Any, processor: Any, family: Family) -> None:
-        """Use ``from_pretrained`` or ``from_model``."""
+        """Store the parts without checking them; use ``from_pretrained`` or ``from_model`` instead."""
         self.model = model.eval()
         self.processor = processor
         self.family = family
@@ -84,23 +85,24 @@ class Policy:
         base: str | Path | None = None,
         verify: bool = True,
     ) -> Policy:
-        """Load a stock checkpoint: safetensors alone, and no code that comes with it.
+        """Load a stock checkpoint, only from safetensors files and without any code that comes with it.
 
         Args:
-            path_or_id: A transformers folder or hub id; or a folder that peft saved an adapter in, with ``base``.
-            dtype: Of the weights, as a torch dtype or its name.
-            device: ``auto`` takes the first CUDA device, else the CPU.
-            attention: transformers' attention implementation.
+            path_or_id: A transformers folder or hub id; or, together with ``base``, a folder in which peft saved an
+                adapter.
+            dtype: Data type of the weights, as a torch dtype or its name.
+            device: Device of the weights; ``auto`` takes the first CUDA device, or the CPU if there is none.
+            attention: Name of transformers' attention implementation.
             freeze_vision: Keep the image tower fixed (its projection into the text model stays trainable).
-            fused_layers: See ``layers.py``.
-            base: The model that an adapter belongs to; what the adapter's own files say of it is not followed.
+            fused_layers: Run small layers on fused kernels, as in ``layers.py``.
+            base: The model that an adapter belongs to; the base named in the adapter's own files is ignored.
             verify: Also compare the files of a checkpoint with its manifest.
 
         Raises:
-            UnsupportedFamilyError: For a family that ``families.py`` does not know, or that is no single decoder.
-            PolicyMismatchError: See ``from_model``.
-            ModelFilesError: For a folder that is damaged, or holds what must not be loaded; for an unreachable hub.
-            ValueError: For a dtype that torch does not have, or an adapter without ``base``.
+            UnsupportedFamilyError: ``families.py`` does not support the model, or the model is not a single decoder.
+            PolicyMismatchError: The policy would not compute what the model computes; see ``from_model``.
+            ModelFilesError: The folder is damaged or holds what must not be loaded, or the hub cannot be reached.
+            ValueError: torch has no such dtype, or an adapter comes without ``base``.
         """
         weights_dtype, weights_device = _torch_dtype(dtype), _torch_device(device)
         folder = model_folder(path_or_id, verify=verify, accept=check_family)
@@ -119,12 +121,12 @@ class Policy:
     def from_model(
         cls, model: Any, processor: Any, *, freeze_vision: bool = False, fused_layers: bool = True
     ) -> Policy:
-        """Wrap a stock model that is already in memory; it is used, not copied. See ``from_pretrained``.
+        """Wrap a stock model that is already in memory, without copying it; arguments are as for ``from_pretrained``.
 
         Raises:
-            UnsupportedFamilyError: For a family that ``families.py`` does not know, or that is no single decoder.
-            PolicyMismatchError: What is computed here is not what the model itself computes, or its chat template does not
-                show it the image; says how, and what causes it.
+            UnsupportedFamilyError: ``families.py`` does not support the model, or the model is not a single decoder.
+            PolicyMismatchError: The policy does not compute what the model itself computes, or the chat template does
+                not show the model its image. The message says how, and what may cause it.
         """
         policy = cls(model, processor, family_of(model.config))
         if freeze_vision:
@@ -137,7 +139,7 @@ class Policy:
 
     @property
     def stock_model(self) -> Any:
-        """The transformers model itself, where ``model`` is one that peft wraps around it."""
+        """The transformers model itself, without the peft model that may be wrapped around it."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
@@ -147,7 +149,7 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.lm_head_weight.device
 
     @property
@@ -157,57 +159,57 @@ class Policy:
 
     @property
     def tokenizer(self) -> Any:
-        """The processor's tokenizer; the processor itself where there are no images."""
+        """The processor's tokenizer; for models without images, the processor itself."""
         return getattr(self.processor, "tokenizer", self.processor)
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """The head's own rows (V, D), without adapters; the embedding itself where the two are tied. ``head`` computes."""
+        """The head's own weight (V, D) without adapters, shared by tied embeddings; use ``head`` to compute logits."""
         return self.model.get_output_embeddings().weight
 
     @property
     def head(self) -> Head:
-        """What makes log-probabilities of hidden states, over all rows, as the model itself does."""
+        """The head that turns hidden states into log-probabilities over all V rows, as the model itself does."""
         return Head(head_module(self.model), self.logit_rule, self.lm_head_weight.shape[0])
 
     @property
     def sampled_head(self) -> Head:
-        """``head`` without the rows that are no tokens: what is sampled from, and trained."""
+        """``head`` without the padding rows; this distribution is sampled from and trained."""
         return Head(head_module(self.model), self.logit_rule, self.num_tokens)
 
     @property
     def num_parameters(self) -> int:
-        """All parameters, tied ones once."""
+        """Number of all parameters, with tied ones counted once."""
         return sum(p.numel() for p in self.model.parameters())
 
     @property
     def image_token_ids(self) -> tuple[int, ...]:
-        """Ids that would ask for images that are not there: image, video, and the marks around them."""
+        """Ids of image and video tokens and of the marks around them; a completion has no images for them."""
         return self.family.banned_token_ids(self.model.config)
 
     @property
     def num_tokens(self) -> int:
-        """Ids from here on are no tokens: rows that only pad the head, and are never sampled."""
+        """The tokenizer's highest id plus 1, at most V; head rows from here on are padding and are never sampled."""
         return min(self._known_ids[0], self.lm_head_weight.shape[0])
 
     @property
     def banned_token_ids(self) -> tuple[int, ...]:
-        """All ids that samplers must ban: ``image_token_ids``, and those that are no tokens."""
+        """All ids that samplers must ban: ``image_token_ids`` and the ids without a token."""
         padding = range(self.num_tokens, self.lm_head_weight.shape[0])
         return tuple(sorted({*self.image_token_ids, *self._known_ids[1], *padding}))
 
     @property
     def _known_ids(self) -> tuple[int, tuple[int, ...]]:
         tokenizer = self.tokenizer
-        if self._ids[0] is not tokenizer:  # looking through a vocabulary takes a moment
+        if self._ids[0] is not tokenizer:  # cached, because reading a whole vocabulary is slow
             self._ids = tokenizer, known_ids(tokenizer)
         return self._ids[1]
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a completion: those of the generation config, else of the text model, else the tokenizer's.
+        """Ids that end a completion: the first given by the generation config, the text model or the tokenizer.
 
-        All samplers stop at these, and at no other.
+        All samplers stop at these ids and at no others.
         """
         candidates = (
             self.model.generation_config.eos_token_id,
@@ -221,25 +223,25 @@ class Policy:
 
     @property
     def pad_token_id(self) -> int:
-        """Fills rows; never attended to."""
+        """Id that fills rows; it is never attended to."""
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self.eos_token_ids[0])
 
     def count_tokens(self, text: str) -> int:
-        """Length of a text in the policy's tokens, without special ones."""
+        """Count the policy's tokens in a text, without special tokens."""
         return self.record_text.count_tokens(text)
 
     @cached_property
     def record_text(self) -> RecordText:
-        """What tokenizer and processor make of texts that others wrote."""
+        """The object that finds control tokens in dataset text and counts the text's tokens."""
         return RecordText(self.processor, self.tokenizer)
 
     def prepare(self, sample: Sample) -> Prompt:
-        """Apply the chat template and the processor, once for the whole life of the prompt.
+        """Make a prompt from a sample with the chat template and the processor; this runs once per prompt.
 
         Raises:
-            ImageError: From ``sample.load_image``.
-            PromptError: The instruction holds a control token.
+            ImageError: ``sample.load_image`` cannot load the image.
+            PromptError: The instruction contains a control token.
         """
         token = self.record_text.control_token(sample.instruction)
         if token is not None:
@@ -250,11 +252,11 @@ class Policy:
         return Prompt(sample, prompt_ids, self.image_inputs(prompt_ids, inputs), image, text)
 
     def process(self, image: Any, instruction: str) -> tuple[str, Mapping[str, Any]]:
-        """The chat-templated text, and all that the processor makes of it and the image, ids included."""
+        """Return the chat-templated text, and the processor's outputs for this text and the image, ids included."""
         content = [{"type": "image"}, {"type": "text", "text": instruction}]
         messages = [{"role": "user", "content": content}]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        # Some templates begin with the start token themselves; the tokenizer must not add it again.
+        # Some templates already begin with the start token; the tokenizer must not add a second one.
         bos = self.tokenizer.bos_token
         add_special_tokens = not (bos and text.startswith(bos))
         return text, self.processor(
@@ -262,9 +264,10 @@ class Policy:
         )
 
     def image_inputs(self, prompt_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What a prompt (P,) keeps of the processor's output beside its ids.
+        """Select the processor's outputs that a prompt (P,) keeps besides its ids.
 
-        What a family that is known says of each token, its class makes itself; another's goes on with the images.
+        A known family's class makes per-token inputs itself, so they are dropped; any other family keeps them with the
+        images.
         """
         kept = {key: value for key, value in inputs.items() if key not in _NOT_IMAGE_INPUTS}
         if not self.family.is_known:
@@ -272,15 +275,16 @@ class Policy:
         return {key: value for key, value in kept.items() if not is_per_token(key, value, len(prompt_ids))}
 
     def pack(self, groups: Sequence[Group], sharing: Sharing = "auto") -> PackedBatch:
-        """Lay groups out for the forward pass, on the policy's device.
+        """Pack groups into one batch for the forward pass, on the policy's device.
 
         Args:
-            groups: At least one.
-            sharing: ``auto`` shares prompts where the model can and ``saved_tokens`` is at least ``MIN_SAVING``.
+            groups: At least one group.
+            sharing: ``auto`` shares prompts if the model can and ``saved_tokens`` is at least ``MIN_SAVING``.
 
         Raises:
-            ValueError: For no groups, wrong shapes or dtypes, images that do not match their prompt, a sequence beyond the
-                model's context, or ``shared`` where the model cannot; names the group.
+            ValueError: There are no groups, a shape or dtype is wrong, images do not match their prompt, a sequence
+                exceeds the model's context, or ``shared`` is asked for and the model cannot share prompts. The message
+                names the group where one is at fault.
         """
         if not groups:
             raise ValueError("pack needs at least one group")
@@ -302,17 +306,17 @@ class Policy:
         return self.family.whole_inputs(self.stock_model, group.prompt_ids, group.image_inputs, length)
 
     def shares_prompts(self, prompts: Sequence[int], completions: Sequence[Sequence[int]], sharing: Sharing) -> bool:
-        """Whether groups of such lengths are packed with each prompt once.
+        """Whether groups of these lengths are packed with each prompt once.
 
-        Where the model cannot, one warning says why.
+        If the model cannot share prompts, one warning says why.
 
         Args:
-            prompts: Length of each group's prompt.
-            completions: Lengths of each group's completions, without empty ones.
-            sharing: What is asked for.
+            prompts: Length of each group's prompt, in tokens.
+            completions: Lengths of each group's completions, in tokens, without empty ones.
+            sharing: The layout that is asked for.
 
         Raises:
-            ValueError: ``shared`` is asked for and the model cannot.
+            ValueError: ``shared`` is asked for and the model cannot share prompts.
         """
         if sharing == "repeated":
             return False
@@ -321,12 +325,12 @@ class Policy:
         if obstacle is not None and sharing == "shared":
             raise ValueError(f"sharing: model_type {self.model.config.model_type!r} cannot share prompts: {obstacle}")
         if obstacle is not None and obstacle != self._obstacle:
-            self._obstacle = obstacle  # said once, and again only if it is another one
+            self._obstacle = obstacle  # logged once, and again only if the obstacle changes
             logger.warning("%s repeats prompts: %s", self.model.config.model_type, obstacle)
         return obstacle is None and (sharing == "shared" or saved_tokens(prompts, completions) >= MIN_SAVING)
 
     def sharing_obstacle(self, longest: int) -> str | None:
-        """Why prompts cannot be shared where the longest sequence is ``longest`` tokens; None if they can."""
+        """Why prompts cannot be shared if the longest sequence has ``longest`` tokens; None if they can be shared."""
         if not self.family.is_known:
             return "its family is not known"
         return sharing_obstacle(self.text_model.config, longest)
@@ -342,7 +346,7 @@ class Policy:
             raise ValueError(f"{label(index, group)}.image_inputs: {error}") from None
 
     def prompt_positions(self, prompt_ids: Tensor, image_inputs: dict[str, Tensor]) -> Tensor:
-        """Rotary positions (A, P) of a prompt (P,), on the CPU."""
+        """Compute the rotary positions (A, P) of a prompt (P,), on the CPU."""
         on_cpu = {key: value.cpu() for key, value in image_inputs.items() if key != "pixel_values"}
         return self.family.prompt_positions(self.stock_model, prompt_ids.cpu(), on_cpu)
 
@@ -354,14 +358,16 @@ class Policy:
         image_inputs: dict[str, Tensor],
         tower_cache: dict[Any, ImageFeatures] | None = None,
     ) -> dict[str, Any]:
-        """What the text model takes in place of rows of tokens (N, L): ``inputs_embeds`` (N, L, D), image features in place.
+        """Make the text model's inputs for rows of tokens (N, L): embeddings (N, L, D), with image features in place.
 
         Args:
-            tokens: LongTensor (N, L).
-            image_index: (I,) the placeholders in the flattened rows, ascending.
-            feature_index: (I,) the feature of each. The image tower runs once per image, however many rows share it.
-            image_inputs: Of all images.
-            tower_cache: Of these images, where they will be used again: a frozen tower then runs only once.
+            tokens: LongTensor (N, L): the ids of the rows.
+            image_index: LongTensor (I,): places of the placeholders in the flattened rows, ascending.
+            feature_index: LongTensor (I,): the feature row of each placeholder. The image tower runs once per image,
+                however many rows share the image.
+            image_inputs: Image tensors of all images.
+            tower_cache: Cache for the tower's output on these images, if they will be used again: a frozen tower then
+                runs only once.
         """
         embeds = self.model.get_input_embeddings()(tokens)
         if not image_index.numel():
@@ -382,7 +388,7 @@ class Policy:
         return self.family.image_features(model, image_inputs)
 
     def hidden_states(self, packed: PackedBatch) -> Tensor:
-        """Last hidden states (T, D) at the positions that predict each completion token; differentiable."""
+        """Compute last hidden states (T, D) at the positions that predict each completion token; differentiable."""
         if not packed.num_targets:
             return self.lm_head_weight[:0]
         with self.autocast(), checkpointing(self.model) if torch.is_grad_enabled() else nullcontext():
@@ -390,7 +396,7 @@ class Policy:
         return rows.flatten(0, 1).index_select(0, packed.predict_index)
 
     def _last_hidden(self, packed: PackedBatch) -> Tensor:
-        """(N, L, D) of the text model, run on embeddings in the layout of ``packed``."""
+        """Run the text model on embeddings, in the layout of ``packed``; returns last hidden states (N, L, D)."""
         text_model = self.text_model
         inputs = self.text_inputs(
             packed.tokens, packed.image_index, packed.feature_index, packed.image_inputs, packed.tower_cache
@@ -402,8 +408,8 @@ class Policy:
             return text_model(**inputs, attention_mask=None, prefix_layout=packed.prefix_layout).last_hidden_state
 
     def _whole_forward(self, packed: PackedBatch) -> Tensor:
-        """(N, L, D) of a model whose parts are not known, with the images of each row."""
-        assert packed.attention_mask is not None  # the layout is the repeated one
+        """Run a model whose parts are not known, with the images of each row; returns last hidden states (N, L, D)."""
+        assert packed.attention_mask is not None  # unknown families always get the repeated layout
         model, parts, begin = self.stock_model.model, [], 0
         for block in packed.blocks:
             rows = slice(begin, begin + block.num_rows)
@@ -421,14 +427,14 @@ class Policy:
         exclude_banned: bool = False,
         exclude_padding: bool = False,
     ) -> Tensor:
-        """Log-probabilities (T,) of the completion tokens; differentiable.
+        """Compute the log-probabilities (T,) of the completion tokens; differentiable.
 
         Args:
-            packed: From ``pack``.
-            temperature: Divides the logits.
-            exclude_banned: Of the distribution that samplers draw from, from which ``banned_token_ids`` are removed. The
-                difference is -log(1 - their probability): nothing for a trained captioner, not for random weights.
-            exclude_padding: Without the ids that are no tokens alone, which costs nothing: as an update computes them.
+            packed: A batch from ``pack``.
+            temperature: Number by which the logits are divided.
+            exclude_banned: Use the distribution that samplers draw from, without ``banned_token_ids``. The difference
+                is -log(1 - their probability): negligible for a trained captioner, but not for random weights.
+            exclude_padding: Leave out only the head's padding rows, as an update does; this costs nothing.
         """
         hidden, banned = self.hidden_states(packed), self.banned_token_ids if exclude_banned else ()
         head = self.sampled_head if exclude_padding else self.head
@@ -438,27 +444,33 @@ class Policy:
     # ------------------------------------------------------------------------------------------------ how it computes
 
     def autocast(self) -> AbstractContextManager:
-        """Matrix products in ``autocast_dtype`` within, weights and sums as they are; nothing where that is None."""
+        """Return a context in which matrix products use ``autocast_dtype``, but weights and sums do not.
+
+        The context has no effect where ``autocast_dtype`` is None.
+        """
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Let ``hidden_states`` keep only the inputs of layers for its backward, and compute the rest again in it."""
+        """Let ``hidden_states`` keep only the inputs of layers; its backward recomputes the rest."""
         tower = getattr(self.stock_model.config, "vision_config", None)
         enable_checkpointing(self.stock_model, self.text_model.config, *([] if tower is None else [tower]))
 
     def compile_layers(self) -> None:
-        """Compile each decoder layer with ``torch.compile``, for batches of any size: the stock code, which it fuses itself."""
+        """Compile each decoder layer with ``torch.compile``, for batches of any size.
+
+        The layers get their stock code back first, because the compiler fuses operations itself.
+        """
         for layer in self.text_model.layers:
             unfuse_layers(layer)
             layer.compile(dynamic=True)
 
     def share_frozen_tower(self, other: Policy) -> None:
-        """Take over the image tower of a policy that has the same one, frozen: one copy, computed once per batch.
+        """Replace the image tower by the identical, frozen one of ``other``: one copy that runs once per batch.
 
         Raises:
-            ValueError: One of the two towers is trained.
+            ValueError: The tower of ``other`` is trained, or there is none.
         """
         towers = [policy.family.vision_modules(policy.stock_model) for policy in (self, other)]
         if not is_frozen(towers[1]):
@@ -471,10 +483,10 @@ class Policy:
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
-        """The model without its adapters: the reference policy of one that only trains adapters.
+        """Switch the adapters off within the context, which gives the reference policy if only adapters are trained.
 
         Raises:
-            ValueError: ``model`` is no peft model.
+            ValueError: ``model`` is not a peft model.
         """
         if not hasattr(self.model, "disable_adapter"):
             raise ValueError("model: it has no adapter to disable; load a frozen copy as reference instead")
@@ -482,7 +494,7 @@ class Policy:
             yield
 
     def save(self, folder: str | Path) -> None:
-        """Write a stock checkpoint folder: safetensors, configuration, generation config, processor, tokenizer."""
+        """Write a stock checkpoint folder: safetensors, configuration, generation config, processor and tokenizer."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 

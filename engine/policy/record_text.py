@@ -1,7 +1,8 @@
-"""Texts of records are data: no control token may arise from one, in prompts or in lengths.
+"""Keeps dataset text from producing control tokens, in prompts and when lengths are counted.
 
-A tokenizer reads ``<|im_end|>`` in a text as the end of a turn, and a processor replaces ``<|image_pad|>`` by an image,
-wherever they come from. An instruction that holds such a token is refused; lengths are counted as if its signs were ordinary.
+A tokenizer reads ``<|im_end|>`` in any text as the end of a turn, and a processor replaces ``<|image_pad|>`` in any
+text by an image. An instruction that contains such a token is refused. Lengths are counted as if the characters of such
+a token were ordinary text.
 """
 
 from __future__ import annotations
@@ -12,28 +13,31 @@ from typing import Any
 
 
 class RecordText:
-    """What the tokenizer and the processor of a policy make of texts that others wrote."""
+    """Finds control tokens in dataset text and counts the text's tokens, with a policy's tokenizer and processor."""
 
     def __init__(self, processor: Any, tokenizer: Any) -> None:
-        """``processor`` may be the tokenizer itself."""
+        """Use this processor and tokenizer; ``processor`` may be the tokenizer itself."""
         self._processor, self._tokenizer = processor, tokenizer
 
     def control_token(self, text: str) -> str | None:
-        """The first control token that the text would become part of a prompt as; None where it has none."""
+        """Return the first control token that the text would put into a prompt; None if there is none."""
         written = [token for token in self._controls if token in text]
         if written:
             return min(written, key=lambda token: (text.index(token), -len(token)))
-        # A normalising tokenizer finds tokens that are not written out; an unknown sign is no token of control.
+        # A tokenizer that normalises text can produce special tokens that are not written out in it.
         ids = self._tokenizer(text, add_special_tokens=False).input_ids
         return next((self._special[i] for i in ids if i in self._special), None)
 
     def count_tokens(self, text: str) -> int:
-        """Length of a text in tokens, without special ones; a control token counts as the signs that it is written with."""
+        """Count the tokens of a text, without special ones; a control token counts as the characters that spell it."""
         return len(self._plain_tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
     @cached_property
     def _special(self) -> dict[int, str]:
-        """Ids that act in a prompt: special tokens, and added ones that the chat template writes."""
+        """Tokens that act in a prompt, by id: special tokens, and added tokens that the chat template writes.
+
+        The unknown token is left out: text with unknown characters is ordinary text.
+        """
         templates = [getattr(part, "chat_template", None) for part in (self._processor, self._tokenizer)]
         template = "\n".join(str(each) for each in templates if each)
         added = {i: t for i, t in self._tokenizer.added_tokens_decoder.items() if t.special or t.content in template}
@@ -43,7 +47,7 @@ class RecordText:
 
     @cached_property
     def _controls(self) -> frozenset[str]:
-        """As they are written: those of the tokenizer, and what the processor looks for in texts before it tokenises them."""
+        """Control tokens as text: those of the tokenizer, and those that the processor looks for before tokenising."""
         found = {*self._special.values(), *self._tokenizer.all_special_tokens}
         for part in (self._processor, self._tokenizer):
             for name, value in vars(part).items():
@@ -53,5 +57,5 @@ class RecordText:
 
     @cached_property
     def _plain_tokenizer(self) -> Any:
-        """A tokenizer of its own: how special tokens are split is kept inside of it, and another thread tokenises prompts."""
+        """A separate tokenizer: splitting special tokens is state inside it, and another thread tokenises prompts."""
         return copy.deepcopy(self._tokenizer)

@@ -1,4 +1,4 @@
-"""Stock models and adapters from checked folders, and checkpoints into a policy that is in memory already."""
+"""Loads stock models and adapters from checked folders, and checkpoints into a policy that is already in memory."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from balcaprl.policy.policy import Policy
 
 _PLAIN_INITS = (True, False, "gaussian")
-"""Ways to begin an adapter that leave the model's own weights alone."""
+"""Values of ``init_lora_weights`` that leave the model's own weights unchanged."""
 
 
 def check_family(folder: Path) -> None:
-    """Refuse a folder whose configuration is of no supported family, before its weights are looked at.
+    """Refuse a folder whose configuration belongs to no supported family, before its weights are looked at.
 
     Raises:
-        UnsupportedFamilyError: It is of none.
+        UnsupportedFamilyError: The configuration belongs to no supported family.
         ModelFilesError: transformers cannot read the configuration.
     """
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -45,11 +45,14 @@ def check_family(folder: Path) -> None:
 
 
 def load_stock(folder: Path, dtype: torch.dtype | Literal["auto"], attention: str) -> tuple[Any, Any]:
-    """Model and processor of a folder that ``weight_files.model_folder`` has checked; ``auto``: in the dtype of its files.
+    """Load model and processor from a folder that ``weight_files.model_folder`` has checked.
+
+    The ``dtype`` "auto" keeps the dtype of the folder's files.
 
     Raises:
-        UnsupportedFamilyError: For a family that ``families.py`` does not know.
-        ModelFilesError: The libraries cannot make a model of it, or tensors are missing.
+        UnsupportedFamilyError: ``families.py`` does not support the model.
+        ModelFilesError: The libraries cannot load the folder as a model, tensors are missing, or the tokenizer has more
+            ids than the model embeds.
     """
     ensure_importable()
     import transformers
@@ -75,10 +78,10 @@ def load_stock(folder: Path, dtype: torch.dtype | Literal["auto"], attention: st
 
 
 def processor_of_adapter(folder: Path, model: Any, of_base: Any) -> Any:
-    """The processor that was saved beside an adapter, which is the one that it was trained with; else its base's.
+    """Return the processor saved beside an adapter, with which it was trained; without one, the base's processor.
 
     Raises:
-        ModelFilesError: It cannot be loaded, or does not fit the model.
+        ModelFilesError: The saved processor cannot be loaded, or does not fit the model.
     """
     import transformers
 
@@ -104,10 +107,10 @@ def _refuse_more_ids(folder: Path, processor: Any, model: Any) -> None:
 
 
 def with_adapter(model: Any, folder: Path) -> Any:
-    """The stock model with the LoRA adapter of a checked folder, ready to be trained on; needs peft.
+    """Add the LoRA adapter of a checked folder to the stock model, ready for further training; needs peft.
 
     Raises:
-        ModelFilesError: It is another kind of adapter, or of another model.
+        ModelFilesError: The adapter is of another kind, or belongs to another model.
         ImportError: peft is not installed.
     """
     try:
@@ -130,10 +133,10 @@ def with_adapter(model: Any, folder: Path) -> Any:
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Bring the adapter of a peft model to the values of a checked folder, in place.
+    """Load the adapter values of a checked folder into the adapter of a peft model, in place.
 
     Raises:
-        ModelFilesError: The folder's adapter has other tensors.
+        ModelFilesError: The folder's adapter does not have the same tensors as the model's.
     """
     from peft import set_peft_model_state_dict
 
@@ -149,10 +152,10 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def load_into(policy: Policy, folder: Path) -> None:
-    """Bring a policy that is in memory to the weights of a checkpoint, in place: whoever shares its tensors sees them too.
+    """Load a checkpoint's weights into a policy in memory, in place, so that everything sharing its tensors sees them.
 
     Raises:
-        ModelFilesError: The checkpoint is of another model, or of another kind (adapter or whole).
+        ModelFilesError: The checkpoint is of another model, or of another kind (adapter or whole model).
     """
     check_folder(folder, hashes=False)
     adapted = hasattr(policy.model, "disable_adapter")
@@ -183,7 +186,7 @@ def load_into(policy: Policy, folder: Path) -> None:
 
 
 def unsaved_parameters(model: Any) -> list[str]:
-    """Trained parameters of a peft model that its checkpoints leave out: those beside its adapters."""
+    """Return names of a peft model's trained parameters that its checkpoints leave out: those outside its adapters."""
     if not hasattr(model, "disable_adapter"):
         return []
     from peft import get_peft_model_state_dict
@@ -194,12 +197,12 @@ def unsaved_parameters(model: Any) -> list[str]:
 
 @contextmanager
 def _told_of(folder: Path, fault: str = "cannot be loaded as a model") -> Iterator[None]:
-    """Turns whatever a library raises as it loads a folder into one message."""
+    """Turn a library's error while it loads a folder into one ModelFilesError; import and memory errors stay as is."""
     try:
         yield
     except (UnsupportedFamilyError, ModelFilesError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # configurations of others make the libraries fail in any way
+    except Exception as error:  # foreign configurations can make the libraries fail in any way
         lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
         reason = " ".join(lines[:4])[:600]
         raise ModelFilesError(f"{folder}: it {fault}: {type(error).__name__}: {reason}") from error

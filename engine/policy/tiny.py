@@ -1,7 +1,8 @@
-"""Tiny stock checkpoints made from configuration alone: nothing is downloaded.
+"""Builds tiny stock checkpoints from configuration only; nothing is downloaded.
 
 Each builder writes a folder that plain ``AutoModelForImageTextToText``, ``AutoProcessor`` and vLLM load like any
-published checkpoint: random weights, a byte-level BPE trained on the caller's corpus, a processor and a chat template.
+published checkpoint. It holds random weights, a byte-level BPE tokenizer trained on the caller's corpus, a processor
+and a chat template.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ _LLAVA_TEMPLATE = (
     "{% endfor %}{% endif %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 _PATCH = 14
-"""Edge of a patch in pixels."""
+"""Edge length of a patch, in pixels."""
 _TEMPLATE_WORD_COUNT = 1000
-"""As often as this the words of the chat template are shown to the tokenizer, whatever the corpus."""
+"""Number of times that the tokenizer's training text repeats the words of the chat templates, whatever the corpus."""
 _VOCAB_MULTIPLE = 64
-"""Rows of the embedding are rounded up to this, as published checkpoints do."""
+"""The number of embedding rows is rounded up to a multiple of this, as in published checkpoints."""
 
 
 def build_tiny_qwen(
@@ -68,13 +69,17 @@ def build_tiny_qwen(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Path:
-    """Write a Qwen2.5-VL of a few million random parameters, and return its folder.
+    """Write a Qwen2.5-VL with a few million random parameters, and return its folder.
 
-    Patches are 14 px and 2 x 2 of them make one token: an image of 112 x 112 px becomes 16 image tokens. A word that
-    the corpus holds twice after a space becomes one token with its space, as long as ``max_vocab_size`` has room; the
-    embedding is rounded up to 64 rows. ``full_attention``: every block of the tower sees the whole image; otherwise
-    only the last one does, the others see windows of 112 px. The processor shrinks images beyond ``max_pixels``. The
-    weights follow from ``seed``; the global random state is left alone. ValueError for sizes that do not divide.
+    Patches are 14 x 14 px, and 2 x 2 patches make one token: an image of 112 x 112 px becomes 16 image tokens. A word
+    that the corpus contains twice after a space becomes one token with its space, as long as ``max_vocab_size`` has
+    room. The number of embedding rows is rounded up to a multiple of 64. With ``full_attention`` every block of the
+    tower sees the whole image; otherwise only the last block does, and the others see windows of 112 px. The processor
+    shrinks images with more than ``max_pixels`` pixels. ``seed`` determines the weights, and the global random state
+    stays unchanged.
+
+    Raises:
+        ValueError: A size is not a multiple of the size that must divide it.
     """
     _require_divisible(hidden_size=hidden_size, num_heads=num_heads)
     _require_divisible(num_heads=num_heads, num_kv_heads=num_kv_heads)
@@ -120,11 +125,11 @@ def build_tiny_llava(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Path:
-    """Write a LLaVA-1.5 (CLIP tower, projector, Llama) of a few million random parameters, and return its folder.
+    """Write a LLaVA-1.5 (CLIP tower, projector, Llama) with a few million random parameters, and return its folder.
 
-    Every image is resized and cropped to ``image_size`` squared: one token for each patch of 14 x 14 px. The features
-    are those of the last but one tower layer, as in the published models (the last one is never trained). The
-    tokenizer, the seed and the errors are as for ``build_tiny_qwen``.
+    Every image is resized and cropped to a square with edge ``image_size``, and each patch of 14 x 14 px becomes one
+    token. The features come from the second-to-last tower layer, as in the published models, so the last layer is never
+    trained. The tokenizer, the seed and the errors are as for ``build_tiny_qwen``.
     """
     _require_divisible(hidden_size=hidden_size, num_heads=num_heads)
     _require_divisible(num_heads=num_heads, num_kv_heads=num_kv_heads)
@@ -159,7 +164,7 @@ def _text_config(
     num_kv_heads: int,
     max_positions: int,
 ) -> dict[str, Any]:
-    """What the text models of both families have in common."""
+    """Make the configuration fields that the text models of both families share."""
     return {
         "vocab_size": -(-tokenizer.get_vocab_size() // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE,
         "hidden_size": hidden_size,
@@ -250,7 +255,7 @@ def _save_random_model(
 
 
 def _train_tokenizer(corpus: Iterable[str], specials: list[str], max_vocab_size: int) -> Tokenizer:
-    """Byte-level BPE; merges stop early when every word of the corpus is one token."""
+    """Train a byte-level BPE; merging stops early once every word of the corpus is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -266,7 +271,7 @@ def _train_tokenizer(corpus: Iterable[str], specials: list[str], max_vocab_size:
 
 
 def _with_template_words(corpus: Iterable[str]) -> Iterator[str]:
-    """The corpus, then the words of the chat templates: every prompt pays for them."""
+    """Yield the corpus, then the chat templates' words, which should be single tokens because every prompt has them."""
     if isinstance(corpus, str):
         raise ValueError("corpus must be several texts, not one string")
     yield from corpus

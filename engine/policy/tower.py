@@ -1,8 +1,8 @@
-"""The output of a frozen image tower is computed once per batch, for every use: policy, reference, later epochs.
+"""Computes the output of a frozen image tower once per batch, for all its uses: policy, reference and later epochs.
 
-The projection into the text model stays trainable when the tower is frozen, so what can be kept is what enters it. To
-get at that with the stock code in between (windows, splitting), the code runs with projections that hand their
-input through.
+The projection into the text model stays trainable when the tower is frozen, so only the projection's input can be
+cached. Other stock code (window order, splitting) surrounds the projections. All of it therefore runs with stand-ins
+that return their input, and the real projections are applied to the result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from balcaprl.policy.families import Family, ImageFeatures
 
 
 class _HandThrough(nn.Module):
-    """In place of a projection: rows (..., tower width) that it would merge into one token stay beside each other."""
+    """Stands in for a projection: returns its input, with the tower rows of one image token grouped on an axis.
+
+    The input is (..., tower width). The output is the same for one row per token, and otherwise (N, rows, tower width).
+    """
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -30,11 +33,11 @@ class _HandThrough(nn.Module):
 
 @contextmanager
 def _projections_replaced(projections: list[tuple[nn.Module, str]], rows: int) -> Iterator[list[nn.Module]]:
-    """The projections, taken out of the model within."""
+    """Replace the projections in the model within the context; yields the originals."""
     originals: list[nn.Module] = []
     for parent, name in projections:
         module = parent._modules[name]
-        assert module is not None  # a projection is there
+        assert module is not None  # the family names only modules that exist
         originals.append(module)
         parent._modules[name] = _HandThrough(rows)
     try:
@@ -53,9 +56,10 @@ def is_frozen(modules: list[nn.Module]) -> bool:
 def frozen_tower_features(
     family: Family, model: Any, image_inputs: dict[str, Tensor], cache: dict[Any, ImageFeatures]
 ) -> ImageFeatures:
-    """``family.image_features``, with the tower's part from ``cache``, which belongs to these image inputs.
+    """Compute ``family.image_features``, with the frozen tower's part taken from ``cache`` if it is there.
 
-    The key is the tower's modules and whether autocast is on: a frozen reference that holds the same modules shares it.
+    ``cache`` belongs to these image inputs. Its key is the tower's modules and whether autocast is on, so a frozen
+    reference that holds the same modules shares the entry.
     """
     tower, projections = family.vision_modules(model), family.projections(model)
     key = (*(id(module) for module in tower), torch.is_autocast_enabled(next(tower[0].parameters()).device.type))

@@ -1,8 +1,8 @@
-"""What may be loaded as a model: tensors in safetensors files of one folder. Checked before any library opens them.
+"""Checks what may be loaded as a model, before any library opens it: only tensors in safetensors files of one folder.
 
-A folder, wherever it comes from, is data. Pickled weights run code as they are read, ``auto_map`` names code that comes with
-the folder, an index or a link can lead out of it: each is refused by its name. Pickles beside safetensors are never opened,
-and do no harm: most published folders have both.
+Every folder is treated as untrusted data. Pickled weights run code when they are read, ``auto_map`` names code that
+comes with the folder, and an index or a link can lead out of the folder. Each of these is refused with a message that
+names it. Pickles beside safetensors are allowed, because they are never opened and most published folders have both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROCESSOR_CONFIG = "processor_config.json"
 TRAINER_FILES = ("trainer_state.json", "trainer/")
-"""Of a checkpoint: what no model is loaded from."""
+"""Files and folders of a checkpoint that hold the trainer's state; no model is loaded from them."""
 _READ = {".json", ".jinja", ".model", ".txt", ".safetensors"}
 _FOREIGN_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".npz"}
 _SETTINGS = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -37,17 +37,17 @@ def model_folder(
     accept: Callable[[Path], None] = lambda folder: None,
     option: str = "model.path",
 ) -> Path:
-    """The folder of a model, its files checked; those of a hub id are downloaded first, as far as they are not there.
+    """Return a model's folder after checking its files; for a hub id, missing files are downloaded first.
 
     Args:
         path_or_id: a transformers folder or a hub id.
-        verify: also compare the files with the manifest, if it is a checkpoint that has one.
-        accept: looks at the folder once its configuration is there, before the weights are, and raises for a model that is
-            not wanted.
-        option: what the user set to name it, for messages.
+        verify: also compare the files with the manifest of a checkpoint that has one.
+        accept: called with the folder when its configuration is there, before weights are downloaded; raises for a
+            model that is not wanted.
+        option: the option by which the user named the model, for messages.
 
     Raises:
-        ModelFilesError: there is none, or not all of it may be loaded.
+        ModelFilesError: there is no such model, or part of its folder must not be loaded.
     """
     refuse_no_model(path_or_id, option=option)
     folder = Path(path_or_id).expanduser()
@@ -63,12 +63,12 @@ def model_folder(
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter (LoRA) and not the model that it belongs to."""
+    """Whether a folder holds an adapter (LoRA) without the model that the adapter belongs to."""
     return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in (WEIGHTS, INDEX))
 
 
 def quantisation(folder: Path) -> str | None:
-    """The method by which the weights of a checked model folder are quantised; None where they are not."""
+    """Return the method by which the weights of a checked model folder are quantised; None if they are not."""
     config = read_json(folder / "config.json")
     sections = [config, *(value for value in config.values() if isinstance(value, dict))]
     found = next((s["quantization_config"] for s in sections if s.get("quantization_config")), None)
@@ -78,23 +78,23 @@ def quantisation(folder: Path) -> str | None:
 
 
 def check_folder(folder: Path, *, hashes: bool = True) -> None:
-    """Refuse a model folder that is not whole, or that holds what must not be loaded.
+    """Refuse a model folder that is incomplete, or that holds something that must not be loaded.
 
     Args:
-        folder: of a model or an adapter.
-        hashes: also compare its files with the manifest, where there is one.
+        folder: the folder of a model or an adapter.
+        hashes: also compare its files with the manifest, if there is one.
 
     Raises:
-        ModelFilesError: naming folder, file and fault.
+        ModelFilesError: the folder is refused; the message names folder, file and fault.
     """
     _refuse(folder, chain(_setting_faults(folder), _weight_faults(folder, hashes)))
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file of a model folder.
+    """Read a JSON file of a model folder.
 
     Raises:
-        ValueError: it is too large, or no JSON; names the file.
+        ValueError: the file is too large or is not JSON; the message names the file.
     """
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise ValueError(f"{path.name} has more than {_MAX_JSON_BYTES >> 20} MiB")
@@ -105,7 +105,7 @@ def read_json(path: Path) -> Any:
 
 
 def _refuse(folder: Path, faults: Iterator[str]) -> None:
-    """Raise for the first fault."""
+    """Raise ModelFilesError for the first fault, or for an error met while looking for faults."""
     try:
         fault = next(faults, None)
     except (OSError, ValueError, RecursionError) as error:
@@ -115,7 +115,7 @@ def _refuse(folder: Path, faults: Iterator[str]) -> None:
 
 
 def _setting_faults(folder: Path) -> Iterator[str]:
-    """What is wrong with links and JSON files, before weights are looked for."""
+    """Yield the faults of links and JSON files, without looking at weights."""
     yield from _linked_out(folder)
     yield from _code(folder)
     if not any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
@@ -148,7 +148,7 @@ def _weight_faults(folder: Path, hashes: bool) -> Iterator[str]:
 
 
 def _linked_out(folder: Path) -> Iterator[str]:
-    """Links that leave the folder. The hub's cache links from a snapshot to the blobs of the same repository."""
+    """Yield links that leave the folder; links from a hub snapshot to its own repository's blobs are allowed."""
     root = folder.resolve()
     allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     for path in sorted(folder.iterdir()):
@@ -174,10 +174,10 @@ def _mentions(value: Any, key: str) -> bool:
 
 
 def _weight_files(folder: Path) -> Iterator[str]:
-    """Names of the files that transformers would read the weights from.
+    """Yield the names of the files from which transformers would read the weights.
 
     Raises:
-        ValueError: a name leads out of the folder or to another kind of file.
+        ValueError: a name leads out of the folder or to another kind of file, or the index has no ``weight_map``.
     """
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     chosen = config.get("transformers_weights") if isinstance(config, dict) else None
@@ -210,12 +210,12 @@ def _unreadable(path: Path) -> str | None:
 
 
 def _downloaded(repository: str, patterns: list[str], option: str) -> Path:
-    """The hub's folder of a model, from its cache where it is there."""
+    """Return a model's folder in the local hub cache, after downloading what the cache lacks."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except Exception as error:  # of the hub's client, of its HTTP library, of the disk
+    except Exception as error:  # hub client, HTTP library and disk each raise their own
         reason = next(iter(str(error).strip().splitlines()), "")[:300]
         raise ModelFilesError(
             f"{option}: {repository} is no folder here, and cannot be had from the Hugging Face hub: "

@@ -1,4 +1,4 @@
-"""From captions to rewards: judges, custom rewards, the length rules, and the account of what could not be scored."""
+"""Turns captions into rewards: judges, custom rewards, length rules, and an account of what could not be scored."""
 
 from balcaprl.rewards.columns import advantage_inputs, reward_matrix, write_advantages
 from balcaprl.rewards.judge import Judge, ScoreStats

@@ -1,16 +1,18 @@
-"""How good is a judge? Held against the scenes world, where the truth is exact: ``balcaprl judge-audit``.
+"""Measures how good a judge is on drawn scenes, where the truth is known exactly: ``balcaprl judge-audit``.
 
-The judge scores flawed captions of drawn scenes, and so does the exact judge. Compared are
+The audited judge and the exact judge both score flawed captions of drawn scenes. The audit compares
 
-- each assertion of the exact judge with the judge's assertion that covers most of its words: does it count? An assertion that
-  the judge did not list counts as refused. Precision, recall and Cohen's kappa, overall and by type of assertion;
-- each reference unit: is it covered? A judge that can take units is given the exact ones; one that has units of its own is
-  compared by caption alone;
+- each assertion of the exact judge with the audited judge's assertion that overlaps it most: do both count it? An
+  assertion that the audited judge did not list counts as refused. The report gives precision, recall and Cohen's kappa,
+  overall and by type of assertion;
+- each reference unit: do both judges find it covered? A judge that can take units is given the exact ones; a judge that
+  has its own units is compared only by its scores of whole captions;
 - each grade of clarity, fluency and coherence, by quadratically weighted kappa;
-- each caption's rewards, by correlation and mean absolute difference; their mean correlation is the judge's ``agreement``;
-- each reward with itself, from a second run without a cache.
+- each caption's rewards, by correlation and mean absolute difference; their mean correlation is the judge's
+  ``agreement``;
+- each reward with the same reward from a second run without a cache.
 
-Intervals are 95%, by bootstrap over scenes: captions of one scene are no independent evidence.
+Intervals cover 95% and come from a bootstrap over scenes, because captions of one scene are not independent.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from balcaprl.types import REWARD_NAMES, Assertion, RewardBreakdown, Sample
 GRADES = ("clarity", "fluency", "coherence")
 _ATTRIBUTES = ("shape", "colour", "size", "fill", "place")
 Interval = tuple[float, float, float]
-"""Value, lower and upper end; NaN where nothing can be said."""
+"""Value, lower end and upper end; NaN where they cannot be computed."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,11 @@ class Agreement:
 
     num: int
     num_unjudged: int
-    """Not listed by the judge; they count as no."""
+    """Number of items that the judge did not list; they count as a no."""
     precision: Interval
-    """Of what the judge lets count, the share that is right to count."""
+    """Of the items to which the judge says yes, the share for which yes is true."""
     recall: Interval
-    """Of what is right to count, the share that the judge lets count."""
+    """Of the items for which yes is true, the share to which the judge says yes."""
     kappa: Interval
 
 
@@ -58,38 +60,38 @@ class AuditReport:
     num_captions: int
     num_unscored: int
     assertions: dict[str, Agreement] = field(default_factory=dict)
-    """By type; ``all`` comes first."""
+    """Agreement on assertions by assertion type; ``all`` comes first."""
     units: Agreement | None = None
-    """None for a judge with units of its own."""
+    """Agreement on covered reference units; None if the two judges never have the same number of units."""
     grades: dict[str, Interval] = field(default_factory=dict)
-    """Quadratically weighted kappa."""
+    """Quadratically weighted kappa of each grade."""
     correlation: dict[str, Interval] = field(default_factory=dict)
-    """Of each reward with the exact one, over captions."""
+    """Correlation of each reward with the exact one, over captions."""
     difference: dict[str, Interval] = field(default_factory=dict)
-    """Mean absolute difference of each reward."""
+    """Mean absolute difference of each reward from the exact one."""
     agreement: Interval = (math.nan, math.nan, math.nan)
-    """Mean of the correlations."""
+    """Mean of the rewards' correlations with the exact ones."""
     retest: dict[str, float] = field(default_factory=dict)
-    """Share of scores that a second run gives again."""
+    """For each reward, the share of scores that a second run reproduces exactly."""
     seconds_per_caption: float = math.nan
     metrics: dict[str, float] = field(default_factory=dict)
-    """What the judge tells of its work, cost included."""
+    """Metrics that the judge reports about its work, cost included."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the report as plain JSON values."""
         return asdict(self)
 
 
 @dataclass
 class _Evidence:
-    """What one scene's captions show: rows for each comparison."""
+    """The rows of every comparison that the captions of one scene give."""
 
     assertions: list[tuple[str, bool, bool, bool]] = field(default_factory=list)
-    """Type, truth, verdict, judged."""
+    """Rows of (assertion type, truth, verdict, whether the judge listed the assertion)."""
     units: list[tuple[bool, bool]] = field(default_factory=list)
     grades: list[tuple[tuple[float, float], ...]] = field(default_factory=list)
     rewards: list[tuple[tuple[float, float], ...]] = field(default_factory=list)
-    """Per caption and reward: exact, told."""
+    """For each caption and reward: (exact reward, the audited judge's reward)."""
 
 
 class ExactUnits:
@@ -99,7 +101,7 @@ class ExactUnits:
         self._units = {}
         for sample in samples:
             (breakdown,) = SceneJudge().score(sample, [""])
-            # Two objects may give the same text; a judge is asked about both.
+            # Two objects may have the same unit text; a number tells them apart, so that the judge is asked about both.
             texts = [unit.text for unit in breakdown.reference_units]
             self._units[sample.reference] = tuple(
                 f"{text} ({texts[:i].count(text) + 1})" if texts.count(text) > 1 else text
@@ -107,12 +109,12 @@ class ExactUnits:
             )
 
     def get(self, reference: str) -> tuple[str, ...] | None:
-        """The units of a scene's reference."""
+        """Return the units of a reference caption, or None for an unknown reference."""
         return self._units.get(reference)
 
 
 def audit_captions(num_scenes: int, captions_per_scene: int, seed: int) -> tuple[list[Sample], list[list[str]]]:
-    """Validation scenes and flawed captions of them, as the demo's warm start writes them; the same for the same seed."""
+    """Return validation scenes and flawed captions of them, as in the demo's warm start; the seed determines both."""
     rng = np.random.default_rng([0xA0D17, seed])
     samples = [scene_sample("validation", i, instruction="Describe the image.") for i in range(num_scenes)]
     return samples, [[flawed_caption(sample.facts, rng) for _ in range(captions_per_scene)] for sample in samples]
@@ -121,7 +123,7 @@ def audit_captions(num_scenes: int, captions_per_scene: int, seed: int) -> tuple
 def audit_config(
     config: TrainConfig, *, num_scenes: int = 50, captions_per_scene: int = 4, seed: int = 0, retest: bool = True
 ) -> AuditReport:
-    """Audit the judge that a configuration names; its cache is left out, so that cost and retest are real.
+    """Audit the judge that a configuration names, without its cache, so that cost and retest are real.
 
     Raises:
         ValueError: the judge is not configured.
@@ -150,7 +152,7 @@ def audit_judge(
     retest: bool = True,
     num_bootstraps: int = 1000,
 ) -> AuditReport:
-    """Compare a judge with the exact one on captions of drawn scenes."""
+    """Compare a judge with the exact judge on captions of drawn scenes."""
     exact = [SceneJudge().score(sample, texts) for sample, texts in zip(samples, captions, strict=True)]
     started = time.perf_counter()
     told = _score(judge, samples, captions)
@@ -188,7 +190,7 @@ def _score(judge: Judge, samples: Sequence[Sample], captions: Sequence[Sequence[
 
 
 def assertion_type(assertion: Assertion) -> str:
-    """What an assertion of the exact judge speaks of."""
+    """Return what an assertion of the exact judge is about, such as ``colour``, ``count`` or ``relation``."""
     text = assertion.text
     for attribute in _ATTRIBUTES:
         if f": {attribute} = " in text:
@@ -216,7 +218,10 @@ def _compare(exact: Sequence[RewardBreakdown], told: Sequence[RewardBreakdown]) 
 
 
 def _best_match(assertion: Assertion, candidates: Sequence[Assertion]) -> Assertion | None:
-    """The candidate that tells the same text, else the one whose words overlap most; of equal ones the shortest."""
+    """Return the best match among the candidates that overlap the assertion in the caption, or None.
+
+    A candidate whose text contains the assertion's text is preferred, then the largest overlap, then the shortest text.
+    """
     own = _characters(assertion)
     best: tuple[bool, float, int] | None = None
     found = None
@@ -237,14 +242,14 @@ def _characters(assertion: Assertion) -> set[int]:
 
 
 class _Bootstrap:
-    """Resamples scenes, the same way for every statistic."""
+    """Resamples scenes, with the same draws for every statistic."""
 
     def __init__(self, num_scenes: int, count: int) -> None:
         rng = np.random.default_rng(0)
         self._draws = rng.integers(0, max(1, num_scenes), (count, num_scenes))
 
     def __call__(self, rows: Sequence[np.ndarray], statistic: Callable[[np.ndarray], float]) -> Interval:
-        """A statistic of all rows, and its interval; ``rows`` holds those of each scene."""
+        """Return a statistic over all rows with its 95% interval; ``rows`` holds one array of rows per scene."""
         whole = np.concatenate([r for r in rows if len(r)]) if any(map(len, rows)) else np.empty((0, 2))
         value = statistic(whole)
         if not math.isfinite(value):
@@ -300,7 +305,7 @@ def _agreement(rows: Sequence[Sequence[tuple[bool, bool]]], num_unjudged: int, b
 
 
 def cohen_kappa(pairs: np.ndarray) -> float:
-    """(N, 2) verdicts -> agreement beyond chance: 1 is perfect, 0 chance; NaN where both always say the same one thing."""
+    """(N, 2) verdicts -> agreement beyond chance: 1 is perfect, 0 is chance; NaN if all 2 N verdicts are equal."""
     if not len(pairs):
         return math.nan
     observed = float((pairs[:, 0] == pairs[:, 1]).mean())
@@ -310,7 +315,7 @@ def cohen_kappa(pairs: np.ndarray) -> float:
 
 
 def weighted_kappa(pairs: np.ndarray) -> float:
-    """(N, 2) grades -> quadratically weighted kappa; NaN where there is no spread to agree on."""
+    """(N, 2) grades -> quadratically weighted kappa; NaN if all grades are equal."""
     if not len(pairs):
         return math.nan
     observed = float(((pairs[:, 0] - pairs[:, 1]) ** 2).mean())
@@ -320,7 +325,10 @@ def weighted_kappa(pairs: np.ndarray) -> float:
 
 
 def correlation(pairs: np.ndarray) -> float:
-    """(N, 2) scores -> Pearson's correlation; 0 for a judge that always says the same, NaN where the truth has no spread."""
+    """(N, 2) exact and judged scores -> Pearson's correlation.
+
+    The result is NaN if N < 3 or the exact scores do not vary, and 0 if only the judged scores do not vary.
+    """
     if len(pairs) < 3 or pairs[:, 0].std() < 1e-12:
         return math.nan
     if pairs[:, 1].std() < 1e-12:
@@ -329,7 +337,7 @@ def correlation(pairs: np.ndarray) -> float:
 
 
 def _mean_correlation(rows: np.ndarray) -> float:
-    """(N, 6): exact and told of the three rewards -> mean of the correlations that can be told."""
+    """(N, 6), the exact and the judged score of each of three rewards -> mean of the correlations that are defined."""
     values = [correlation(_finite(rows[:, 2 * k : 2 * k + 2])) for k in range(rows.shape[1] // 2)]
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan

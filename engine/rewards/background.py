@@ -1,4 +1,4 @@
-"""Threads that score while the caller samples or trains, and that no exit of the process waits for."""
+"""Daemon threads that score while the caller samples or trains; the process can exit without waiting for them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ T = TypeVar("T")
 
 
 class DaemonThread:
-    """Runs calls one after another in a daemon thread; starts with the first one.
+    """Runs calls one after another in a daemon thread, which starts with the first call.
 
-    Unlike the pools of ``concurrent.futures`` it is not waited for at the end of the process: foreign code may never return.
+    Unlike the thread pools of ``concurrent.futures``, this thread does not delay the end of the process: foreign code
+    may never return.
     """
 
     def __init__(self, name: str) -> None:
@@ -33,7 +34,7 @@ class DaemonThread:
                 return
             try:
                 future.set_result(call())
-            except BaseException as error:  # the caller learns it; it may not end the thread
+            except BaseException as error:  # the future hands the error to the caller; the thread must go on
                 future.set_exception(error)
 
         if self._thread is None:
@@ -43,7 +44,7 @@ class DaemonThread:
         return future
 
     def close(self) -> None:
-        """Begin no further call; never waits for the one under way."""
+        """Start no further call; does not wait for the running call."""
         self._closed = True
         self._calls.put(None)
 
@@ -53,7 +54,7 @@ class DaemonThread:
 
 
 class BackgroundLoop:
-    """Runs coroutines in a daemon thread; starts with the first one."""
+    """Runs coroutines on an event loop in a daemon thread, which starts with the first coroutine."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -66,7 +67,7 @@ class BackgroundLoop:
         return asyncio.run_coroutine_threadsafe(coroutine, self._running_loop())
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine to its end; an interrupt while waiting cancels it."""
+        """Run a coroutine to its end and return its result; an interrupt of the wait cancels the coroutine."""
         future = self.start(coroutine)
         try:
             return future.result()
@@ -75,7 +76,7 @@ class BackgroundLoop:
             raise
 
     def close(self) -> None:
-        """Cancel what still runs and end the thread; closing twice is harmless."""
+        """Cancel all running coroutines and end the thread; closing twice is harmless."""
         with self._lock:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None

@@ -1,4 +1,4 @@
-"""Do the three rewards say different things? Within-group correlations, from rollouts."""
+"""Within-group correlations of the rewards, which show whether the rewards measure different things."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from balcaprl.types import REWARD_NAMES, RewardBreakdown, RolloutGroup
 
 
 def within_group_correlations(groups: Sequence[RolloutGroup], names: Sequence[str] = REWARD_NAMES) -> dict[str, float]:
-    """Mean over groups of the correlation of each pair of rewards over a group's rollouts.
+    """Return for each pair of rewards the correlation over a group's rollouts, averaged over groups.
 
-    Correlations near 1 mean that the rewards are one signal, and that balancing them changes nothing. Rewards are taken as
-    judged, before any length rule. A group counts for a pair if both rewards vary in it.
+    Correlations near 1 mean that the rewards are one signal, and that balancing them changes nothing. Rewards are taken
+    as judged, before any length rule. A group counts for a pair only if both rewards vary within the group.
 
     Returns:
-        ``precision_recall``, ``precision_linguistic``, ... for each pair of ``names``; NaN where no group counts.
+        ``precision_recall``, ``precision_linguistic``, ... for each pair of ``names``; NaN for a pair without such a
+        group.
     """
     correlations: dict[str, list[float]] = {}
     for group in groups:

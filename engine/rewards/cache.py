@@ -1,13 +1,15 @@
-"""Replies of judge models on disk: one SQLite file, shared by runs and processes, bounded.
+"""Replies of judge models on disk: one SQLite file of bounded size, shared by runs and processes.
 
-Write-ahead logging makes every ``put`` one transaction: after kill -9 the file holds all that was committed and nothing half.
-Keys are hashes of everything that a reply depends on (``protocol.cache_key``); values are validated replies, each with a
-checksum, so that a flipped bit is a miss. Neither captions, images nor keys of servers are stored. File, log and index of the
-log together stay within the bound: pages are counted before they are written, the least recently used entries make room, and
-the log is written back after an eighth of it.
+Write-ahead logging makes every ``put`` one transaction: after kill -9 the file holds everything that was committed and
+no half-written entry. Keys are hashes of everything that a reply depends on (``protocol.cache_key``). Values are
+validated replies, each with a checksum, so that a flipped bit is a miss. Neither captions, images nor keys of servers
+are stored. The file, its log and the index of the log together stay within the bound: pages are counted before they are
+written, the least recently used entries make room, and the log is written back before it exceeds an eighth of the
+bound.
 
-A cache that fails costs money, not the run. A damaged file is set aside, beside the new one; one that cannot be written is left
-alone; both are said once. A file that is somebody else's is refused at the start and not touched.
+A cache that fails costs money, but does not end the run. A damaged file is renamed and stays beside the new one. A file
+that cannot be written is left alone. Both are logged. A file that is not a judge cache is refused at the start and not
+touched.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 _BUSY_S = 30.0
 _PAGE = 4096
 _LEAST_BYTES = 1 << 20
-"""A smaller bound holds for the values alone: SQLite's own structures need some room."""
+"""Smallest bound for the files; a smaller ``max_bytes`` limits only the values, because SQLite itself needs room."""
 _INDEX_BYTES = 1 << 16
 _MOST_LOG_BYTES = 8 << 20
 _CHECKPOINT_MS = 100
@@ -39,15 +41,15 @@ _TOUCH_BATCH = 256
 _EVICT_BATCH = 8
 _VACUUM_PAGES = 64
 _SPARE_PAGES = 12
-"""More than one insertion takes beside its value."""
+"""Pages kept free for an insertion; more than it needs beside its value."""
 _MOST_REPAIRS = 3
 _ENTRY_OVERHEAD = 100
-"""Bytes of a row beside its value."""
+"""Bytes that are counted for a row beside its value."""
 _MAGIC = b"SQLite format 3\0"
 _APPLICATION = 0x62636A63
 _SUFFIXES = ("", ".db", ".sqlite", ".sqlite3")
 _NOT_THE_FILES = ("unable to open", "locked", "full", "disk I/O", "permission")
-"""Errors at the start that tell of the machine; all others tell of what stands in the file."""
+"""Parts of error messages at opening that blame the machine; any other error is blamed on the file's content."""
 _CORRUPT = (11, 26)
 """SQLITE_CORRUPT and SQLITE_NOTADB, which Python names from 3.11 on."""
 _SHORT_READ = 522
@@ -66,7 +68,7 @@ _SCHEMA = (
 
 
 class _LogFullError(OSError):
-    """The log is as long as it may be, and others' look-ups keep it from being written back."""
+    """The log has reached its size limit, and look-ups by others keep it from being written back."""
 
 
 @dataclass(frozen=True)
@@ -76,25 +78,25 @@ class CacheReport:
     path: Path
     num_entries: int
     num_bytes: int
-    """Values and their bookkeeping."""
+    """Bytes of the values and their bookkeeping."""
     by_task: dict[str, int]
-    """Entries by task and model."""
+    """Number of entries by task and model."""
     oldest: float
-    """When the entry was used that was unused for longest; seconds since the epoch, 0 in an empty cache."""
+    """When the least recently used entry was used, in seconds since the epoch; 0 in an empty cache."""
     file_bytes: int
-    """On disk, with the log."""
+    """Bytes on disk, including the log."""
 
 
 class ReplyCache:
     """A bounded store of replies by key; safe under several threads and processes.
 
     Args:
-        path: the file; made if missing, its folder too, readable by the user alone.
-        max_bytes: most that its files may take; the entries that were unused for longest make room. A value of more than a
-            sixteenth of it is not kept.
+        path: the file; it and its folder are made if missing, and the file is readable only by the user.
+        max_bytes: most bytes that its files may take; the least recently used entries make room. A value larger than a
+            sixteenth of the bound is not kept.
 
     Raises:
-        ValueError: the file is there and is no such cache.
+        ValueError: the path holds something that is no judge cache, or the file cannot be used.
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
@@ -106,7 +108,7 @@ class ReplyCache:
         self._max_value = on_disk // 16
         self.num_failures = 0
         self.num_damaged = 0
-        """Entries whose checksum was wrong."""
+        """Number of entries whose checksum was wrong."""
         self._num_repairs = 0
         self._broken = False
         self._touched: dict[bytes, float] = {}
@@ -125,11 +127,11 @@ class ReplyCache:
     # ------------------------------------------------------------------------------------------------ entries
 
     def get(self, key: bytes) -> bytes | None:
-        """The value of a key, or None."""
+        """The value of a key, or None if the cache has none or fails."""
         return self._guarded(lambda: self._get(key), None)
 
     def put(self, key: bytes, value: bytes, *, task: str, model: str) -> None:
-        """Store a value in place of what is there; on return it is committed."""
+        """Store or replace a value; it is committed on return, unless it is too large or the cache fails."""
         if len(value) <= self._max_value:
             self._guarded(lambda: self._put(key, value, task, model), None)
 
@@ -157,7 +159,7 @@ class ReplyCache:
             self._connection.execute("INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def _make_room(self, num_bytes: int) -> None:
-        """Evict until a value of so many bytes fits, by pages and by bytes."""
+        """Evict entries until a value of ``num_bytes`` fits, both by pages and by bytes."""
         needed = num_bytes // _PAGE + _SPARE_PAGES
         while True:
             pages = self._pragma("page_count") - self._pragma("freelist_count") + needed - self._max_pages
@@ -166,7 +168,7 @@ class ReplyCache:
                 return
 
     def _evict(self, num_bytes: int) -> int:
-        """Drop some entries that were unused for longest, in one small transaction; returns how many."""
+        """Drop some of the least recently used entries in one small transaction; returns how many."""
         self._flush_touched()
         with self._transaction():
             rows = self._connection.execute(
@@ -182,7 +184,7 @@ class ReplyCache:
         return len(doomed)
 
     def _flush_touched(self) -> None:
-        """When entries were used, written now and then: a write at each look-up would cost more than the look-up."""
+        """Write in one batch when entries were used: a write at each look-up would cost more than the look-up."""
         touched, self._touched = self._touched, {}
         if touched:
             with contextlib.suppress(_LogFullError), self._transaction():
@@ -192,7 +194,10 @@ class ReplyCache:
     # ------------------------------------------------------------------------------------------------ upkeep
 
     def prune(self, *, max_bytes: int | None = None, unused_days: float | None = None) -> int:
-        """Drop entries unused for so many days, then the least recently used until the bound holds; returns how many."""
+        """Drop entries unused for ``unused_days``, then the least recently used, and return how many were dropped.
+
+        The least recently used are dropped until the entries take at most ``max_bytes``.
+        """
         with self._lock:
             self._flush_touched()
             before = self._count()
@@ -210,7 +215,7 @@ class ReplyCache:
             return dropped
 
     def report(self) -> CacheReport:
-        """What the cache holds."""
+        """Summarise what the cache holds."""
         with self._lock:
             self._flush_touched()
             groups = self._connection.execute("SELECT task, model, COUNT(*) FROM replies GROUP BY 1, 2 ORDER BY 1, 2")
@@ -220,7 +225,7 @@ class ReplyCache:
             return CacheReport(self.path, sum(by_task.values()), self._num_bytes(), by_task, oldest, on_disk)
 
     def close(self) -> None:
-        """Write what is left and close; closing twice is harmless."""
+        """Write the last times of use and close; closing twice is harmless."""
         with self._lock:
             if not self._broken:
                 with contextlib.suppress(sqlite3.Error):
@@ -230,7 +235,7 @@ class ReplyCache:
                 self._connection.close()
 
     def _shrink(self, max_pages: int) -> None:
-        """Give pages back to the file system, a few at a time, until so many are left or none is free."""
+        """Give pages back to the file system, a few at a time, until ``max_pages`` are left or none is free."""
         while self._pragma("page_count") > max_pages and self._pragma("freelist_count"):
             self._connection.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
         self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -245,8 +250,8 @@ class ReplyCache:
         return int(self._connection.execute(f"PRAGMA {name}").fetchone()[0])
 
     def _hold_log(self) -> None:
-        """Write the log back where it has grown: SQLite does so by itself only in a moment when nobody reads, which many
-        processes may not leave it."""
+        """Write the log back if it has grown. SQLite itself does so only at a moment when nobody reads, and with many
+        processes there may be no such moment."""
         if self._log_size() > self._log_bytes // 4:
             self._connection.execute(f"PRAGMA busy_timeout = {_CHECKPOINT_MS}")
             try:
@@ -265,7 +270,7 @@ class ReplyCache:
         self._hold_log()
         self._connection.execute("BEGIN IMMEDIATE")
         try:
-            if bounded and self._log_size() > self._log_bytes // 2:  # nobody else writes now
+            if bounded and self._log_size() > self._log_bytes // 2:  # no other process can write now
                 raise _LogFullError(f"{self.path} is in use by other processes; try again")
             yield
             self._connection.execute("COMMIT")
@@ -295,7 +300,7 @@ class ReplyCache:
 
     def _set_up(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-        self._is_earlier_version()  # before anything is written to what may be another's
+        self._is_earlier_version()  # raises for another database, before anything is written to it
         for setting in (
             f"page_size = {_PAGE}",
             "auto_vacuum = INCREMENTAL",
@@ -315,13 +320,13 @@ class ReplyCache:
         connection.execute(f"PRAGMA wal_autocheckpoint = {max(8, self._log_bytes // _PAGE // 2)}")
         connection.execute(f"PRAGMA journal_size_limit = {self._log_bytes // 2}")
         connection.execute(f"PRAGMA max_page_count = {self._max_pages}")
-        if self._pragma("page_count") > self._max_pages:  # written under a wider bound
+        if self._pragma("page_count") > self._max_pages:  # the file was written under a larger bound
             with contextlib.suppress(_LogFullError):
                 self._make_room(0)
                 self._shrink(self._max_pages)
 
     def _is_earlier_version(self) -> bool | None:
-        """Whether the file's keys are never asked for again; None where it needs no change."""
+        """Whether the file holds an earlier version, whose keys are never asked for; None if it needs no change."""
         if self._pragma("application_id") == _APPLICATION:
             return None
         tables = {name for (name,) in self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -330,7 +335,11 @@ class ReplyCache:
         return bool(tables)
 
     def _refuse_what_is_not_ours(self) -> None:
-        """Text, and what is not even named like a database, is somebody's; other bytes in our place were a cache once."""
+        """Raise unless the file is a SQLite file or empty.
+
+        Text, and any file that is not named like a database, belongs to somebody else (``ValueError``). Other bytes
+        under a database's name are taken for a damaged cache (``DatabaseError``).
+        """
         with open(self.path, "rb") as file:
             head = file.read(_PAGE)
         if head.startswith(_MAGIC) or _MAGIC.startswith(head):
@@ -345,14 +354,14 @@ class ReplyCache:
     # ------------------------------------------------------------------------------------------------ failures
 
     def _guarded(self, work: Callable[[], T], otherwise: T) -> T:
-        """What ``work`` gives, or something else where the cache fails: never an exception in the middle of a run."""
+        """Return the result of ``work``, or ``otherwise`` if the cache fails, so that no exception interrupts a run."""
         with self._lock:
             if self._broken:
                 return otherwise
             try:
                 return work()
             except _LogFullError:
-                pass  # the next try may do
+                pass  # the next call may succeed
             except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
                 self.num_failures += 1
                 try:
@@ -363,9 +372,9 @@ class ReplyCache:
 
     def _recover(self, error: Exception) -> None:
         if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-            return  # busy for longer than we wait; the next try may do
+            return  # locked for longer than we wait; the next call may succeed
         if "full" in str(error) and self._pragma("page_count") >= self._max_pages - _SPARE_PAGES:
-            return  # by our own bound, which another process reached meanwhile
+            return  # full by our own bound, which another process has reached meanwhile
         if not _is_damage(error) or self._num_repairs >= _MOST_REPAIRS:
             self._give_up(error)
             return
@@ -380,7 +389,7 @@ class ReplyCache:
         logger.warning("the judge cache %s failed and is left alone from here on: %s", self.path, error)
 
     def _set_aside(self, error: Exception) -> None:
-        """Rename a damaged file with its log, unless another process did so already; what was set aside before is replaced."""
+        """Rename a damaged file and its log, unless another process already did; replaces a file renamed earlier."""
         damaged = self.path.with_name(self.path.name + ".damaged")
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
@@ -415,8 +424,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether the file's content is to blame: SQLite says so, or something of another type stands where a number should."""
+    """Whether the file's content is to blame: SQLite says so, or a stored value is of the wrong type."""
     if not isinstance(error, sqlite3.Error):
         return True
-    code = getattr(error, "sqlite_errorcode", 0)  # from Python 3.11 on
+    code = getattr(error, "sqlite_errorcode", 0)  # exists from Python 3.11 on
     return code & 0xFF in _CORRUPT or code == _SHORT_READ or "malformed" in str(error) or "not a database" in str(error)

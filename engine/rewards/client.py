@@ -1,9 +1,10 @@
-"""Calls to a judge model over HTTP. The only importer of the HTTP client.
+"""Calls to a judge model over HTTP. This is the only module that imports the HTTP client.
 
-A call is looked up in the cache; else it takes the reply to an equal call under way; else it is sent, again and again where a
-failure may pass: to a server with a free place, within a time-out, reading no more than a bounded reply. Only the configured
-addresses are contacted: no redirect is followed and no proxy of the environment used. Error messages hold no header, no body,
-no caption.
+A call is first looked up in the cache. If an equal call is in flight, it takes the reply to that one. Otherwise it is
+sent to a server with a free place, and sent again where the failure may pass. Each request has a time-out, and replies
+are read only up to a size limit. Only the configured addresses are contacted: no redirect is followed, and no proxy of
+the environment is used unless the server's ``proxy_from_env`` is on. Error messages hold no header and no caption, and
+at most one redacted line of what a server says.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class _UnderWay:
 
 
 class JudgeClient:
-    """Asks the servers of one judge model. All methods but the constructor belong to one event loop.
+    """Asks the servers of one judge model. All methods except the constructor must be called in one event loop.
 
     Raises:
         ValueError: no server or no model is configured, or a key's environment variable is empty.
@@ -82,7 +83,7 @@ class JudgeClient:
             raise ValueError("reward.protocol.model: name the judge model as its servers call it")
         self._protocol, self._endpoint, self._clock = protocol, endpoint, clock
         self.cache: ReplyCache | None = None
-        """Looked into before a server is asked."""
+        """Reply cache that is consulted before a server is asked; None: no cache."""
         self.ledger = ledger or Ledger(endpoint)
         self.usage = Usage()
         self._headers = {server.url: request_headers(server) for server in endpoint.servers}
@@ -106,27 +107,28 @@ class JudgeClient:
 
     @property
     def servers(self) -> list[Server]:
-        """The servers and what is known of them."""
+        """The servers with their current state."""
         return self._dispatcher.servers
 
     @property
     def num_slots(self) -> int:
-        """Most requests that may be in flight at once."""
+        """Largest number of requests that may be in flight at once."""
         return sum(server.config.max_concurrency for server in self.servers)
 
     async def ask(self, call: Call, affinity: str = "", item: Hashable = None) -> Reply:
-        """The valid reply to a call.
+        """Get the valid reply to a call.
 
         Args:
-            call: what is asked.
-            affinity: calls with the same one go to the same server, where it has room.
-            item: calls with the same one are about one thing, such as the captions of one picture; default: the call alone.
+            call: the call to make.
+            affinity: calls with the same affinity go to the same server while it has room.
+            item: calls with the same item are about one thing, such as the captions of one picture; default: this call.
 
         Raises:
-            CallRefusedError: it can never be answered, for what it is about.
-            CallLeftOutError: it fails time after time, while others are answered.
+            CallRefusedError: the call can never be answered, because of its picture or text.
+            CallLeftOutError: the call fails time after time, while others are answered.
             CallFailedError: no attempt brought a valid reply.
-            JudgeStoppedError: the budget is spent, no server gave a valid reply for ``endpoint.patience_s``, or all is refused.
+            JudgeStoppedError: the budget is spent; every server is given up; no server was ever reached for
+                ``endpoint.reach_s``; none gave a valid reply for ``endpoint.patience_s``; or every call is refused.
         """
         self.usage.num_calls += 1
         identity = self._identify(call)
@@ -158,10 +160,10 @@ class JudgeClient:
         finally:
             under_way.num_waiting -= 1
             if not under_way.num_waiting:
-                under_way.task.cancel()  # nobody wants it any more; harmless where it is done
+                under_way.task.cancel()  # no caller waits for the reply any more; a finished task is not affected
 
     async def close(self) -> None:
-        """Close all connections and write the account."""
+        """Close all connections and the refusal memory, and save the ledger."""
         if self._watchdog is not None:
             self._watchdog.cancel()
         for session in self._sessions.values():
@@ -190,7 +192,7 @@ class JudgeClient:
                 if value is not None:
                     return parse_reply(call, value.decode(), self._protocol)
             except (ReplyError, UnicodeDecodeError):
-                continue  # written by other hands
+                continue  # not an entry that this client wrote; it counts as missing
         return None
 
     def _store(self, key: bytes, call: Call, reply: Reply, model: str) -> None:
@@ -201,7 +203,7 @@ class JudgeClient:
     # ------------------------------------------------------------------------------------------------ attempts
 
     async def _send_until_valid(self, call: Call, identity: CallIdentity, affinity: str, item: Hashable) -> Reply:
-        """Attempts until one is valid or they are used up; counts the call's fate."""
+        """Make attempts until one is valid or all are used up, and count how the call ended."""
         bodies: dict[str, Any] = {}
         ended = False
         self._refusals.note_start(call, item)
@@ -228,7 +230,7 @@ class JudgeClient:
         return reply
 
     def _give_up(self, call: Call, identity: CallIdentity, item: Hashable, error: AttemptError) -> None:
-        """Count a call whose attempts are used up; raises what ``Refusals.leave_out`` does."""
+        """Count a call whose attempts are used up; raises whatever ``Refusals.leave_out`` raises."""
         try:
             self._refusals.leave_out(call, identity, item, error)
         except (CallLeftOutError, JudgeStoppedError) as left_out:
@@ -240,18 +242,17 @@ class JudgeClient:
     async def _try(
         self, call: Call, identity: CallIdentity, affinity: str, bodies: dict[str, Any]
     ) -> tuple[Reply, str]:
-        """One attempt; where it fails, a look at whose fault that is."""
+        """Make one attempt; if it fails, find out whether the call or the server is at fault."""
         try:
-            reply, form, _ = await self._attempt(
-                call, affinity, bodies, again=bool(bodies)
-            )  # made for the first attempt
+            # The first attempt fills bodies, so bodies that are not empty mean a retry.
+            reply, form, _ = await self._attempt(call, affinity, bodies, again=bool(bodies))
             return reply, form
         except AttemptError as error:
             await self._refusals.faults.note_failed(call, identity, error, partial(self._ask_control, affinity))
             raise
 
     async def _ask_control(self, affinity: str, control: Control) -> str:
-        """One attempt at a call that was answered before; gives the server's url."""
+        """Make one attempt at a call that was answered before; returns the server's url."""
         self.usage.num_calls += 1
         try:
             _, _, url = await self._attempt(control.call, affinity, {}, again=True)
@@ -278,7 +279,12 @@ class JudgeClient:
         )
 
     def _wait_s(self, state: RetryCallState) -> float:
-        """Seconds to the next attempt: as the server asks, else longer and longer; but it is no use to spare a sound server."""
+        """Seconds until the next attempt.
+
+        A wait that the server asks for is kept, unless more than one server is free. Otherwise the wait is an
+        exponential back-off with jitter. If the server answers most requests well, there is no back-off unless it is
+        overloaded: a bad reply is asked for again at once, and after any other failure the wait does not grow.
+        """
         tenacity, endpoint = self._retry_library(), self._endpoint
         error = state.outcome.exception() if state.outcome is not None else None
         asked = error.wait_s if isinstance(error, AttemptError) else None
@@ -304,7 +310,7 @@ class JudgeClient:
     async def _attempt(
         self, call: Call, affinity: str, bodies: dict[str, Any], *, again: bool
     ) -> tuple[Reply, str, str]:
-        """One attempt at one server; counts how it ended. Gives the reply, the form in which it was asked for, and the url."""
+        """Make one attempt at one server and count how it ended; returns the reply, the request form and the url."""
         server = await self._dispatcher.acquire(affinity, again=again)
         try:
             model = server.config.model or self._protocol.model
@@ -340,7 +346,7 @@ class JudgeClient:
         return reply, form, server.config.url
 
     def _note(self, server: Server, call: Call, error: AttemptError, latency_s: float) -> None:
-        """Tell the server's state how an attempt failed."""
+        """Record in the server's state how an attempt failed."""
         if error.blame is Blame.OVERLOAD:
             server.note_overloaded(error.wait_s or 0.0)
         elif error.blame in (Blame.ACCESS, Blame.FORM):
@@ -366,14 +372,14 @@ class JudgeClient:
             async with session.post(url, data=data, headers=headers, allow_redirects=False) as response:
                 server.was_reached, server.unreached_since = True, None
                 if response.status != 200:
-                    reservation.is_sent = False  # no service asks money for an error
+                    reservation.is_sent = False  # no service charges for an error
                     told = await response.content.read(_CHUNK)
                     raise error_of_status(response.status, response.headers, told, self._endpoint.patience_s)
                 kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
                 if kind not in _JSON_TYPES and not kind.endswith("+json"):
                     raise AttemptError("content_type", "the reply is not of type application/json")
                 reply = bytearray()
-                self._check_size(response.content_length or 0)  # what it announces need not be read
+                self._check_size(response.content_length or 0)  # rejects a reply by its announced length
                 async for chunk in response.content.iter_chunked(_CHUNK):
                     reply += chunk
                     self._check_size(len(reply))
@@ -393,7 +399,7 @@ class JudgeClient:
             raise AttemptError("too_large", "the reply exceeds endpoint.max_reply_bytes")
 
     def _read_envelope(self, call: Call, reservation: Reservation, data: bytes) -> Reply:
-        """The reply inside the API's envelope; books what it cost whether or not it is valid."""
+        """Parse the reply inside the API's envelope, and book its cost whether or not it is valid."""
         if not data.strip():
             raise AttemptError("empty", "the reply is empty")
         try:
@@ -416,7 +422,7 @@ class JudgeClient:
         try:
             return parse_reply(call, text, self._protocol, finish_reason=finish_reason)
         except ReplyError as error:
-            # What was cut off once is mostly cut off again, at full price.
+            # A reply that was cut off once is usually cut off again, at full price, so it uses up two attempts.
             raise AttemptError(error.kind, str(error), weight=2 if error.kind == "truncated" else 1) from None
 
     def _http(self, proxy_from_env: bool) -> aiohttp.ClientSession:
@@ -440,7 +446,7 @@ class JudgeClient:
             self._watchdog = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
-        """Ends all calls when none was answered validly for too long; runs while there are any."""
+        """End all calls if no server is reached or no valid reply comes for too long; runs while any are in flight."""
         patience, reach = self._endpoint.patience_s, self._endpoint.reach_s
         while self._under_way:
             await asyncio.sleep(min(1.0, patience / 10, reach / 10))
@@ -459,7 +465,7 @@ class JudgeClient:
                 return
 
     def _end_if_unreached(self, reach_s: float) -> None:
-        """Stop where every server could only be knocked at since the first attempt: none listens at these addresses."""
+        """Stop if every server has been unreachable since its first attempt, for more than ``reach_s`` seconds."""
         now, servers = self._clock(), self.servers
         if all(s.unreached_since is not None and now - s.unreached_since > reach_s for s in servers):
             told = "; ".join(f"{server.config.url}: {server.why_unreached}" for server in servers)
@@ -475,7 +481,7 @@ class JudgeClient:
 
 
 def _connection_error(error: BaseException) -> AttemptError:
-    """Why there was no connection; the libraries' own texts stay out, as they may hold a proxy's password."""
+    """Describe why there was no connection, without the libraries' own texts, which may hold a proxy's password."""
     import aiohttp
 
     kind, name = "connection", type(error).__name__

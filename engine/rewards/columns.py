@@ -1,8 +1,9 @@
-"""From judged rollouts to the matrix of rewards that advantages are made of: K columns, conditions, length rules.
+"""Builds the reward matrix that advantages are computed from: K columns, conditions, length rules.
 
-The first three columns are those of ``REWARD_NAMES``; ``reward.custom`` adds more. A *condition* is GDPO's: a reward counts
-only where another one, as judged, reaches a threshold; it is 0 where that one does not, and missing where that one is.
-Conditions come before the length rule, and both before any normalisation.
+The first three columns are those of ``REWARD_NAMES``; ``reward.custom`` adds more. A *condition*, as in GDPO, lets a
+reward count only where another reward, as judged, reaches a threshold. The first reward becomes 0 where the other one
+is below the threshold, and missing where the other one is missing. Conditions come before the length rule, and both
+come before any normalisation.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ LINGUISTIC = REWARD_NAMES.index("linguistic")
 def reward_matrix(
     groups: Sequence[RolloutGroup], dtype: torch.dtype = torch.float32, names: Sequence[str] = REWARD_NAMES
 ) -> Tensor:
-    """(R, K): the rewards of all rollouts, group after group, in the order of ``names``; as judged.
+    """Return (R, K): the rewards of all rollouts as judged, group after group, with one column per name in ``names``.
 
-    NaN where there is no score.
+    NaN marks a missing score.
 
     Raises:
         ValueError: a rollout was not judged.
@@ -42,12 +43,12 @@ def reward_matrix(
 
 
 def reward_of(breakdown: RewardBreakdown, name: str) -> float:
-    """One reward by its name; NaN where there is no score."""
+    """Return one reward by its name; NaN if there is no score."""
     return float(getattr(breakdown, name) if name in REWARD_NAMES else breakdown.extra.get(name, math.nan))
 
 
 def apply_conditions(rewards: Tensor, config: RewardConfig) -> Tensor:
-    """(R, K) -> (R, K): each condition looks at the rewards as judged, so that their order does not matter."""
+    """(R, K) -> (R, K): apply each condition to the rewards as judged, so that their order does not matter."""
     result = rewards.clone()
     for condition in config.conditions:
         looked_at = rewards[:, config.names.index(condition.on)]
@@ -59,11 +60,11 @@ def apply_conditions(rewards: Tensor, config: RewardConfig) -> Tensor:
 
 
 def advantage_inputs(groups: Sequence[RolloutGroup], config: RewardConfig) -> dict[str, Any]:
-    """The arguments of ``balcaprl.kernels.grouped_advantages`` that carry rewards and length rule.
+    """Return the arguments of ``balcaprl.kernels.grouped_advantages`` that carry the rewards and the length rule.
 
     Returns:
         ``rewards`` (R, K) float32, and for the ``mask`` rule also ``lengths``, ``reference_lengths``, ``masked_reward``
-        and ``length_bounds``; the mask of custom rewards is already in ``rewards``.
+        and ``length_bounds``; the mask of custom rewards is already applied in ``rewards``.
     """
     rewards = apply_conditions(reward_matrix(groups, names=config.names), config)
     lengths, reference_lengths = length_vectors(groups)
@@ -87,10 +88,10 @@ def advantage_inputs(groups: Sequence[RolloutGroup], config: RewardConfig) -> di
 
 
 def write_advantages(groups: Sequence[RolloutGroup], reward: RewardConfig, settings: AdvantageConfig) -> None:
-    """Writes its advantage to each rollout of groups of one size.
+    """Compute the advantages of all rollouts and store each in its rollout; all groups must have the same size.
 
     Raises:
-        ValueError: the groups are not of one size.
+        ValueError: the groups differ in size.
     """
     sizes = sorted({len(group.rollouts) for group in groups})
     if len(sizes) != 1:

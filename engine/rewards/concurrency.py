@@ -1,6 +1,7 @@
-"""How many requests a server is given at once, when it is left alone, and who gets the next free place.
+"""How many requests a server gets at once, when it is left alone for a while, and which call gets the next free place.
 
-Everything here is plain arithmetic on a clock that is passed in; the dispatcher waits, and nothing touches the network.
+Limits and circuit breakers are plain arithmetic on a clock that is passed in. Only the dispatcher waits, and nothing
+here touches the network.
 """
 
 from __future__ import annotations
@@ -19,26 +20,27 @@ from balcaprl.config import ServerConfig
 Clock = Callable[[], float]
 
 _PLATEAU = 1.05
-"""More places that do not bring this much more throughput are given back."""
+"""A raise of the limit is undone if it does not multiply the throughput by at least this factor."""
 _CUT = 0.7
 _CUT_COST = 0.85
-"""A cut that leaves less than this of the throughput is taken back."""
+"""A cut of the limit is undone if it leaves less than this share of the throughput."""
 _MAX_WINDOW = 8
-"""A window of refusals alone ends after this many times its size."""
+"""A window ends after this many times its size in requests, however many of them were refused."""
 _HOLD_WINDOWS = 8
-"""Windows without a try after one that failed."""
+"""Windows to wait before an undone change of the limit is tried again; doubled for each useless cut in a row."""
 _MAX_BREAKER_WAIT_S = 60.0
 _REFUSALS = 3
-"""Refusals in a row (401, 403, 404) after which a server is given up for good."""
+"""Refusals in a row (such as 401, 403, 404) after which a server is given up for good."""
 
 
 class AdaptiveLimit:
-    """The number of requests in flight that a server is worth.
+    """Finds the number of requests in flight that brings the most throughput at a server.
 
-    A *window* is as many served requests as the limit, and at least two replies long, for replies come in bursts. While all
-    places are taken the limit grows from window to window, first twofold, then by a quarter, as long as throughput grows along.
-    Where the server is overloaded (429, or replies that take half of the time-out) it is cut; a cut that costs throughput is
-    taken back, for then the overload does not come from us.
+    A *window* holds as many served requests as the limit and lasts at least as long as two replies, because replies
+    come in bursts. While all places are taken, the limit grows from window to window as long as the throughput grows
+    with it: first it doubles, later it grows by a quarter. When the server is overloaded (429, or replies that take
+    more than half of the time-out), the limit is cut. A cut that costs throughput is undone, because then the overload
+    does not come from us.
     """
 
     def __init__(self, maximum: int, timeout_s: float, clock: Clock = time.monotonic) -> None:
@@ -47,17 +49,17 @@ class AdaptiveLimit:
         self._slow_s = 0.5 * timeout_s
         self._clock = clock
         self._latency_s = 0.0
-        """Of served requests, a running mean."""
+        """Running mean of the latency of served requests, in seconds."""
         self._doubling = True
         self._no_growth = self._no_cuts = 0
-        """Windows for which it is not tried again what was not worth it."""
+        """Windows left in which the limit is not raised, or not cut, because the last such change was undone."""
         self._num_useless_cuts = 0
         self._raised: tuple[int, float] | None = None
-        """Limit and throughput before it was raised, while it is seen whether that was worth it."""
+        """Limit and throughput before the last raise, while its effect is being measured."""
         self._cut: tuple[int, float] | None = None
-        """Limit and throughput before it was cut, likewise."""
+        """Limit and throughput before the last cut, while its effect is being measured."""
         self._settling = True
-        """The window only waits until requests of the old limit are gone, or the first ones are there."""
+        """Whether the current window is not measured: the first one, or one after a cut, which holds older requests."""
         self._start_window()
 
     def _start_window(self) -> None:
@@ -66,7 +68,7 @@ class AdaptiveLimit:
         self._saturated = False
 
     def note(self, *, in_flight: int, overloaded: bool = False, latency_s: float = 0.0) -> None:
-        """One request ended, served or refused; ``in_flight`` counts it."""
+        """Record the end of one request, served or refused; ``in_flight`` still includes this request."""
         self._done += 1
         self._refused += overloaded
         self._slow += latency_s > self._slow_s
@@ -113,7 +115,7 @@ class AdaptiveLimit:
 
 
 class CircuitBreaker:
-    """Leaves a server alone after failures in a row; then lets one request through to see."""
+    """Circuit breaker: blocks a server for a while after failures in a row, then lets one request through as a test."""
 
     def __init__(self, failures: int, wait_s: float, clock: Clock = time.monotonic) -> None:
         self._allowed = failures
@@ -130,19 +132,19 @@ class CircuitBreaker:
         return self._clock() < self.open_until or self._probing
 
     def note_start(self) -> None:
-        """A request was started; the first after a pause is the only one until it ends."""
+        """Record the start of a request; the first one after a pause is the only one until it ends."""
         self._probing = self._failures >= self._allowed
 
     def note_success(self) -> None:
-        """The server answered."""
+        """Record that the server answered."""
         self._failures, self._wait_s, self._probing = 0, self._first_wait_s, False
 
     def note_neutral(self) -> None:
-        """A request ended that says nothing of the server's health."""
+        """Record the end of a request that says nothing about the server's health."""
         self._probing = False
 
     def note_failure(self) -> None:
-        """The server did not answer as a healthy one does."""
+        """Record that the server did not answer as a healthy one does."""
         self._failures += 1
         self._probing = False
         if self._failures >= self._allowed and self._clock() >= self.open_until:
@@ -153,7 +155,7 @@ class CircuitBreaker:
 
 @dataclass
 class Server:
-    """One server with all that is known of its state."""
+    """One server with its current state."""
 
     config: ServerConfig
     limit: AdaptiveLimit
@@ -161,15 +163,15 @@ class Server:
     clock: Clock = time.monotonic
     in_flight: int = 0
     paused_until: float = -math.inf
-    """It asked to be left alone until then."""
+    """Clock time until which the server asked to be left alone."""
     num_refusals: int = 0
     was_reached: bool = False
-    """Whether it ever answered anything."""
+    """Whether the server ever answered anything."""
     unreached_since: float | None = None
-    """Since when nobody could be spoken to there, if nobody ever was."""
+    """Clock time of the first failed connection, as long as no connection was ever made; otherwise None."""
     why_unreached: str = ""
     given_up: str = ""
-    """Why it is never asked again, if so."""
+    """Why the server is never asked again; empty if it may be."""
     recent: deque[bool] = field(default_factory=lambda: deque(maxlen=16))
     """Whether each of the last requests was refused for lack of room."""
     failed: deque[bool] = field(default_factory=lambda: deque(maxlen=32))
@@ -177,7 +179,7 @@ class Server:
 
     @classmethod
     def of(cls, config: ServerConfig, timeout_s: float, failures: int, wait_s: float, clock: Clock) -> Server:
-        """A server that nothing is known of."""
+        """Create a server of which nothing is known yet."""
         limit = AdaptiveLimit(config.max_concurrency, timeout_s, clock)
         return cls(config, limit, CircuitBreaker(failures, wait_s, clock), clock)
 
@@ -189,16 +191,16 @@ class Server:
 
     @property
     def opens_at(self) -> float:
-        """When it may be asked again, as far as time decides; never, if it is given up."""
+        """Clock time at which both the pause and the breaker's wait are over; infinity if the server is given up."""
         return math.inf if self.given_up else max(self.paused_until, self.breaker.open_until)
 
     @property
     def is_sound(self) -> bool:
-        """Whether most of the last requests brought a valid reply: what failed then is likely to pass at once."""
+        """Whether most of the last requests brought a valid reply; if so, a retry is likely to succeed at once."""
         return 2 * sum(self.failed) < len(self.failed)
 
     def note_served(self, latency_s: float, *, valid: bool = True) -> None:
-        """It gave a reply, good or bad."""
+        """Record that the server gave a reply, valid or not."""
         self.failed.append(not valid)
         self.limit.note(in_flight=self.in_flight, latency_s=latency_s)
         self.breaker.note_success()
@@ -206,7 +208,7 @@ class Server:
         self.num_refusals = 0
 
     def note_overloaded(self, retry_after_s: float) -> None:
-        """It had no room. Where it mostly has none, all wait as long as it asks, and not this request alone."""
+        """Record that the server had no room; if it mostly has none, all requests wait as long as the server asks."""
         self.limit.note(in_flight=self.in_flight, overloaded=True)
         self.breaker.note_neutral()
         self.recent.append(True)
@@ -215,19 +217,19 @@ class Server:
             self.paused_until = max(self.paused_until, self.clock() + retry_after_s)
 
     def note_failed(self, *, overloaded: bool = False) -> None:
-        """It broke off, took too long, or reported an error of its own."""
+        """Record that the server broke off, took too long, or reported an error of its own."""
         self.failed.append(True)
         self.limit.note(in_flight=self.in_flight, overloaded=overloaded)
         self.breaker.note_failure()
 
     def note_alive(self) -> None:
-        """It answered that this request can never succeed, which tells of the request and not of the server."""
+        """Record the answer that this request can never succeed, which is the request's fault and not the server's."""
         self.breaker.note_success()
         self.recent.append(False)
         self.num_refusals = 0
 
     def note_unreachable(self, why: str, *, for_good: bool) -> None:
-        """No connection to it was ever made; for good where waiting will not make one."""
+        """Record a failed connection to a server that was never reached; ``for_good``: waiting does not help."""
         self.why_unreached = why
         if self.unreached_since is None:
             self.unreached_since = self.clock()
@@ -237,7 +239,7 @@ class Server:
             self.note_failed()
 
     def note_refused(self, why: str) -> None:
-        """It does not want us: wrong key, wrong model, wrong address."""
+        """Record that the server accepts no request of ours, because of a wrong key, model, address or option."""
         self.breaker.note_neutral()
         self.num_refusals += 1
         if self.num_refusals >= _REFUSALS:
@@ -251,11 +253,11 @@ class AllServersGivenUpError(RuntimeError):
 class Dispatcher:
     """Gives out places at servers, first come first served, so that calls about one image reach one server together.
 
-    Second attempts go before first ones: a step ends with its last call, and one that still has to be repeated when all others
-    are done keeps every other place idle.
+    Retries go before first attempts. A step ends with its last call, and a call that is retried after all others are
+    done leaves every other place idle.
 
-    Of the servers with a free place the one that an image's hash prefers by weight is taken (weighted rendezvous hashing): its
-    prefix cache holds the image. Must be used from one event loop.
+    Of the servers with a free place, weighted rendezvous hashing picks the one that the image's hash prefers, because
+    its prefix cache holds the image. Must be used from one event loop.
     """
 
     def __init__(self, servers: Sequence[Server], clock: Clock = time.monotonic) -> None:
@@ -266,11 +268,11 @@ class Dispatcher:
         self._timer: asyncio.TimerHandle | None = None
 
     async def acquire(self, affinity: str, *, again: bool = False) -> Server:
-        """A place at a server, to be given back by ``release``.
+        """Wait for a place at a server; ``release`` gives it back.
 
         Args:
-            affinity: which server is preferred.
-            again: for a call that was tried before.
+            affinity: key whose hash decides which server is preferred.
+            again: whether the call was tried before; such calls go first.
 
         Raises:
             AllServersGivenUpError: no server is left.
@@ -282,16 +284,16 @@ class Dispatcher:
             return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:
-                self.release(future.result())  # given in the very moment of the cancellation
+                self.release(future.result())  # the place was given just before the cancellation
             raise
 
     def release(self, server: Server) -> None:
-        """Give a place back; what came of the request was told to the server before."""
+        """Give a place back; the caller has already recorded the outcome of the request at the server."""
         server.in_flight -= 1
         self.wake()
 
     def wake(self) -> None:
-        """Give free places to those who wait, in their order."""
+        """Give free places to the waiting calls in their order, retries first."""
         while queue := self._waiting_again or self._waiting:
             future, affinity = queue[0]
             if future.done():
@@ -315,7 +317,7 @@ class Dispatcher:
         return max(free, key=lambda server: _preference(server, affinity), default=None)
 
     def _wake_later(self) -> None:
-        """At the time when the next pause ends; places that become free wake by themselves."""
+        """Schedule ``wake`` for the end of the next pause; ``release`` calls ``wake`` itself."""
         pauses = [server.opens_at for server in self.servers if server.opens_at > self._clock()]
         soonest = min(pauses, default=math.inf)
         if math.isinf(soonest) or (self._timer is not None and not self._timer.cancelled()):
@@ -328,7 +330,7 @@ class Dispatcher:
 
 
 def _preference(server: Server, affinity: str) -> float:
-    """Rendezvous hashing: of many images, each server is the most preferred one of a share that its weight decides."""
+    """Score for weighted rendezvous hashing; a server's weight sets the share of images for which it scores highest."""
     digest = hashlib.blake2b(f"{server.config.url}\0{affinity}".encode(), digest_size=8).digest()
     uniform = (int.from_bytes(digest, "big") + 1) / (2**64 + 2)
     return -server.config.weight / math.log(uniform)

@@ -1,10 +1,11 @@
-"""A user's own rewards: Python functions, each a column beside the three.
+"""A user's own rewards: Python functions, each of which adds one column to the three built-in rewards.
 
-A function takes the sample and either one ``caption`` (and returns a number) or all ``captions`` of a group (and returns as
-many numbers); the second parameter's name says which. It may be ``async``: single captions then run together. NaN means no
-score. A function that raises (``sys.exit`` included), returns something else, or takes longer than its ``timeout_s``, leaves
-the scores out that it owed; that is counted and logged once. A thread cannot be ended: while a call
-that ran out of time has not come back, no other one is made, and those scores are missing too.
+A function takes the sample and either one ``caption`` (and returns a number) or all ``captions`` of a group (and
+returns one number per caption); the name of the second parameter says which. The function may be ``async``: then its
+calls for single captions run concurrently. NaN means no score. If a function raises (``sys.exit`` included), returns
+something else, or takes longer than its ``timeout_s``, the scores of that call are missing; missing scores are counted,
+and each distinct error is logged once. A thread cannot be ended from outside: until a call that timed out has returned,
+the function is not called again, and the scores of the skipped calls are missing too.
 
     def mentions_colour(sample, caption):
         return float("red" in caption)
@@ -38,14 +39,16 @@ logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "balcaprl.rewards"
 MODEL_SOURCES = ("questions", "rubric")
-"""Sources that the endpoint judge serves."""
+"""Sources whose scores come from the endpoint judge and not from a Python function."""
 
 
 class CustomRewards:
-    """The custom rewards of a run that are Python functions. Their files are run here: before anything heavy is loaded.
+    """The custom rewards of a run that are Python functions.
+
+    Creating this object runs the functions' files, so create it before anything heavy is loaded.
 
     Raises:
-        ValueError: a source names nothing that can be found or loaded, or a function of another signature.
+        ValueError: a source cannot be found or loaded, or its function has another signature.
     """
 
     def __init__(self, configs: Sequence[CustomReward]) -> None:
@@ -55,26 +58,29 @@ class CustomRewards:
             function.check_signature(name)
         self._failures: Counter[str] = Counter()
         self.reasons: dict[str, str] = {}
-        """Of the rewards that failed, the last reason of each."""
+        """The last failure reason of each reward that failed."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The columns that are filled in here."""
+        """The names of the reward columns that these functions fill."""
         return tuple(self._functions)
 
     def score(self, sample: Sample, captions: Sequence[str]) -> list[dict[str, float]]:
-        """The columns of each caption of one group; never fails, and comes back after ``timeout_s`` a call at the latest."""
+        """Return each caption's scores by reward name for one group.
+
+        This method never fails, and waits at most ``timeout_s`` for each call.
+        """
         asked = {n: f.start(sample, captions, self._configs[n].timeout_s) for n, f in self._functions.items()}
         columns = {name: self._checked(name, finish(), sample, captions) for name, finish in asked.items()}
         return [{name: column[i] for name, column in columns.items()} for i in range(len(captions))]
 
     def take_metrics(self) -> dict[str, float]:
-        """Scores that are missing since the last call, by reward."""
+        """Return for each reward how many scores are missing since the last call of this method."""
         failures, self._failures = self._failures, Counter()
         return {f"custom/missing_{name}": float(failures[name]) for name in self._functions}
 
     def _checked(self, name: str, outcomes: Sequence[Outcome], sample: Sample, captions: Sequence[str]) -> list[float]:
-        """The scores; NaN, counted and logged, where there is an error instead."""
+        """Return the scores, with NaN in place of errors; counts every NaN and logs the errors."""
         scores = [math.nan if isinstance(outcome, BaseException) else outcome for outcome in outcomes]
         self._failures[name] += sum(map(math.isnan, scores))
         for error in outcomes:
@@ -92,15 +98,15 @@ def _log_once(name: str, error: str) -> None:
 def _told(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
-    except BaseException:  # its __str__ is foreign code too
+    except BaseException:  # the error's __str__ is foreign code too
         return type(error).__name__
 
 
 def load_reward(source: str) -> Callable[..., Any]:
-    """The function that ``reward.custom`` names: ``module:function``, ``file.py:function`` or an entry point.
+    """Return the function that ``reward.custom`` names: ``module:function``, ``file.py:function`` or an entry point.
 
     Raises:
-        ValueError: there is no such function.
+        ValueError: there is no such function, or it cannot be loaded.
     """
     where, _, attribute = source.rpartition(":")
     if not where:
@@ -119,7 +125,7 @@ def load_reward(source: str) -> Callable[..., Any]:
 
 @contextmanager
 def _told_as_value_error(source: str) -> Iterator[None]:
-    """Foreign code runs as it is loaded: whatever it raises says that it cannot be loaded. A user's interrupt stays one."""
+    """Turn any error of loading foreign code, which runs while it loads, into ``ValueError``; let interrupts pass."""
     try:
         yield
     except _NotAFunctionError:
@@ -129,10 +135,10 @@ def _told_as_value_error(source: str) -> Iterator[None]:
 
 
 class _NotAFunctionError(ValueError):
-    """What a source names is there, and is no function."""
+    """The object that a source names exists but is not a function."""
 
 
-@lru_cache(maxsize=256)  # a file is run once, however many of its functions are asked for, and how often
+@lru_cache(maxsize=256)  # a file runs only once, however often its functions are loaded
 def _load_file(path: Path) -> Any:
     name = f"balcaprl_custom_{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -154,6 +160,6 @@ def _callable(function: Any, source: str) -> Callable[..., Any]:
     return function
 
 
-@lru_cache(maxsize=256)  # a function that hangs is known to, whoever asks for it
+@lru_cache(maxsize=256)  # all users of a function share one object, so that all of them know when the function hangs
 def _foreign_function(source: str) -> ForeignFunction:
     return ForeignFunction(load_reward(source))

@@ -1,8 +1,9 @@
 """The paper's rewards from a judge model behind OpenAI-compatible servers.
 
-Asked are the rewards that count: of the three those with a weight or in a condition, and the custom rewards ``questions`` and
-``rubric``. All captions of an image are asked about together, image after image, each distinct caption once. Every caption is a
-call of its own, so that no reply can be taken for another caption's. A component whose call fails is missing by itself.
+The judge is asked only for rewards that count: those of the three that have a weight or are in a condition, and the
+custom rewards ``questions`` and ``rubric``. All captions of an image are asked about together, image after image, each
+distinct caption once. Every caption has calls of its own, so that no reply can be taken for another caption's. If a
+call fails, only its own component is missing.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ K = TypeVar("K")
 
 
 class UnitSource(Protocol):
-    """Prepared reference units."""
+    """A source of prepared reference units."""
 
     def get(self, reference: str) -> tuple[str, ...] | None:
-        """The units of a reference, or None where it was not taken apart."""
+        """The units of a reference, or None if it was not taken apart."""
         ...
 
 
@@ -62,38 +63,38 @@ class _Caption:
     replies: dict[str, Reply] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     impossible: set[str] = field(default_factory=set)
-    """Tasks for which the data set lacks what they need, or which the servers refuse or fail on; nobody waits for them."""
+    """Tasks that are not waited for: the data set lacks what they need, or the servers refuse them or fail on them."""
 
 
 @dataclass
 class _Group:
-    """One submitted group."""
+    """One submitted group: the captions of one image, and the state of their calls."""
 
     sample: Sample
     future: concurrent.futures.Future[list[RewardBreakdown]]
     captions: list[str] = field(default_factory=list)
     distinct: dict[str, _Caption] = field(default_factory=dict)
     closed: bool = False
-    """Whether all captions are there."""
+    """Whether all captions have been added."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set as a caption comes, or the last one has come."""
+    """Set when captions are added or the group is closed."""
     units: tuple[str, ...] = ()
     units_task: asyncio.Task[tuple[str, ...]] | None = None
     image: EncodedImage | None = None
     task: asyncio.Task[None] | None = None
     item: object = field(default_factory=object)
-    """What all calls about the group are known by."""
+    """Identifies the group in all of its calls."""
 
 
 class EndpointJudge:
-    """Scores captions by a judge model; works in the background.
+    """Scores captions with a judge model, in the background.
 
     Args:
-        reward: columns and protocol.
-        endpoint: servers and patience.
-        units: prepared reference units; others are asked for.
-        ledger_path: where the cost is kept over restarts.
-        refusals_path: where it is kept over restarts what the servers refuse for good.
+        reward: the rewards and the protocol.
+        endpoint: the servers and their limits.
+        units: prepared reference units; units that are missing there are asked for.
+        ledger_path: file that keeps the cost across restarts.
+        refusals_path: file that keeps the calls that the servers refuse for good across restarts.
 
     Raises:
         ValueError: servers, model or keys are not configured.
@@ -120,7 +121,7 @@ class EndpointJudge:
         if reward.protocol.calls == "combined" and len(tasks) > 1:
             tasks = ["combined"]
         self.tasks: tuple[str, ...] = (*tasks, *self._extra)
-        """What is asked about every caption."""
+        """Names of the tasks that are asked about every caption."""
         self.client = JudgeClient(
             reward.protocol, endpoint, ledger=Ledger(endpoint, ledger_path), refusals=RefusalMemory(refusals_path)
         )
@@ -137,10 +138,10 @@ class EndpointJudge:
     def from_config(
         cls, reward: RewardConfig, endpoint: EndpointConfig, *, data_path: Path | None, run_dir: Path | None
     ) -> EndpointJudge:
-        """The judge of a run, with the units that lie beside its data.
+        """Create the judge of a run, with the units from ``endpoint.units`` or from the file beside its data.
 
         Raises:
-            ValueError: as the constructor; or ``endpoint.units`` names no file.
+            ValueError: for the reasons of the constructor, or because ``endpoint.units`` names no file.
         """
         path = endpoint.units
         if path is not None and not path.is_file():
@@ -152,7 +153,7 @@ class EndpointJudge:
         return cls(reward, endpoint, units=units, **kept)
 
     def score(self, sample: Sample, captions: Sequence[str]) -> list[RewardBreakdown]:
-        """One breakdown per caption, in their order.
+        """One breakdown per caption, in the order of the captions.
 
         Raises:
             JudgeStoppedError: the budget is spent, or no server answers.
@@ -162,11 +163,11 @@ class EndpointJudge:
         return batch.results()[0]
 
     def open_batch(self) -> EndpointBatch:
-        """The scoring of one step."""
+        """Begin the scoring of one step."""
         return EndpointBatch(self)
 
     def take_metrics(self) -> dict[str, float]:
-        """What was done since the last call; also writes the account to the run folder."""
+        """Metrics since the last call of this method; also writes the ledger to the run folder."""
         usage = self._loop.run(self._take_usage())
         self.client.ledger.save()
         return {
@@ -181,7 +182,7 @@ class EndpointJudge:
         return usage
 
     def close(self) -> None:
-        """Close connections, cache and threads; write the account. Closing twice is harmless."""
+        """Close connections, cache and threads, and write the ledger. Closing twice is harmless."""
         self._loop.run(self.client.close())
         self._loop.close()
         self._images.shutdown(cancel_futures=True)
@@ -193,14 +194,15 @@ class EndpointJudge:
     def run_calls(
         self, calls: Iterable[tuple[K, Callable[[], Call]]], keep: Callable[[K, Reply | Exception], None]
     ) -> None:
-        """Calls by themselves, as many together as there are places; each is made when its turn comes.
+        """Make independent calls, as many at once as there are places; each call is built when its turn comes.
 
         Args:
-            calls: what names a call, and what makes it (in a thread, one at a time); what that raises is its result.
-            keep: takes each result as it comes: the reply, or the error of a call that brought none.
+            calls: pairs of a call's name and a function that builds the call (in a thread, one at a time); if the
+                function raises, the exception is the call's result.
+            keep: takes a call's name and result as it comes: the reply, or the error of a call that brought none.
 
         Raises:
-            JudgeStoppedError: as ``score``.
+            JudgeStoppedError: for the reasons of ``score``.
         """
         waiting = iter(calls)
 
@@ -209,7 +211,7 @@ class EndpointJudge:
             for name, make in waiting:
                 try:
                     call = await loop.run_in_executor(self._images, make)
-                except Exception as error:  # an image that does not decode
+                except Exception as error:  # such as an image that does not decode
                     keep(name, error)
                     continue
                 try:
@@ -224,14 +226,14 @@ class EndpointJudge:
         self._loop.run(all_workers())
 
     def encode(self, sample: Sample) -> EncodedImage:
-        """The sample's image as it is sent; raises its ``ImageError``."""
+        """Encode the sample's image as it is sent; raises the ``ImageError`` of an unusable image."""
         protocol = self._protocol
         return encode_image(
             sample.load_image(), max_pixels=protocol.image_max_pixels, image_format=protocol.image_format
         )
 
     async def _score_group(self, group: _Group) -> None:
-        """Ask for whatever is still missing of a group, as its captions come, until it is closed and all calls ended."""
+        """Ask for whatever a group still lacks, as its captions come, until it is closed and all its calls ended."""
         tasks: dict[str, asyncio.Task[None]] = {}
         try:
             while True:
@@ -251,10 +253,10 @@ class EndpointJudge:
                 group.units_task.cancel()
                 await asyncio.gather(group.units_task, return_exceptions=True)
                 group.units_task = None
-            group.image = None  # as long as a step lasts, memory holds the images under way alone
+            group.image = None  # so that memory holds only images of groups in flight
 
     async def _admit(self, group: _Group, captions: list[_Caption], tasks: dict[str, asyncio.Task[None]]) -> None:
-        """Begin with some captions; they are admitted in the order in which they came, as far as there are places."""
+        """Start scoring some captions, in the order in which they came, as places become free."""
         if not captions:
             return
         if self._admission is None or self._places is None:
@@ -275,11 +277,11 @@ class EndpointJudge:
             self._places.release()
 
     def _wanted(self, captions: list[_Caption]) -> set[str]:
-        """The tasks that some caption still waits for."""
+        """The tasks for which at least one of the captions still has no reply."""
         return {t for t in self.tasks if any(t not in c.replies and not is_wordless(c.text) for c in captions)}
 
     async def _encode_image(self, group: _Group, captions: list[_Caption]) -> None:
-        """Once per group, in a thread; where it fails, the tasks that need it are impossible."""
+        """Encode the image in a thread, once per group; if that fails, tasks that need the image become impossible."""
         if group.image is not None or not any(task in _NEED_IMAGE for task in self._wanted(captions)):
             return
         loop = asyncio.get_running_loop()
@@ -291,7 +293,7 @@ class EndpointJudge:
                 caption.impossible |= set(_NEED_IMAGE) & set(self.tasks)
 
     async def _units_of(self, group: _Group) -> tuple[str, ...]:
-        """The reference's units: prepared, cached, or asked for now."""
+        """The units of the group's reference: prepared ones, or those in the judge's reply."""
         reference = group.sample.reference
         prepared = self._units.get(reference) if self._units is not None else None
         if prepared is not None:
@@ -302,7 +304,7 @@ class EndpointJudge:
         return tuple(dict.fromkeys(reply.units))
 
     def _clipped(self, text: str) -> str:
-        """What the judge sees of a text: its first part, without lone surrogates, which are no text to anyone."""
+        """What the judge sees of a text: its first part, in which lone surrogates (invalid text) are replaced."""
         return _SURROGATES.sub("\ufffd", text[: self._protocol.max_caption_chars])
 
     async def _score_caption(self, group: _Group, caption: _Caption) -> None:
@@ -317,7 +319,7 @@ class EndpointJudge:
                 group.units = await asyncio.shield(group.units_task)
             call = self._call(group, caption, task)
             if call is not None:
-                # The first call about an image brings it to the server that all of its calls go to.
+                # The sample's id is the affinity: all calls about an image prefer the server whose cache holds it.
                 caption.replies[task] = await self.client.ask(call, group.sample.sample_id, item=group.item)
                 caption.errors.pop(task, None)
         except CallLeftOutError as error:
@@ -331,7 +333,7 @@ class EndpointJudge:
             caption.impossible.add(task)
 
     def _call(self, group: _Group, caption: _Caption, task: str) -> Call | None:
-        """The call of a task, or None where something that it needs is missing."""
+        """The call for a task, or None if something that the task needs is missing."""
         data: dict[str, object] = {"caption": self._clipped(caption.text)}
         if task in _NEED_UNITS:
             if not group.units:
@@ -365,30 +367,30 @@ class EndpointJudge:
 
 
 async def _all_ended(tasks: Sequence[asyncio.Future[None]]) -> None:
-    """Wait for all of them, then raise the first error: what is under way when a budget ends is paid, and kept."""
+    """Wait for all tasks, then raise the first error: calls in flight when a budget ends are paid for, so keep them."""
     for error in await asyncio.gather(*tasks, return_exceptions=True):
         if error is not None:
             raise error
 
 
 class EndpointGroup:
-    """One group of a batch; ``JudgeGroup``."""
+    """One group of a batch; implements ``JudgeGroup``."""
 
     def __init__(self, loop: BackgroundLoop, group: _Group) -> None:
         self._loop, self._group = loop, group
         self.future = group.future
-        """Has the breakdowns as soon as the group is closed and all calls about it ended."""
+        """Future that has the breakdowns as soon as the group is closed and all calls about it have ended."""
 
     def add(self, *captions: str) -> None:
         """Hand over the next captions and return at once."""
         self._loop.start(self._change(captions, closed=False))
 
     def close(self) -> None:
-        """No more will come."""
+        """Declare that no more captions will come; returns at once."""
         self._loop.start(self._change((), closed=True))
 
     async def _change(self, captions: Sequence[str], closed: bool) -> None:
-        # In the judge's loop alone, where nothing else runs meanwhile.
+        # Runs only in the judge's event loop, where nothing else runs at the same time.
         self._group.captions += captions
         for text in captions:
             self._group.distinct.setdefault(text, _Caption(text))
@@ -397,32 +399,34 @@ class EndpointGroup:
 
 
 class EndpointBatch:
-    """The groups of one step; ``JudgeBatch``."""
+    """The groups of one step; implements ``JudgeBatch``."""
 
     def __init__(self, judge: EndpointJudge) -> None:
         self._judge = judge
         self._groups: list[_Group] = []
 
     def open_group(self, sample: Sample) -> EndpointGroup:
-        """A group whose captions come one by one; an image that nobody describes yet costs nothing."""
+        """Open a group whose captions come one by one; until the first caption comes, its image costs nothing."""
         group = _Group(sample, concurrent.futures.Future())
         self._groups.append(group)
         self._judge._loop.start(self._start(group))
         return EndpointGroup(self._judge._loop, group)
 
     def submit(self, sample: Sample, captions: Sequence[str]) -> concurrent.futures.Future[list[RewardBreakdown]]:
-        """Hand over one group and return at once; the future has its breakdowns as soon as all calls about it ended."""
+        """Hand over one group and return at once; the future has its breakdowns once all calls about it have ended."""
         group = self.open_group(sample)
         group.add(*captions)
         group.close()
         return group.future
 
     def results(self) -> list[list[RewardBreakdown]]:
-        """Wait for all groups; after ``endpoint.required_share`` of the scores not longer than ``endpoint.grace_s``.
+        """Wait for all groups and return their breakdowns.
+
+        Once ``endpoint.required_share`` of the scores has arrived, stragglers get ``endpoint.grace_s`` at most.
 
         Raises:
-            JudgeStoppedError: the budget is spent, no server answers, or fewer scores than required arrived and none more
-                came for ``endpoint.patience_s``, though they were asked for again and again.
+            JudgeStoppedError: the budget is spent; no server answers; or fewer scores than required arrived and no more
+                came for ``endpoint.patience_s``, although they were asked for again and again.
         """
         try:
             self._judge._loop.run(self._collect())
@@ -468,7 +472,7 @@ class EndpointBatch:
                 await self._start(group)
 
     async def _wait_for_all(self) -> None:
-        """Until all groups ended, or the required share is there and the grace is over."""
+        """Wait until all groups have ended, or the required share is there and ``endpoint.grace_s`` is over."""
         endpoint = self._judge._endpoint
         pending = {group.task for group in self._groups if group.task is not None}
         ended: set[asyncio.Task[None]] = set()

@@ -1,9 +1,9 @@
-"""From a judge model's replies to a reward breakdown: plain arithmetic, done here and not by the model.
+"""Turns a judge model's replies into a reward breakdown. The arithmetic is done here, not by the model.
 
-- An assertion counts if the model calls it verified and pointable *and* its quotation stands in the caption. One that cannot be
-  found in the caption stays among all assertions and never counts: nothing is gained by words that are hard to quote, nor by
-  making the model list what the caption does not say.
-- An assertion listed twice is one; it counts if all of its mentions do. Repeating oneself gains nothing.
+- An assertion counts if the model calls it verified and pointable *and* its quotation stands in the caption. An
+  assertion whose quotation is not found stays in the total but never counts. So a caption gains nothing by words that
+  are hard to quote, or by making the model list what the caption does not say.
+- An assertion listed twice is one assertion; it counts only if all of its mentions do. So repetition gains nothing.
 - A caption without a letter or digit is not sent: it asserts nothing, covers nothing, and its language is graded 1.
 """
 
@@ -29,12 +29,12 @@ from balcaprl.types import Assertion, ReferenceUnit, RewardBreakdown, Sample
 
 
 def is_wordless(caption: str) -> bool:
-    """Whether there is nothing to judge."""
+    """Whether a caption has no letter and no digit, so that there is nothing to judge."""
     return not any(map(str.isalnum, caption))
 
 
 def wordless_breakdown(units: Sequence[str], extra: Sequence[str]) -> RewardBreakdown:
-    """The breakdown of a caption that says nothing."""
+    """The breakdown of a caption without a letter or digit."""
     return RewardBreakdown(
         precision=0.0,
         recall=0.0,
@@ -50,14 +50,14 @@ def wordless_breakdown(units: Sequence[str], extra: Sequence[str]) -> RewardBrea
 def breakdown_of(
     caption: str, replies: Mapping[str, Reply], units: Sequence[str], extra: Mapping[str, float], errors: Sequence[str]
 ) -> RewardBreakdown:
-    """The breakdown that the replies to a caption amount to; a component without its reply is NaN.
+    """The breakdown of a caption from the model's replies; a component whose reply is missing is NaN.
 
     Args:
-        caption: as the model saw it.
-        replies: by task.
-        units: of the reference, in the order in which they were asked.
-        extra: custom rewards that the model gave.
-        errors: why replies are missing; told where no score is there at all.
+        caption: the caption as the model saw it.
+        replies: the replies by task.
+        units: the reference units, in the order in which they were asked about.
+        extra: scores of the custom rewards that the model gave, by name.
+        errors: why replies are missing; reported only if there is no score at all.
     """
     scores: dict[str, Any] = {}
     for reply in replies.values():
@@ -79,7 +79,7 @@ def breakdown_of(
 
 
 def merged_assertions(caption: str, judged: Sequence[JudgedAssertion]) -> tuple[Assertion, ...]:
-    """Each assertion once, with the places where the caption makes it."""
+    """Merge equal assertions into one, with all places where the caption makes it."""
     merged: dict[str, Assertion] = {}
     for each in judged:
         spans = locate_quote(each.quote, caption)
@@ -105,12 +105,13 @@ class FactsError(ValueError):
 
 
 def questions_data(sample: Sample) -> tuple[dict[str, Any], dict[str, str]]:
-    """The questions of a sample as they are asked, and the right letters.
+    """The questions of a sample as they are asked, and the letters of their right answers, both by question number.
 
-    ``facts["questions"]`` is a list of ``{"question": text, "options": [texts], "answer": number of the right one from 0}``.
+    ``facts["questions"]`` is a list of ``{"question": text, "options": [texts], "answer": number of the right one}``;
+    options are numbered from 0.
 
     Raises:
-        FactsError: there are none, or they are of another form.
+        FactsError: the sample has no questions, or they have another form.
     """
     questions = _listed(sample, "questions")
     asked, answers = {}, {}
@@ -128,12 +129,12 @@ def questions_data(sample: Sample) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def criteria_data(sample: Sample) -> tuple[dict[str, str], dict[str, float]]:
-    """The rubric of a sample as it is asked, and the weight of each criterion.
+    """The rubric of a sample as it is asked, and the weight of each criterion, both by criterion number.
 
     ``facts["rubric"]`` is a list of texts, or of ``{"criterion": text, "weight": number > 0}``.
 
     Raises:
-        FactsError: there is none, or it is of another form.
+        FactsError: the sample has no rubric, or it has another form.
     """
     asked, weights = {}, {}
     for number, each in numbered(_listed(sample, "rubric")).items():
@@ -153,7 +154,7 @@ def _listed(sample: Sample, key: str) -> list[Any]:
 
 
 def questions_score(reply: QuestionsReply, answers: Mapping[str, str]) -> float:
-    """Share of the questions that the caption answers rightly."""
+    """Share of the questions that are answered correctly from the caption."""
     return sum(reply.answers[number] == letter for number, letter in answers.items()) / len(answers)
 
 

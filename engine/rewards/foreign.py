@@ -1,8 +1,9 @@
-"""Calls of a user's reward function: in a thread of its own, within a time limit, taking any answer and any error.
+"""Calls a user's reward function in a separate thread and within a time limit, and accepts any result and any error.
 
-Everything of the function's runs in that thread: its body, what it awaits, and the conversion of what it returns (``__len__``,
-``__float__``, ...), so that none of it can hold up or end the run. The main thread stays free for signals. One thing is beyond
-reach: code that keeps the interpreter's lock (a runaway regular expression) stops the whole process, and only ``kill`` ends it.
+All code of the function runs in that thread: its body, what it awaits, and the conversion of what it returns
+(``__len__``, ``__float__``, ...), so that none of this code can hold up or end the run. The main thread stays free for
+signals. One case is beyond reach: code that keeps the interpreter's lock (a runaway regular expression) stops the whole
+process, and only ``kill`` ends it.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from balcaprl.rewards.background import DaemonThread
 from balcaprl.types import Sample
 
 Outcome = float | BaseException
-"""A score, which may be NaN, or why there is none."""
+"""A score, which may be NaN, or the error because of which there is no score."""
 _LARGEST = 1e30
 
 
 class CallTimeoutError(RuntimeError):
-    """A call that did not come back in time, or was not made as an earlier one is still out."""
+    """A call did not return in time, or was not made because an earlier call has not returned yet."""
 
 
 class ForeignFunction:
-    """A reward function: ``(sample, caption)`` gives a number, ``(sample, captions)`` as many as there are captions."""
+    """A reward function: ``(sample, caption)`` gives a number, ``(sample, captions)`` gives one number per caption."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -39,17 +40,17 @@ class ForeignFunction:
         self._takes_all = False
         self._thread = DaemonThread("custom-reward")
         self._out: concurrent.futures.Future[list[Outcome]] | None = None
-        """A call that ran out of time."""
+        """The call that timed out and may still be running."""
 
     def check_signature(self, name: str) -> None:
-        """Find out what it takes.
+        """Find out whether the function takes one caption or all captions of a group.
 
         Raises:
-            ValueError: neither ``(sample, caption)`` nor ``(sample, captions)``.
+            ValueError: the parameters are neither ``(sample, caption)`` nor ``(sample, captions)``.
         """
         try:
             parameters = list(inspect.signature(self._function).parameters)
-        except (TypeError, ValueError):  # some builtins tell nothing
+        except (TypeError, ValueError):  # some builtins have no signature
             parameters = ["?"]
         if len(parameters) < 2 or parameters[1] not in ("caption", "captions"):
             raise ValueError(
@@ -59,7 +60,11 @@ class ForeignFunction:
         self._takes_all = parameters[1] == "captions"
 
     def start(self, sample: Sample, captions: Sequence[str], limit_s: float) -> Callable[[], list[Outcome]]:
-        """Ask about all captions; an asynchronous function begins at once. Returns what waits for the outcomes."""
+        """Ask for the scores of all captions; an asynchronous function starts at once.
+
+        Returns:
+            a function that waits for the outcomes and returns one per caption.
+        """
         captions = list(captions)
         if self._takes_all:
             return self._begin(
@@ -99,13 +104,13 @@ class ForeignFunction:
         return wait
 
 
-# ------------------------------------------------------------------------------ all of this runs in the function's thread
+# ----------------------------------------------------------------- everything below runs in the function's thread
 
 
 def _ask_all(function: Callable[..., Any], sample: Sample, captions: list[str]) -> list[Outcome]:
     try:
         scores = _listed(_awaited(function(sample, list(captions))), len(captions))
-    except BaseException as error:  # foreign code; nothing it raises may end a run
+    except BaseException as error:  # foreign code: none of its errors may end a run
         return [error] * len(captions)
     return [_score_of(score) for score in scores]
 
@@ -141,10 +146,10 @@ def _awaited(value: Any) -> Any:
 
 
 def _listed(scores: Any, count: int) -> list[Any]:
-    """What was returned for all captions, as a list.
+    """Return the function's scores for all captions as a list.
 
     Raises:
-        ValueError: it has no order, is a text, or is of another length.
+        ValueError: the scores are not an ordered collection, or their number is wrong.
     """
     if isinstance(scores, str | bytes | Mapping | Set):
         raise ValueError(f"{type(scores).__name__} is no list of scores")
@@ -160,15 +165,15 @@ def _listed(scores: Any, count: int) -> list[Any]:
 def _score_of(score: Any) -> Outcome:
     try:
         return _number(score)
-    except BaseException as error:  # foreign code in __float__
+    except BaseException as error:  # foreign code runs in __float__
         return error
 
 
 def _number(score: Any) -> float:
-    """A finite number or NaN; arrays and tensors of one element are numbers, as are truth values.
+    """Return a score as a finite float or NaN; one-element arrays and tensors and booleans count as numbers.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the score is not a number, is infinite, or is beyond 1e30.
     """
     item = getattr(score, "item", None)
     plain = item() if callable(item) and not isinstance(score, type) else score
@@ -181,6 +186,6 @@ def _number(score: Any) -> float:
         raise ValueError(f"{type(plain).__name__} is no number") from None
     except OverflowError:
         number = math.inf
-    if abs(number) > _LARGEST:  # not NaN
+    if abs(number) > _LARGEST:  # false for NaN
         raise ValueError("the score is infinite or beyond 1e30")
     return number

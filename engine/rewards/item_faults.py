@@ -1,13 +1,14 @@
-"""Failures that look like an outage and belong to one call: a picture on which the server breaks, or thinks for ever.
+"""Failures that look like an outage but belong to one call, such as a picture on which the server breaks or hangs.
 
-A server error, a time-out, a broken connection, a reply that is no good or "no room" says nothing of whose fault it is. So
-after a call's second failure each further one is followed by a *control*: a call of the same task that was answered before is
-asked again, once. Where the server answers the control and fails on the call, time after time in turn, and the call's attempts
-are used up, the call is to blame. If a control fails, or there is none, the server may be: then it counts as an outage.
+A server error, a time-out, a broken connection, a reply that cannot be used or "no room" does not tell whose fault it
+is. So from a call's second failure on, each failure is followed by a *control*: a call of the same task that was
+answered before is asked again, once. If the server answers the controls and fails on the call, time after time, until
+the call's attempts are used up, the call is to blame. If a control fails, or there is none, the server may be to blame,
+and the failure counts as an outage. An overload asks a control only while no other calls of the task are answered.
 
-That is likely, and not certain. So what fails is left out for a time alone (see ``refusals``), and no more is left out than
-``endpoint.required_share`` allows, of pictures or references and of calls: beyond it the scores are missing, and the run ends
-as it does where a server fails.
+This verdict is likely, but not certain. So a failing call is left out only for a time (see ``refusals``), and
+``endpoint.required_share`` limits how many pictures, references and calls are left out. Beyond that, the scores are
+missing, and the run ends as it does when a server fails.
 """
 
 from __future__ import annotations
@@ -23,24 +24,25 @@ from balcaprl.rewards.protocol import Call
 
 _BLAMES = (Blame.SERVER, Blame.REPLY, Blame.OVERLOAD)
 _ENOUGH_PROOFS = 5
-"""As many as a round of attempts brings. A server that fails at random at 40% brings them to one call of 3,000."""
+"""Proofs that blame a call: as many as one round of attempts brings. If a server fails at random on 40% of requests,
+one call in 3,000 gets as many."""
 _ENOUGH_PROOFS_OF_OVERLOAD = 8
-"""Such failures use up no attempts, and come at random to all."""
+"""Proofs that blame a call for overload failures, which use up no attempts and hit all calls at random."""
 _FEW = 4
-"""So many pictures, or calls, may be left out whatever their share is: of the first step's eight one is more than a tenth."""
+"""Pictures, or calls, that may be left out whatever their share is: one of a first step's eight is over a tenth."""
 _NUM_CONTROLS = 4
 
 
 @dataclass(frozen=True)
 class CallIdentity:
-    """What a call is known by."""
+    """The keys by which a call is recognised."""
 
     by_model: dict[str, bytes]
-    """Keys of the reply cache, by what the servers call the model."""
+    """Keys in the reply cache, by request form (the servers' name for the model and their request options)."""
     key: bytes
-    """Of the call, at all servers together."""
+    """Key of the call, for all servers together."""
     subject: bytes | None
-    """Of what it shares with others about the same picture or reference."""
+    """Key of what the call shares with others about the same picture or reference; None if it shares nothing."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Control:
 
 
 AskControl = Callable[[Control], Awaitable[str]]
-"""Makes one attempt and gives the server's url, or raises the ``AttemptError``."""
+"""Makes one attempt at a control and returns the server's url, or raises the ``AttemptError``."""
 
 
 @dataclass
@@ -65,10 +67,10 @@ class _Case:
 
 
 class ItemFaults:
-    """Tells, call by call, whether it is the call or the server that fails. Belongs to one event loop.
+    """Decides for each failing call whether the call or the server is to blame. Must be used from one event loop.
 
     Args:
-        required_share: ``endpoint.required_share``.
+        required_share: value of ``endpoint.required_share``.
     """
 
     def __init__(self, required_share: float) -> None:
@@ -82,10 +84,10 @@ class ItemFaults:
         self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._moments = count()
         self._last: dict[str, tuple[int, str]] = {}
-        """By task the moment at which the last control began, and the server that answered it; empty if none did."""
+        """Task -> the moment at which its last control began, and the url of the server that answered it (or empty)."""
 
     def note_answered(self, call: Call, identity: CallIdentity) -> None:
-        """A call has its valid reply."""
+        """Record that a call has its valid reply."""
         task, known = call.task.name, self._controls[call.task.name]
         self._num_answered[task] += 1
         self._cases.pop(identity.key, None)
@@ -96,17 +98,17 @@ class ItemFaults:
             known.append(Control(call, identity))
 
     async def note_failed(self, call: Call, identity: CallIdentity, error: AttemptError, ask: AskControl) -> None:
-        """An attempt failed. Asks a control where that may tell why; makes ``error`` the last where it is no use to go on."""
+        """Record a failed attempt and ask a control if it may tell why; marks ``error`` if retries are hopeless."""
         if error.blame not in _BLAMES or error.unreached is not None:
             return
         task, case = call.task.name, self._cases[identity.key]
         is_overload, num_answered = error.blame is Blame.OVERLOAD, self._num_answered[task]
         others_get_on, case.num_answered = num_answered > case.num_answered, num_answered
         case.num_failures += 1
-        if case.num_failures < 2 or (is_overload and others_get_on):  # a control would take the room of one of them
+        if case.num_failures < 2 or (is_overload and others_get_on):  # a control would take a place from the others
             return
         server = await self._ask_control(task, identity.key, ask)
-        case.num_answered = self._num_answered[task]  # the control is none of the others
+        case.num_answered = self._num_answered[task]  # the control's own answer does not show that others get on
         if not server:
             case.num_proofs = 0
         elif server == error.server:
@@ -115,7 +117,7 @@ class ItemFaults:
             error.weight = HOPELESS
 
     def is_calls_fault(self, call: Call, identity: CallIdentity) -> bool:
-        """Whether a call whose attempts are used up is to be left out: it is to blame, and few are."""
+        """Whether to leave out a call whose attempts are used up: the call is to blame, and few calls are left out."""
         task, subject = call.task.name, identity.subject
         if self._cases[identity.key].num_proofs < _ENOUGH_PROOFS:
             return False
@@ -130,7 +132,7 @@ class ItemFaults:
         return True
 
     async def _ask_control(self, task: str, key: bytes, ask: AskControl) -> str:
-        """The server that answered a control since now, or nothing. Calls that fail together share one."""
+        """The url of the server that answers a control begun from now on, or ""; calls failing together share one."""
         failed_at = next(self._moments)
         async with self._locks[task]:
             if self._last.get(task, (-1, ""))[0] < failed_at:
@@ -142,6 +144,6 @@ class ItemFaults:
                 try:
                     server = await ask(control)
                 except AttemptError:
-                    controls.rotate(1)  # another may do the next time
+                    controls.rotate(1)  # try another control next time
                 self._last[task] = started, server
             return self._last[task][1]

@@ -1,4 +1,4 @@
-"""What a judge is, and how its answers are taken: held to what a breakdown may be, errors without secrets."""
+"""The interface of a judge, and the checks that turn its answers into valid breakdowns and errors without secrets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from balcaprl.rewards.redaction import redact
 from balcaprl.types import REWARD_NAMES, JudgeStoppedError, RewardBreakdown, Sample
 
-_ROUNDING = 1e-6  # a mean of exact ones may exceed 1 by this
+_ROUNDING = 1e-6  # rounding errors may lift a mean of exact ones this far above 1
 
 
 class Judge(Protocol):
@@ -21,20 +21,21 @@ class Judge(Protocol):
     name: str
 
     def score(self, sample: Sample, captions: Sequence[str]) -> list[RewardBreakdown]:
-        """One breakdown per caption, in their order; rewards in [0, 1], NaN where there is no score.
+        """Return one breakdown per caption, in the captions' order; rewards are in [0, 1], or NaN if there is no score.
 
-        A judge that may fail on one caption answers ``RewardBreakdown(error=...)`` for it. One that raises, or returns
-        another number of answers, is asked again caption by caption, to save the scores of the others.
+        A judge that may fail on one caption answers ``RewardBreakdown(error=...)`` for that caption. A judge that
+        raises, or returns the wrong number of answers, is asked again caption by caption, to save the scores of the
+        others.
         """
         ...
 
 
 @runtime_checkable
 class BackgroundJudge(Judge, Protocol):
-    """A judge that works in the background: groups are handed over as they are sampled, and scored meanwhile."""
+    """A judge that scores in the background: it takes groups as they are sampled, and sampling goes on meanwhile."""
 
     def open_batch(self) -> JudgeBatch:
-        """The scoring of one step."""
+        """Open a batch for the groups of one step."""
         ...
 
 
@@ -42,11 +43,11 @@ class JudgeGroup(Protocol):
     """The captions of one image, handed over as they are sampled."""
 
     def add(self, caption: str) -> None:
-        """Hand over the next one and return at once."""
+        """Hand over the next caption and return at once."""
         ...
 
     def close(self) -> None:
-        """No more will come; to be called before the batch is asked for its results."""
+        """Declare that no more captions will come; must be called before the batch is asked for its results."""
         ...
 
 
@@ -54,36 +55,36 @@ class JudgeBatch(Protocol):
     """The groups of one step, in the order in which they are opened."""
 
     def open_group(self, sample: Sample) -> JudgeGroup:
-        """A group whose captions come one by one."""
+        """Open a group whose captions come one by one."""
         ...
 
     def submit(self, sample: Sample, captions: Sequence[str]) -> Future[list[RewardBreakdown]]:
-        """Hand over a whole group and return at once; the future has its breakdowns as soon as all of them are there."""
+        """Hand over a whole group and return at once; the future gives its breakdowns once all of them are ready."""
         ...
 
     def results(self) -> list[list[RewardBreakdown]]:
-        """Wait, as long as the judge thinks it worth it, and return the breakdowns of all groups."""
+        """Wait until the judge has finished or gives up on late answers, and return the breakdowns of all groups."""
         ...
 
 
 @dataclass
 class ScoreStats:
-    """What one call of ``score_groups`` did."""
+    """Counts and metrics of one step's scoring."""
 
     num_captions: int = 0
     num_unscorable: int = 0
-    """Captions without any score; they take no part in the update."""
+    """Number of captions without any score; they take no part in the update."""
     num_outside_bounds: int | None = None
-    """Captions whose linguistic reward the length mask takes; None under another length rule."""
+    """Number of captions whose linguistic reward the length mask sets to 0; None under another length rule."""
     errors: Counter[str] = field(default_factory=Counter)
-    """Why there were no scores, counted."""
+    """How many captions each error left without scores."""
     reasons: dict[str, str] = field(default_factory=dict)
-    """Of custom rewards that left scores out, the last reason of each."""
+    """The last failure reason of each custom reward that left out scores."""
     judge_metrics: dict[str, float] = field(default_factory=dict)
-    """What the judge and the custom rewards tell of their work."""
+    """Metrics that the judge and the custom rewards report about their work."""
 
     def metrics(self) -> dict[str, float]:
-        """For the log: ``num_unscorable``, under the length mask ``masked_fraction``, and what the judge tells."""
+        """Return the log's metrics: ``num_unscorable``, the judge's own, and with a length mask ``masked_fraction``."""
         metrics = {"num_unscorable": float(self.num_unscorable), **self.judge_metrics}
         if self.num_outside_bounds is not None and self.num_captions:
             metrics["masked_fraction"] = self.num_outside_bounds / self.num_captions
@@ -91,10 +92,10 @@ class ScoreStats:
 
 
 def score_safely(judge: Judge, sample: Sample, captions: list[str]) -> list[RewardBreakdown]:
-    """One valid breakdown per caption, whatever the judge does.
+    """Return one valid breakdown per caption, whatever the judge does.
 
     Raises:
-        JudgeStoppedError: as the judge raised it.
+        JudgeStoppedError: the judge raised it.
     """
     if not captions:
         return []
@@ -104,7 +105,7 @@ def score_safely(judge: Judge, sample: Sample, captions: list[str]) -> list[Rewa
             raise ValueError(f"the judge gave {len(answers)} answers for {len(captions)} captions")
     except JudgeStoppedError:
         raise
-    except Exception as error:  # a judge is foreign code; no error of one may end a run
+    except Exception as error:  # a judge is foreign code: none of its other errors may end a run
         if len(captions) > 1:
             return [score_safely(judge, sample, [caption])[0] for caption in captions]
         text = f"{type(error).__name__}: {error}"
@@ -113,7 +114,7 @@ def score_safely(judge: Judge, sample: Sample, captions: list[str]) -> list[Rewa
 
 
 def validated(answer: object, private: Sequence[str]) -> RewardBreakdown:
-    """The answer, or a breakdown without scores that says what is wrong with it."""
+    """Return the answer, or a breakdown without scores whose ``error`` says what is wrong with the answer."""
     if not isinstance(answer, RewardBreakdown):
         return RewardBreakdown(error=f"the judge answered {type(answer).__name__}, expected RewardBreakdown")
     if answer.error is not None:
@@ -136,7 +137,7 @@ def validated(answer: object, private: Sequence[str]) -> RewardBreakdown:
 
 def _as_number(reward: object) -> float | None:
     try:
-        return float(reward)  # type: ignore[arg-type]  # what a foreign judge gave
+        return float(reward)  # type: ignore[arg-type]  # a foreign judge may give anything
     except (TypeError, ValueError, OverflowError):
         return None
 

@@ -5,8 +5,8 @@
 ==========  =========================================================================================================
 ``mask``    the linguistic reward counts where ``tau_low <= rho <= tau_high`` and is 0 elsewhere; done inside
             ``balcaprl.kernels.grouped_advantages``, which normalises afterwards
-``linear``  the linguistic reward times ``max(0, 1 - |1 - rho|)``
-``none``    nothing
+``linear``  the linguistic reward is multiplied by ``max(0, 1 - |1 - rho|)``
+``none``    the linguistic reward stays as judged
 ==========  =========================================================================================================
 
 A missing score (NaN) stays missing under every rule.
@@ -27,10 +27,10 @@ CountTokens = Callable[[str], int]
 
 
 def measure_length(text: str, config: RewardConfig, count_tokens: CountTokens | None = None) -> float:
-    """Length of a caption in ``reward.length_unit``: words by Unicode's rules (``count_words``), or tokens of the policy.
+    """Return a caption's length in ``reward.length_unit``: words by Unicode's rules (``count_words``) or policy tokens.
 
     Raises:
-        ValueError: tokens are asked for without ``count_tokens``.
+        ValueError: the unit is tokens, and ``count_tokens`` is missing.
     """
     if config.length_unit == "words":
         return float(count_words(text))
@@ -40,12 +40,12 @@ def measure_length(text: str, config: RewardConfig, count_tokens: CountTokens | 
 
 
 def is_outside_bounds(length: float, reference_length: float, config: RewardConfig) -> bool:
-    """Whether the ``mask`` rule takes the linguistic reward of such a caption."""
+    """Return whether the ``mask`` rule sets the linguistic reward of a caption of this length to 0."""
     return not config.tau_low <= length / reference_length <= config.tau_high
 
 
 def linear_factor(lengths: Tensor, reference_lengths: Tensor) -> Tensor:
-    """(R,), (R,) -> (R,): what the ``linear`` rule multiplies the linguistic reward with."""
+    """(R,), (R,) -> (R,): the factor by which the ``linear`` rule multiplies the linguistic reward."""
     return (1.0 - (1.0 - lengths / reference_lengths).abs()).clamp(min=0.0)
 
 

@@ -1,17 +1,18 @@
-"""Word overlap with the reference caption: a proxy for images of which only a reference caption is known.
+"""Scores word overlap with the reference caption: a proxy for images of which only a reference caption is known.
 
 This is **not** the reward of the paper, which asks a strong model whether each assertion is true of the image. Here
 an assertion is verified if the reference says it too: a true remark that the reference leaves out counts as wrong, a
-paraphrase in other words is not recognised, a negated statement counts as its opposite. It needs no model and no
-network, is deterministic and cheap, and is English only (stop words, endings and word forms): a data set that is mostly in
-another language is refused at start, and a reference that plainly is gives no scores (``balcaprl.rewards.lexical_language``).
+paraphrase in other words is not recognised, and a negated statement counts as its opposite. The judge needs no model
+and no network, is deterministic and cheap, and knows only English (stop words, endings and word forms). A data set that
+is mostly in another language is refused at the start, and a reference that is plainly in another language gives no
+scores (``balcaprl.rewards.lexical_language``).
 
-Units of a text are its content words, in a simple stem, and the pairs of neighbouring content words ("red cup"; "the
-cup is red" gives the same pair). A unit said twice is one unit, so that repetition gains nothing.
+The units of a text are its content words, reduced to simple stems, and the pairs of neighbouring content words ("red
+cup" and "the cup is red" give the same pair). A unit said twice is one unit, so that repetition gains nothing.
 
-- precision: assertions that are verified (the reference has the unit) and pointable (no word of commentary such as
-  "atmosphere") over all assertions; 0 without assertions.
-- recall: units of the reference that the caption has, over all units of the reference.
+- precision: the share of assertions that are verified (the reference has the unit) and pointable (the unit has no word
+  of commentary such as "atmosphere"); 0 without assertions.
+- recall: the share of the reference's units that the caption has.
 - linguistic: the mean of clarity, fluency and coherence (``balcaprl.rewards.lexical_style``), mapped by (s - 1) / 4.
 """
 
@@ -28,16 +29,16 @@ from balcaprl.types import Assertion, ReferenceUnit, RewardBreakdown, Sample
 
 Span = tuple[int, int]
 Unit = tuple[str, ...]
-"""A stem, or two stems in alphabetical order."""
+"""One stem, or two stems in alphabetical order."""
 
 
 class LexicalJudge:
-    """Scores captions by their words; see the module's docstring for what that is worth."""
+    """Scores captions by their words; the module's docstring states the limits of this method."""
 
     name = "lexical"
 
     def score(self, sample: Sample, captions: Sequence[str]) -> list[RewardBreakdown]:
-        """One breakdown per caption; never fails on any text.
+        """Return one breakdown per caption; never fails on any text.
 
         A reference without a single word, or in another language than English, gives breakdowns with an ``error``.
         """
@@ -54,9 +55,9 @@ class LexicalJudge:
 @dataclass(frozen=True)
 class _Reference:
     units: tuple[Unit, ...]
-    """What the recall asks for."""
+    """The units that the recall looks for."""
     known: frozenset[Unit]
-    """All that the reference says, function words included."""
+    """All units of the reference, function words included."""
 
 
 def _score(caption: str, reference: _Reference) -> RewardBreakdown:
@@ -93,13 +94,13 @@ _why_not_english = lru_cache(maxsize=4096)(why_not_english)
 def _reference_units(reference: str) -> _Reference:
     words = split_words(reference)
     all_words = {(word.stem,) for word in words}
-    # A reference of function words alone ("It is what it is.") is asked for these.
+    # If a reference has only function words ("It is what it is."), they become its units.
     units = list(content_units(words)) or sorted(all_words)
     return _Reference(tuple(units), frozenset(all_words.union(units)))
 
 
 def content_units(words: Sequence[Word]) -> dict[Unit, list[Span]]:
-    """The content words and pairs of neighbours of a text, in order of appearance, each with all its places."""
+    """Return the content words and the pairs of neighbours, in order of appearance, each with all its spans."""
     units: dict[Unit, list[Span]] = {}
     previous: Word | None = None
     for word in words:

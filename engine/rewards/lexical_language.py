@@ -1,7 +1,7 @@
-"""Which texts the lexical judge can judge: English ones. A text's letters and its commonest words tell.
+"""Detects texts that are not English, which the lexical judge cannot score, by their letters and most common words.
 
-One text alone shows only what is plainly no English; a language that shares short words with English ("a", "in", "do") shows
-over many texts.
+One text is enough only if it is plainly not English. A language that shares short words with English ("a", "in", "do")
+becomes visible over many texts.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from balcaprl.rewards.unicode_text import fold
 
 _MIN_LATIN_SHARE = 0.5
 _MIN_FUNCTION_WORDS = 0.1
-"""Of a text's different words; English prose has a quarter and more."""
+"""Smallest share of function words among the distinct words of an English text; English prose has a quarter or more."""
 _MIN_WORDS = 12
-"""Of fewer different words nothing is concluded: a reference may be a name or a few keywords."""
+"""Fewest distinct words from which the share is judged: a shorter reference may be a name or a few keywords."""
 _MIN_POOLED_FUNCTION_WORDS, _MIN_POOLED_WORDS = 0.15, 100
-"""Of all words of many texts; in Portuguese, Italian or Danish, which share the most with English, it is a tenth."""
+"""Smallest share of function words among all words of many English texts, and the fewest words from which it is judged.
+
+The share is a tenth in Portuguese, Italian or Danish, which have the most short words in common with English.
+"""
 
 
 def why_not_english(text: str) -> str | None:
-    """Why a text is plainly no English, in a few words; None where it may be."""
+    """Return in a few words why a text is plainly not English, or None if the text may be English."""
     letters = Counter(
         unicodedata.name(char, "unknown").split()[0].lower() for char in fold(text).text if char.isalpha()
     )
@@ -36,10 +39,10 @@ def why_not_english(text: str) -> str | None:
 
 
 def check_references(references: Sequence[str]) -> None:
-    """Refuse a data set whose references are mostly no English sentences, judged by some of them.
+    """Refuse a data set whose references are mostly not English sentences, judging by the given ones.
 
     Raises:
-        ValueError: saying what was found, and what to use instead.
+        ValueError: the references are not English; the message says what was found and what to use instead.
     """
     reasons = Counter(reason for reference in references if (reason := why_not_english(reference)))
     words = [word.text for reference in references for word in split_words(reference)]

@@ -1,16 +1,16 @@
-"""Clarity, fluency and coherence of an English text by countable rules, each from 1 to 5.
+"""Scores clarity, fluency and coherence of an English text from 1 to 5 by countable rules.
 
 Each score is ``1 + 4 * quality``; the qualities are products of shares in [0, 1]:
 
-- clarity: words that look like words (vowels, no endless letters, no stray symbols) x connectedness.
-- fluency: sentences in form (capital letter, final mark, 3 to 60 words, a verb; weighted by their words) x
-  connectedness.
+- clarity: words that look like words (vowels, no letter three times in a row) and no stray symbols, x connectedness.
+- fluency: well-formed sentences (capital letter, final mark, 3 to 60 words, a verb; each weighted by its number of
+  words) x connectedness.
 - coherence: freedom from repetition (word triples said twice; content words beyond their third mention) x
   connectedness.
 
-*Connectedness* is 1 where function words make up 20 to 80% of the words, as in any English prose, and falls to 0 at
-both ends: a bare list of keywords and a chain of function words are no sentences, whatever their punctuation.
-A text without words scores 1 throughout.
+*Connectedness* is 1 where function words make up 20 to 80% of the words, as in any English prose, and falls to 0
+towards 0% and 100%: neither a bare list of keywords nor a chain of function words is a sentence, whatever its
+punctuation. A text without words scores 1 throughout.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from balcaprl.rewards.lexical_words import COMMON_VERBS, FUNCTION_WORDS, Word, s
 
 MIN_SENTENCE_WORDS, MAX_SENTENCE_WORDS = 3, 60
 MAX_MENTIONS = 3
-"""A content word may be said so often before it counts as repetition."""
+"""Number of times that a content word may occur before further mentions count as repetition."""
 
 _FUNCTION_WORD_MARGIN = 0.2
 _SENTENCE_END = re.compile(r"(?<=[.!?\u2026])[\"'\u201d\u2019)\]]*\s+|[\n\r]+")
@@ -35,7 +35,7 @@ _CONSONANTS = re.compile(r"[bcdfghjklmnpqrstvwxz]{6}")
 
 
 def linguistic_scores(text: str, words: Sequence[Word]) -> tuple[float, float, float]:
-    """(clarity, fluency, coherence), each in [1, 5]; ``words`` are the words of ``text``."""
+    """Return (clarity, fluency, coherence), each in [1, 5]; ``words`` are the words of ``text``."""
     if not words:
         return 1.0, 1.0, 1.0
     connected = _connectedness(words)
@@ -50,7 +50,7 @@ def _connectedness(words: Sequence[Word]) -> float:
 
 
 def _legibility(text: str, words: Sequence[Word]) -> float:
-    """Falls to 0 where a third of the words, or as many symbols as words, are nonsense."""
+    """Return 1 - 3 * (odd words + odd symbols / 2) / (number of words), but at least 0."""
     odd = sum(not _is_wordlike(word, text) for word in words) + 0.5 * len(_ODD_SYMBOL.findall(text))
     return max(0.0, 1.0 - 3.0 * odd / len(words))
 
@@ -58,7 +58,7 @@ def _legibility(text: str, words: Sequence[Word]) -> float:
 def _is_wordlike(word: Word, text: str) -> bool:
     if word.text.isdigit():
         return len(word.text) <= 6
-    if not word.text.isascii() or not word.text.isalpha():  # names, contractions, other alphabets: not for us to tell
+    if not word.text.isascii() or not word.text.isalpha():  # letters of names, contractions, other scripts prove little
         return len(word.text) <= 30 and not _ENDLESS.search(word.text)
     if _ENDLESS.search(word.text) or _CONSONANTS.search(word.text) or len(word.text) > 24:
         return False
@@ -67,7 +67,7 @@ def _is_wordlike(word: Word, text: str) -> bool:
 
 
 def _sentence_form(text: str) -> float:
-    """Mean share of the four marks of a sentence, weighted by the words of each."""
+    """Return the mean share of the four marks of a good sentence, each sentence weighted by its number of words."""
     total = weight = 0.0
     for sentence in _SENTENCE_END.split(text):
         words = split_words(sentence)
@@ -86,7 +86,7 @@ def _sentence_form(text: str) -> float:
 
 
 def _freshness(words: Sequence[Word]) -> float:
-    """Falls with the share of word triples said before, and of content words said more than ``MAX_MENTIONS`` times."""
+    """Return a share that falls with repeated word triples and with content words beyond ``MAX_MENTIONS`` mentions."""
     texts = [word.text for word in words]
     triples = list(zip(texts, texts[1:], texts[2:], strict=False))
     repeated = 1.0 - len(set(triples)) / len(triples) if triples else 0.0

@@ -1,4 +1,4 @@
-"""English words for the lexical judge: how a text falls into words, their stems, and the word lists."""
+"""English words for the lexical judge: splitting a text into words, stemming, and the word lists."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _IRREGULAR_PLURALS = {
 
 @lru_cache(maxsize=16384)
 def stem(word: str) -> str:
-    """A lower-case word without possessive and plural ending; only consistent, not always a word."""
+    """Return a lower-case word without possessive and plural endings; the stem is not always a real word."""
     word = word.removesuffix("'s").removesuffix("'")
     if word in _IRREGULAR_PLURALS:
         return _IRREGULAR_PLURALS[word]
@@ -55,14 +55,14 @@ FUNCTION_WORDS = _listed(
     """
 )
 LINKING_VERBS = frozenset(["am", "are", "be", "been", "being", "is", "was", "were"])
-"""Between two content words they still leave a pair: "the cup is red"."""
+"""Words across which two content words still form a pair: "the cup is red"."""
 
 FRAME_WORDS = _listed_stems(
     """
     contain depict feature image photo photograph picture portray see seen show shown view visible
     """
 )
-"""Stems of words that speak of the picture as such ("the image shows"): they say neither right nor wrong."""
+"""Stems of words about the picture itself ("the image shows"): they are neither right nor wrong, and do not count."""
 
 COMMENTARY = _listed_stems(
     """
@@ -76,7 +76,7 @@ COMMENTARY = _listed_stems(
     tranquil tranquility unforgettable unique vibe vibrant vivid warmth whimsical wonder wonderful
     """
 )
-"""Stems of words of commentary: nothing in the picture can be pointed at for them."""
+"""Stems of commentary words, which refer to nothing in the picture that can be pointed at."""
 
 COMMON_VERBS = _listed(
     """
@@ -94,7 +94,7 @@ COMMON_VERBS = _listed(
     uses wait waits walk walks was watch watches wear wears were will work works would
     """
 )
-"""Finite verb forms that captions use; with forms in -ing and -ed they tell a sentence from a list of nouns."""
+"""Finite verb forms in captions; together with forms in -ing and -ed they tell a sentence from a list of nouns."""
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W\d_]+)*")
 _CLAUSE_END = re.compile(r"[.,;:!?()\n\r\u2026\u2013\u2014]")
@@ -102,18 +102,18 @@ _CLAUSE_END = re.compile(r"[.,;:!?()\n\r\u2026\u2013\u2014]")
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A word and where it stands: ``text`` in lower case, half-open range of characters."""
+    """A word in lower case, with its stem and its half-open range of characters."""
 
     text: str
     stem: str
     start: int
     end: int
     starts_clause: bool
-    """Punctuation or a line break stands before it."""
+    """Whether the word is the first one or follows punctuation or a line break."""
 
 
 def split_words(text: str) -> list[Word]:
-    """All words of a text, in order: runs of letters and digits, with apostrophes inside; of its folded form."""
+    """Return all words of a text's folded form in order: runs of letters and digits, with apostrophes inside."""
     folded = fold(text)
     words: list[Word] = []
     end = 0

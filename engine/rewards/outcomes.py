@@ -1,19 +1,19 @@
-"""How an attempt at a judge server can fail, and whose fault that is: the one place that knows servers' ways of saying no.
+"""How an attempt at a judge server can fail, and whose fault it is. Only this module knows how servers report errors.
 
-A failure has a *kind*, which is counted and logged, and each kind a *blame*, which decides what follows:
+A failure has a *kind*, which is counted and logged. Each kind has a *blame*, which decides what follows:
 
 ========  ==========================================================================================================
-overload  the server has no room now; others are tried, this one later
-server    the server is not well; the request is made again, the breaker counts
-reply     the server answered in time, and the reply is no good; it is asked for again
-item      this very request can never succeed here, for its picture or text is refused: left out, never asked again
-form      no request in this form can succeed, whatever it is about: an option that the server does not know
-access    the server does not want us: wrong key, address or model, or no money left
+overload  the server has no room now; other servers are tried, and this one again later
+server    the server is not well; the request is made again, and the circuit breaker counts the failure
+reply     the server answered in time, but the reply cannot be used; it is asked for again
+item      the request can never succeed, because its picture or text is refused; it is left out and not made again
+form      no request in this form can succeed, whatever it is about: the server does not know an option
+access    the server does not accept us: wrong key, address or model, or no money left
 ========  ==========================================================================================================
 
-Servers tell it by status, by a code, by words alone, or by the form of a reply with status 200. A refusal whose reason is not
-told (a bare 400) is taken for the item's; whether it is not rather all requests that are refused is seen by
-``refusals.RefusalWatch``, which looks at what happens to the others.
+Servers report a failure by an HTTP status, by an error code, only in words, or inside a reply with status 200. A
+refusal without a reason (a bare 400) is blamed on the item. ``refusals.RefusalWatch`` looks at the other requests to
+find out whether all of them are refused.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ BLAME = {
     "timeout": Blame.SERVER,
     "connection": Blame.SERVER,
     "server_error": Blame.SERVER,
-    "content_filter": Blame.ITEM,  # a filter of the provider's
-    "declined": Blame.ITEM,  # the model itself
-    "image": Blame.ITEM,  # broken, too large, too narrow, of a type that is not taken
+    "content_filter": Blame.ITEM,  # a filter of the provider blocked it
+    "declined": Blame.ITEM,  # the model itself refused
+    "image": Blame.ITEM,  # broken, too large, too narrow, or of a type that is not accepted
     "too_long": Blame.ITEM,
-    "bad_request": Blame.ITEM,  # no reason told
+    "bad_request": Blame.ITEM,  # no reason given
     "unsupported": Blame.FORM,
     "refused": Blame.ACCESS,
     "quota": Blame.ACCESS,
 }
-"""Kind -> blame; all other kinds are replies that are no good."""
+"""Kind -> blame; every other kind has the blame ``REPLY``."""
 
 
 class Unreached(Enum):
-    """Why no server could be spoken to."""
+    """Why no connection to a server could be made."""
 
     REFUSED = "refused"
     SILENT = "silent"
@@ -80,18 +80,18 @@ class AttemptError(Exception):
         self.kind = kind
         self.blame = BLAME.get(kind, Blame.REPLY)
         self.words = words
-        """What the server says, bounded, but with all captions and keys that it may repeat: redact before showing."""
+        """What the server says, cut to a bounded length. It may repeat captions and keys: redact before showing."""
         default = {Blame.OVERLOAD: 0, Blame.ITEM: HOPELESS}.get(self.blame, 1)
         self.weight = default if weight is None else weight
-        """How many of ``max_attempts`` it uses up; ``HOPELESS``: all."""
+        """How many of ``max_attempts`` this failure uses up; ``HOPELESS``: all."""
         self.unreached: Unreached | None = None
-        """Where no server was spoken to: why."""
+        """Why no connection to the server was made, if that is the failure and the reason is known; otherwise None."""
         self.wait_s = wait_s
-        """How long the server asks to wait."""
+        """Seconds that the server asks to wait; None if it does not ask."""
         self.server = ""
-        """Url of the server, where one was asked."""
+        """Url of the server that was asked; empty if none was."""
         self.server_is_sound = False
-        """Whether the server answers others well."""
+        """Whether the server answers most requests with a valid reply."""
 
 
 # ------------------------------------------------------------------------------------------------------ errors
@@ -109,7 +109,7 @@ _CODES = (
     ("too_long", r"contextlength|contextwindow|toolong|toomanytokens|toolarge|abovemaxlength|maxtokensexceeded"),
     ("unsupported", r"unsupported|unknownparam|unrecognized|extraforbidden"),
 )
-"""Kind, and the codes that mean it, written small and without signs. The first that fits counts."""
+"""Kind -> pattern of the error codes that mean it, in lower case without punctuation; the first match counts."""
 _WORDS = (
     ("quota", r"insufficient.{0,20}(quota|balance|funds|credit)|exceeded your current quota|credit balance is too low"),
     (
@@ -132,7 +132,7 @@ _WORDS = (
     ),
     ("image", r"\bimages?\b|image_url|base64|multimodal|multi-modal|pixels?\b|aspect ratio"),
 )
-"""Kind, and the words that mean it, where no code says it."""
+"""Kind -> pattern of the words that mean it, in lower case; used when no code tells the kind."""
 _OUR_FIELDS = frozenset(
     (
         "temperature",
@@ -148,23 +148,23 @@ _OUR_FIELDS = frozenset(
 
 @dataclass(frozen=True)
 class _ToldError:
-    """What an error object says."""
+    """What an error object from a server says."""
 
     message: str
     codes: tuple[str, ...]
-    """Codes, types and reasons, written small and without signs."""
+    """Codes, types and reasons, in lower case without punctuation."""
     field: str
-    """Field of the request that it complains of, if told."""
+    """Field of our request that the error complains about; empty if it names none."""
 
 
 def error_of_status(status: int, headers: Any, payload: bytes, longest_wait_s: float) -> AttemptError:
-    """What a reply with a status other than 200 means.
+    """Translate a reply with a status other than 200 into an error.
 
     Args:
-        status: of HTTP; or the one that an error object inside a reply with status 200 tells.
-        headers: a mapping that ignores case.
+        status: the HTTP status, or the status in an error object inside a reply with status 200.
+        headers: the reply's headers, a mapping; the case of the names does not matter.
         payload: the reply's first bytes.
-        longest_wait_s: bound of the wait that the server may ask for.
+        longest_wait_s: upper bound in seconds of the wait that the server may ask for.
     """
     told = _told_error(payload)
     message = f"the server answered HTTP {status}"
@@ -181,10 +181,10 @@ def error_of_status(status: int, headers: Any, payload: bytes, longest_wait_s: f
 
 
 def error_inside(envelope: dict[str, Any], longest_wait_s: float) -> AttemptError | None:
-    """The error or the refusal that a reply with status 200 is, if it is one.
+    """The error or refusal inside a reply with status 200, or None if the reply holds neither.
 
-    Providers send error objects with status 200, blocked prompts without choices, blocked replies with a finish reason of
-    their own, and the model's own refusal in a field of the message.
+    Providers send error objects with status 200, report blocked prompts without any choices, mark blocked replies by a
+    finish reason of their own, and put the model's own refusal into a field of the message.
     """
     choice = _first(envelope.get("choices"))
     for told in (envelope.get("error"), choice.get("error")):
@@ -209,7 +209,7 @@ def error_inside(envelope: dict[str, Any], longest_wait_s: float) -> AttemptErro
 
 
 def _kind_of(status: int, told: _ToldError) -> str | None:
-    """By what the server says; None where it says nothing that is known, or may not mean it."""
+    """The kind of failure that the server's words mean; None if they are unknown, or unreliable with this status."""
     for kind, pattern in _CODES:
         if any(re.search(pattern, code) for code in told.codes):
             return kind if status != 429 or kind == "quota" else None
@@ -236,7 +236,10 @@ def _kind_of_status(status: int) -> str:
 
 
 def _told_error(payload: bytes) -> _ToldError:
-    """From the error objects of OpenAI, Azure, vLLM, FastAPI, Gemini, OpenRouter, DashScope and their like, or plain text."""
+    """Read a server's error object or plain text.
+
+    Knows the error objects of OpenAI, Azure, vLLM, FastAPI, Gemini, OpenRouter, DashScope and similar services.
+    """
     text = payload.decode("utf-8", "replace").strip()
     try:
         plain = json.loads(text)
@@ -256,7 +259,7 @@ def _told_error(payload: bytes) -> _ToldError:
 
 
 def _leaves(node: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    """Texts of an error object with the keys that they stand under; what it repeats of the request is not among them."""
+    """Yield each text in an error object with the key that it stands under; skips fields that repeat the request."""
     if isinstance(node, str | int) and not isinstance(node, bool):
         yield key, str(node)[:_MAX_WORDS]
     elif isinstance(node, list) and depth < 6:
@@ -294,16 +297,17 @@ def _is_filtered(results: Any) -> bool:
 # ------------------------------------------------------------------------------------------------------ waiting
 
 _EPOCH = 1e9
-"""A larger number of seconds is a date."""
+"""A larger number of seconds is a date, not a duration."""
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")
 _RESETS = ("requests", "tokens", "input-tokens", "output-tokens")
 
 
 def asked_wait_s(headers: Mapping[str, Any], longest_s: float) -> float | None:
-    """How long a server asks to wait, bounded; None where it does not say, or nothing sensible.
+    """Seconds that a server asks to wait, at most ``longest_s``; None if it gives no sensible time.
 
-    Told by ``Retry-After-Ms``, ``Retry-After`` (seconds or a date), or when a limit is reset: of several limits the latest of
-    those that are used up, or else the soonest.
+    The time comes from ``Retry-After-Ms``, ``Retry-After`` (seconds or a date), or the moment at which a rate limit is
+    reset. Of several limits, the latest reset of those that are used up counts; if none is marked as used up, the
+    soonest reset counts.
     """
     plain = {str(name).lower(): str(value).strip() for name, value in headers.items()}
     for name, unit in (("retry-after-ms", 1e-3), ("x-ms-retry-after-ms", 1e-3), ("retry-after", 1.0)):
@@ -325,7 +329,7 @@ def asked_wait_s(headers: Mapping[str, Any], longest_s: float) -> float | None:
 
 
 def _seconds(text: str, unit: float) -> float | None:
-    """From a number, a duration such as ``1m30s`` or ``20ms``, or a date as seconds, milliseconds or text."""
+    """Read seconds to wait from a number, a duration such as ``1m30s`` or ``20ms``, or a date (seconds, ms or text)."""
     try:
         number = float(text)
     except ValueError:
@@ -338,7 +342,7 @@ def _seconds(text: str, unit: float) -> float | None:
 
 
 def _until(date_s: float) -> float | None:
-    """Seconds until a date; one that is past tells nothing."""
+    """Seconds until a date; None if the date has passed."""
     seconds = date_s - time.time()
     return seconds if seconds > 0 else None
 
@@ -360,7 +364,7 @@ def _seconds_of_text(text: str) -> float | None:
 
 
 def text_of(content: Any) -> Any:
-    """The text of a message: as it is, of its text parts where it comes in parts, empty where there is none."""
+    """The text of a message: the content itself, its text parts joined if it comes in parts, or "" if there is none."""
     if content is None:
         return ""
     if isinstance(content, list) and all(isinstance(part, dict | str) for part in content):

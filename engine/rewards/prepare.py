@@ -1,6 +1,6 @@
 """Work done once per data set: reference units (``balcaprl prepare``) and better references (``balcaprl recaption``).
 
-Both go on where they stopped, at any record: results are appended as they come, and what is there is not asked again.
+Both continue at the record where they stopped: results are appended as they come, and what is there is not asked again.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from balcaprl.types import Sample
 logger = logging.getLogger(__name__)
 
 _MARK = "recaption_of"
-"""First key of each line that ``recaption`` writes; a data set is read without it."""
+"""First key of each line that ``recaption`` writes; readers of data sets ignore it."""
 
 
 @dataclass
 class PrepareReport:
-    """What was done."""
+    """What ``prepare`` or ``recaption`` did."""
 
     path: Path
     num_present: int = 0
-    """Found from an earlier run."""
+    """Results found from an earlier run."""
     num_done: int = 0
     errors: Counter[str] = field(default_factory=Counter)
-    """Why records failed, counted; run the command again to try them again."""
+    """Reason -> number of records that failed for it; run the command again to try them again."""
     num_refused: int = 0
-    """Those of them that can never succeed, for what they are about; they are not asked for again."""
+    """Failed records that can never succeed, because of their picture or text; they are not asked for again."""
     refusals: Path | None = None
-    """Where it is kept which these are."""
+    """File that keeps the refused calls."""
     metrics: dict[str, float] = field(default_factory=dict)
     log: RefusalLog = field(default_factory=RefusalLog, repr=False)
 
@@ -76,13 +76,13 @@ class PrepareReport:
 
 
 def prepare_units(config: TrainConfig) -> PrepareReport:
-    """Take every reference of the data set apart, once, into the file beside it (or ``endpoint.units``).
+    """Take every reference of the data set apart once, and write the units beside it (or to ``endpoint.units``).
 
     Raises:
         ValueError: the data have no file, or the endpoint is not configured.
-        ForeignPathError: the file is there, and holds something else.
+        ForeignPathError: the file exists and holds something else.
         PathInUseError: another process writes the file.
-        JudgeStoppedError: the judge cannot go on; what came so far is kept.
+        JudgeStoppedError: the judge cannot go on; the results so far are kept.
     """
     if config.data.path is None:
         raise ValueError(
@@ -94,7 +94,7 @@ def prepare_units(config: TrainConfig) -> PrepareReport:
 
 
 def _prepare_units(config: TrainConfig, store: UnitStore) -> PrepareReport:
-    store.refuse_foreign("endpoint.units")  # before anything is asked
+    store.refuse_foreign("endpoint.units")  # fails before any call is made
     references = list(dict.fromkeys(record.reference for record, _ in _records(config)))
     missing = [reference for reference in references if store.get(reference) is None]
     report = PrepareReport(store.path, len(references) - len(missing))
@@ -120,23 +120,24 @@ def _prepare_units(config: TrainConfig, store: UnitStore) -> PrepareReport:
 
 
 def recaption(config: TrainConfig, out: Path) -> PrepareReport:
-    """Rewrite every reference from its image and the old reference; writes a data set of kind ``jsonl``.
+    """Rewrite every reference from its image and the old reference, and write a data set of kind ``jsonl``.
 
-    Image paths stay relative to the same ``data.image_root``. Each line begins with what was rewritten: by this the file is
-    known again, and a record whose image or reference has changed since is asked anew. When all records are done the file is
-    put in the data set's order; lines of records that the data set does not hold stay, behind the others.
+    Image paths stay relative to the same ``data.image_root``. Each line begins with a digest of the record that was
+    rewritten. By this digest the command recognises its own file, and asks again for records whose image or reference
+    has changed since. When all records are done or refused, the file is put in the data set's order. Lines of records
+    that the data set does not hold are kept after the others.
 
     Raises:
         ValueError: the data have no image files, or the endpoint is not configured.
-        ForeignPathError: ``out`` is the data set itself, or there and not of this command.
+        ForeignPathError: ``out`` is the data set itself, or exists and was not written by this command.
         PathInUseError: another process writes the file.
-        JudgeStoppedError: the judge cannot go on; what came so far is kept.
+        JudgeStoppedError: the judge cannot go on; the results so far are kept.
     """
     if config.data.kind not in ("jsonl", "sharegpt4v"):
         raise ValueError(
             f"data.kind: {config.data.kind} has no image files to refer to; recaption takes jsonl and sharegpt4v"
         )
-    out = Path(os.path.realpath(out))  # a link's target is replaced in the end, not the link
+    out = Path(os.path.realpath(out))  # the final write replaces a link's target, not the link
     if config.data.path is not None and out.exists() and os.path.samefile(out, config.data.path):
         raise ForeignPathError(f"--out: {out} is the data set that is read (data.path); name another file")
     with claim_file(out, option="--out"):
@@ -179,15 +180,15 @@ def _recaption(config: TrainConfig, out: Path) -> PrepareReport:
         os.fsync(file.fileno())
     finally:
         file.close()
-    if report.errors.total() == report.num_refused:  # no more will come
+    if report.errors.total() == report.num_refused:  # no more results will come
         _put_in_order(out, list(records))
     return report
 
 
 def _records(config: TrainConfig) -> Iterator[tuple[Record, Sample]]:
-    """All usable records with their samples in the file's order, those that training holds out included."""
+    """Yield all usable records with their samples in the file's order, including those that training holds out."""
     source = load_dataset(config.data.model_copy(update={"num_eval": 0}), seed=config.seed).train
-    assert isinstance(source, RecordSource)  # drawn scenes have no path, and were refused
+    assert isinstance(source, RecordSource)  # the callers have refused drawn scenes, which have no files
     for index, record in enumerate(source.records):
         yield record, source[index]
 
@@ -218,7 +219,7 @@ def _note_error(report: PrepareReport, name: str, error: Reply | Exception, refe
 
 
 def _digest(record: Record) -> str:
-    """Of what was rewritten: the image's name and the reference."""
+    """Digest of what is rewritten: the image's name and the reference."""
     return hashlib.sha256(f"{record.image}\0{record.reference}".encode("utf-8", "replace")).hexdigest()[:32]
 
 
@@ -240,7 +241,7 @@ def _is_recaption(head: bytes) -> bool:
 
 
 def _read(line: bytes) -> tuple[str, str] | None:
-    """Id and digest of a line of ours, else None."""
+    """Id and digest in a line that ``recaption`` wrote; None for any other line."""
     try:
         plain = json.loads(line)
         return str(plain["id"]), str(plain[_MARK])
@@ -263,7 +264,7 @@ def _written(path: Path) -> dict[str, str]:
 
 
 def _put_in_order(path: Path, ids: list[str]) -> None:
-    """The file's lines in the order of ``ids``, each once, whatever else is there behind them; whole or not at all."""
+    """Rewrite the file, whole or not at all: one line for each of ``ids`` in their order, then all other lines."""
     lines: dict[str, bytes] = {}
     others = []
     known = set(ids)

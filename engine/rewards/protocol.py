@@ -1,19 +1,20 @@
-"""What a judge model is asked and what it may answer: prompts, data, reply schemas, and the checks that a reply must pass.
+"""What a judge model is asked and what it may answer: prompts, data, reply schemas, and the checks on each reply.
 
-A *task* is one kind of call. Its prompt is a versioned file in ``prompts/``; its data are shown as ``encoding`` says; its reply
-is one JSON object of the task's model, constrained by that model's JSON schema on the server, and validated here whatever the
-server did. A reply that fails is a ``ReplyError`` of one of a few kinds, and no part of it is used.
+A *task* is one kind of call. Its prompt is a versioned file in ``prompts/``, and its data are written as ``encoding``
+describes. Its reply is one JSON object of the task's reply class. The server constrains the reply by the JSON schema of
+that class, and the reply is validated here whatever the server did. A reply that fails raises a ``ReplyError`` of one
+of a few kinds, and no part of it is used.
 
 ============  =====  ==========================================================================================
 task          image  reply
 ============  =====  ==========================================================================================
-``verify``    yes    the caption's assertions, each verified, pointable, with its words and a reason: precision
+``verify``    yes    the caption's assertions, each with its verdicts, quotation and reason: precision
 ``match``     no     for each reference unit whether the caption covers it: recall
 ``style``     no     clarity, fluency, coherence from 1 to 5: linguistic
 ``combined``  yes    all of these in one call
 ``decompose`` no     the units of a reference caption; once per image
 ``recaption`` yes    a better reference caption
-``questions`` no     answers to multiple-choice questions from the caption alone (CapRL)
+``questions`` no     answers to multiple-choice questions from the caption only (CapRL)
 ``rubric``    yes    which criteria of a rubric the caption satisfies (RubiCap)
 ============  =====  ==========================================================================================
 """
@@ -38,13 +39,13 @@ from balcaprl.rewards.unicode_text import count_letters, find_phrase
 
 PROMPTS = Path(__file__).parent / "prompts"
 FORMAT_VERSION = 1
-"""Of the messages around the prompts; part of every cache key."""
+"""Version of the messages around the prompts; part of every cache key."""
 
 FailureKind = Literal["empty", "not_json", "truncated", "schema", "count"]
 
 
 class ReplyError(ValueError):
-    """A reply that cannot be used; ``kind`` is counted. The message never quotes the reply."""
+    """A reply that cannot be used; failures are counted by ``kind``. The message never quotes the reply."""
 
     def __init__(self, kind: FailureKind, message: str) -> None:
         super().__init__(message)
@@ -52,7 +53,7 @@ class ReplyError(ValueError):
 
 
 class Reply(BaseModel):
-    """Base of all replies: no further keys, no conversions, no infinities."""
+    """Base of all replies: allows no unknown keys, no type conversions, no infinities and no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -81,7 +82,7 @@ class MatchReply(Reply):
     """Reply of ``match``."""
 
     units: dict[str, bool]
-    """By the unit's number from 1: whether the caption covers it."""
+    """Unit's number from 1 -> whether the caption covers the unit."""
 
 
 class StyleReply(Reply):
@@ -112,14 +113,14 @@ class QuestionsReply(Reply):
     """Reply of ``questions``."""
 
     answers: dict[str, Text]
-    """By the question's number from 1: the letter chosen, or ``none``."""
+    """Question's number from 1 -> the chosen letter, or ``none``."""
 
 
 class RubricReply(Reply):
     """Reply of ``rubric``."""
 
     criteria: dict[str, bool]
-    """By the criterion's number from 1: whether the caption satisfies it."""
+    """Criterion's number from 1 -> whether the caption satisfies the criterion."""
 
 
 @dataclass(frozen=True)
@@ -133,18 +134,18 @@ class Task:
 
     @cached_property
     def prompt(self) -> str:
-        """The instruction, from its file."""
+        """The instruction text, read from its file."""
         return (PROMPTS / f"{self.name}.{self.version}.txt").read_text(encoding="utf-8").strip()
 
     @cached_property
     def identity(self) -> str:
-        """Name, version and the prompt's hash: an edited prompt never meets the replies to another."""
+        """Name, version, prompt hash and format version, so that an edited prompt never gets the replies to another."""
         digest = hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
         return f"{self.name}.{self.version}.{digest}.{FORMAT_VERSION}"
 
 
 NUMBERED = {"units": "units", "answers": "questions", "criteria": "criteria"}
-"""Key of the verdicts in a reply -> key of the things that they are about in the data."""
+"""Key of the verdicts in a reply -> key, in the call's data, of the things that the verdicts are about."""
 NO_ANSWER = "none"
 
 TASKS = {
@@ -168,7 +169,7 @@ class Call:
 
     task: Task
     data: dict[str, Any]
-    """What is shown: strings, whole numbers, mappings of them; things to be judged one by one are ``numbered``."""
+    """What the model is shown: strings, whole numbers, mappings of them; things judged one by one are ``numbered``."""
     image: EncodedImage | None = None
 
     def __post_init__(self) -> None:
@@ -179,12 +180,12 @@ class Call:
 
 
 def numbered(items: Sequence[Any]) -> dict[str, Any]:
-    """Things to be judged one by one, by their number from 1; replies use the same keys."""
+    """Number things that are judged one by one: keys are "1", "2" and so on, and replies use the same keys."""
     return {str(number): item for number, item in enumerate(items, 1)}
 
 
 def messages(call: Call) -> list[dict[str, Any]]:
-    """The chat messages of a call: the prompt, then image and data. The image comes first: calls about it share a prefix."""
+    """The messages of a call: prompt, image, data. The image precedes the data so that its calls share a prefix."""
     content: list[dict[str, Any]] = []
     if call.image is not None:
         content.append({"type": "image_url", "image_url": {"url": call.image.url}})
@@ -193,7 +194,7 @@ def messages(call: Call) -> list[dict[str, Any]]:
 
 
 def request_form(server: ServerConfig, model: str) -> str:
-    """What the model is called and how it is asked; servers that agree in both get the same bodies."""
+    """The model's name at a server and the server's request options; servers that agree in both get the same bodies."""
     options = server.request.model_dump_json(exclude_defaults=True)
     return (server.model or model) + (f" {options}" if options != "{}" else "")
 
@@ -202,7 +203,7 @@ def request_headers(server: ServerConfig) -> dict[str, str]:
     """The headers of all requests to a server, with its key.
 
     Raises:
-        ValueError: the environment holds no key for it.
+        ValueError: the environment holds no usable key for the server.
     """
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     if server.api_key_env:
@@ -250,10 +251,10 @@ def cache_key(
     """SHA-256 of all that a reply depends on: the request as a server gets it, prompt and schema included.
 
     Args:
-        call: what is asked; its image counts by digest.
-        config: what is asked in what form.
-        model: as the server calls it; default: ``config.model``.
-        options: in what form it takes requests.
+        call: the call; its image is replaced by the image's digest.
+        config: the protocol settings.
+        model: the server's name for the model; default: ``config.model``.
+        options: the form in which the server takes requests.
     """
     image = None if call.image is None else replace(call.image, url=f"sha256:{call.image.digest}")
     body = request_body(replace(call, image=image), config, config.model if model is None else model, options)
@@ -262,7 +263,7 @@ def cache_key(
 
 
 def subject_key(call: Call, config: ProtocolConfig, model: str) -> bytes | None:
-    """The same of a call without its caption: of what many captions are judged by. None where nothing else is asked about."""
+    """SHA-256 of a call without its caption, shared by all calls about one subject; None if only a caption is left."""
     rest = {name: value for name, value in call.data.items() if name != "caption"}
     if not rest and call.image is None:
         return None
@@ -274,7 +275,7 @@ def subject_key(call: Call, config: ProtocolConfig, model: str) -> bytes | None:
 
 
 def reply_schema(call: Call, config: ProtocolConfig) -> dict[str, Any]:
-    """The JSON schema that the server holds the reply to: bounded, so that a reply always ends, references resolved."""
+    """The JSON schema that constrains the reply on the server: without references, and bounded so that a reply ends."""
     schema = json.loads(_plain_schema(call.task.name, config.max_items, config.max_text_chars, config.integer_scores))
     for key, data_key in NUMBERED.items():
         if key in schema["properties"] and isinstance(call.data.get(data_key), dict):
@@ -285,7 +286,7 @@ def reply_schema(call: Call, config: ProtocolConfig) -> dict[str, Any]:
 
 
 def _without_bounds(node: Any, key: str = "") -> Any:
-    """A schema for services that know a strict subset; replies are held to the bounds in any case."""
+    """Remove a schema's bounds, for services with a strict subset of JSON Schema; replies are validated in any case."""
     if isinstance(node, list):
         return [_without_bounds(item) for item in node]
     if not isinstance(node, dict):
@@ -295,13 +296,16 @@ def _without_bounds(node: Any, key: str = "") -> Any:
 
 
 def most_assertions(caption: str) -> int:
-    """More than this a caption cannot assert: one for every two of its letters and digits, or each where one can be a word."""
+    """Upper bound of the assertions in a caption.
+
+    It is 1, plus 1 for every two letters or digits, or for each one in scripts without spaces, where one can be a word.
+    """
     spaced, unspaced = count_letters(caption)
     return 1 + spaced // 2 + unspaced
 
 
 def _numbered_schema(key: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """One verdict on each thing that was asked, by its number."""
+    """The schema of an object with one verdict on each thing that was asked about, by its number."""
     properties: dict[str, Any] = {number: {"type": "boolean"} for number in asked}
     if key == "answers":
         properties = {n: {"type": "string", "enum": [*q["options"], NO_ANSWER]} for n, q in asked.items()}
@@ -338,10 +342,10 @@ def _plain_schema(name: str, max_items: int, max_chars: int, integer_scores: boo
 
 
 def parse_reply(call: Call, text: str, config: ProtocolConfig, *, finish_reason: str | None = None) -> Reply:
-    """The validated reply to a call.
+    """Parse and validate the reply to a call.
 
     Raises:
-        ReplyError: the reply is empty, cut off, no JSON, of another schema, or counts something other than what was asked.
+        ReplyError: the reply is empty, cut off, no JSON, of another schema, or does not judge what was asked about.
     """
     if finish_reason is not None and finish_reason.lower() in ("length", "max_tokens"):
         raise ReplyError("truncated", "the reply was cut at protocol.max_reply_tokens")
@@ -356,8 +360,11 @@ def parse_reply(call: Call, text: str, config: ProtocolConfig, *, finish_reason:
 
 
 def _found_in_prose(call: Call, text: str, config: ProtocolConfig) -> Reply:
-    """The one verdict in a reply that is more than an object. Where there are two that differ, or where the only one stands in
-    the very text that is judged, nobody can tell whose it is."""
+    """Find the only verdict in a reply that holds more than a JSON object.
+
+    A reply with two different verdicts is rejected. So is a verdict that also stands in the judged text, because the
+    model may only have quoted it.
+    """
     try:
         objects = find_objects(text)
     except (ValueError, RecursionError):
@@ -382,7 +389,7 @@ def _found_in_prose(call: Call, text: str, config: ProtocolConfig) -> Reply:
 
 
 def _verdicts_in_data(call: Call, config: ProtocolConfig) -> list[Reply]:
-    """What a caption or reference holds that could pass for a reply."""
+    """Verdicts that stand in a caption or reference and could pass for a reply."""
     found = []
     for key in ("caption", "reference"):
         try:
@@ -409,7 +416,7 @@ def _validated(call: Call, plain: Any, config: ProtocolConfig) -> Reply:
 
 
 def _fields_of(reply: type[Reply]) -> dict[str, Any]:
-    """For ``tidied``: the keys of a reply and what stands under them."""
+    """The keys of a reply and the kinds of their values, in the form that ``tidied`` takes."""
     kinds: dict[str, Any] = {}
     for name, field in reply.model_fields.items():
         if field.annotation == dict[str, bool]:
@@ -429,7 +436,7 @@ def _check_scores(reply: Reply, config: ProtocolConfig) -> None:
 
 
 def _check_counts(call: Call, reply: Reply) -> None:
-    """A verdict on each numbered thing and no other; no more assertions than a text of that length can make."""
+    """Check that verdicts match the numbered things, that assertions are not too many, and that no text is blank."""
     for key, data_key in NUMBERED.items():
         verdicts, asked = getattr(reply, key, None), call.data.get(data_key)
         if isinstance(verdicts, dict) and isinstance(asked, dict) and verdicts.keys() != asked.keys():
@@ -454,6 +461,7 @@ def _check_counts(call: Call, reply: Reply) -> None:
 def locate_quote(quote: str, caption: str) -> tuple[tuple[int, int], ...]:
     """All places of a quotation in a caption, as half-open character ranges; case, spaces and punctuation may differ.
 
-    So may what no reader sees: how accents are stored, width, invisible characters (``unicode_text``).
+    Differences that no reader sees are ignored too: how accents are stored, character width, invisible characters
+    (``unicode_text``).
     """
     return find_phrase(quote, caption)

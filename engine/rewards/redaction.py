@@ -1,6 +1,6 @@
-"""Messages of servers and foreign code, fit for a log: one short line without keys and without the texts that are judged.
+"""Makes messages of servers and foreign code fit for a log: one short line without keys or the texts that are judged.
 
-Only what is likely a key is hidden: an error that is to be understood keeps its names, numbers and quotations.
+Only what is likely a key is hidden, because an error can be understood only with its names, numbers and quotations.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _END_CHARS = 8
 _HIDDEN = "<redacted>"
 
 _QUOTED = re.compile(r"(?<!\w)(['\"])((?:\\.|(?!\1).)*)\1(?!\w)")
-"""Short quotations are matched too, so that nothing between two of them is taken for one."""
+"""Short quotations are matched too, so that the text between two of them is not taken for a quotation."""
 _VALUE = r"[^\s'\"\\&;,(){}\[\]<>]+"
 _ALWAYS = (
     re.compile(
         rf"(?i)\b(?:proxy-)?authorization\\?['\"]?\s*[:=]\s*\\?['\"]?(?:(?:bearer|basic|token|digest)\s+)?({_VALUE})"
     ),
-    # A field or an assignment; in a sentence, as in "invalid API key: check it", the value has to look like one.
+    # A field or an assignment. In a sentence such as "invalid API key: check it", the value must look like a key.
     re.compile(
         r"(?i)(?:api[-_ ]?key|access[-_]?key|private[-_]?key|(?:access|auth|refresh|id|session)[-_]?token|passw(?:or)?d|pwd"
         r"|secret|client[-_]?secret|credentials?)"
@@ -34,7 +34,7 @@ _ALWAYS = (
     re.compile(r"\b(eyJ[\w-]{8,}(?:\.[\w-]*)*)"),  # a JSON web token
     re.compile(r"(?i)\b([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\b"),
 )
-"""Where the first group is a key, whatever it looks like."""
+"""Patterns whose first group is a key, whatever it looks like."""
 _IF_ALIKE = (
     re.compile(r"(?i)\b(?:bearer|basic)\s+([\w.~+/=*-]+)"),
     re.compile(
@@ -43,12 +43,12 @@ _IF_ALIKE = (
     re.compile(r"\b((?:pk|rk|hf|gh[a-z]|github_pat|gsk|xai|nvapi|r8|glpat|xox[a-z]|pplx|csk|fw|tgp|dop)[-_][\w-]{8,})"),
     re.compile(r"\b((?:AKIA|ASIA|AIza)[\w-]{12,})"),
 )
-"""Where it is one if it looks like one."""
+"""Patterns whose first group is a key if it looks like one (``_is_mixed``)."""
 _TOKEN = re.compile(r"[\w-]{16,}")
 
 
 def redact(text: str, private: Sequence[str]) -> str:
-    """The text on one short line, without the ``private`` texts, quotations from them, and what looks like a key."""
+    """Return the text on one short line, without the ``private`` texts, quotations from them, or likely keys."""
     forms = [form for secret in private for form in (secret, repr(secret)[1:-1]) if len(form) >= _MIN_PRIVATE_CHARS]
     for form in forms:
         text = text.replace(form, "<caption>")
@@ -68,13 +68,13 @@ def _without_group(match: re.Match[str]) -> str:
 
 
 def _is_part(quotation: str, private: Sequence[str]) -> bool:
-    """Whether a long quotation is taken from a private text; its middle may be left out."""
+    """Whether a long quotation comes from a private text; only its ends are compared: the middle may be left out."""
     ends = quotation[:_END_CHARS], quotation[-_END_CHARS:]
     return len(quotation) >= _MIN_QUOTE_CHARS and any(end in form for form in private for end in ends)
 
 
 def _is_mixed(text: str) -> bool:
-    """Whether a value is no word and no number: letters with digits, of both cases within, or very long."""
+    """Whether a value looks like a key, not a word or number: letters with digits, both cases inside, or very long."""
     text = text.rstrip(".:!?")
     letters, digits = any(map(str.isalpha, text)), any(map(str.isdigit, text))
     both_cases = any(map(str.isupper, text[1:])) and any(map(str.islower, text))
@@ -82,7 +82,7 @@ def _is_mixed(text: str) -> bool:
 
 
 def _is_random(token: str) -> bool:
-    """Whether letters and digits are mixed as in no name: without a sign for long, or again and again between signs."""
+    """Whether a token mixes letters and digits as no name does: in one long part, or in three or more parts."""
     mixed = [
         len(part)
         for part in re.split(r"[_-]", token)

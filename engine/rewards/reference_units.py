@@ -1,8 +1,8 @@
-"""Reference units on disk: each reference caption taken apart once, beside the data set.
+"""Reference units on disk, beside the data set, so that each reference caption is taken apart only once.
 
-One JSON line per reference: its SHA-256, the prompt that took it apart, the judge model, the units. Lines are appended, each in
-one write; what a kill left half-written at the end is cut away when the file is opened for more. A file that does not begin
-with such a line is somebody else's, and is not opened for more.
+The file has one JSON line per reference: its SHA-256, the prompt that took it apart, the judge model, and the units.
+Lines are appended, each in one write. A last line that a kill left half-written is cut away when the file is opened for
+appending. A file that does not begin with such a line belongs to somebody else, and is not opened for appending.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ _MAX_LINE_BYTES = 16 << 20
 
 
 def units_path(data_path: Path) -> Path:
-    """Where the units of a data set lie: ``captions.json`` -> ``captions.json.units.jsonl``."""
+    """Path of the units of a data set: ``captions.json`` -> ``captions.json.units.jsonl``."""
     return data_path.with_name(data_path.name + SUFFIX)
 
 
 def judge_model(protocol: ProtocolConfig, endpoint: EndpointConfig) -> str:
-    """What the servers are really asked for: the model's name, or their names for it."""
+    """The names by which the servers are asked for the judge model, joined by commas."""
     return ", ".join(sorted({server.model or protocol.model for server in endpoint.servers} or {protocol.model}))
 
 
 def reference_digest(reference: str) -> str:
-    """What a reference is found by."""
+    """SHA-256 of a reference in hex, by which its units are found."""
     return hashlib.sha256(reference.encode("utf-8", "replace")).hexdigest()
 
 
 class UnitStore:
-    """The units of references that were taken apart with the current prompt; others are as good as absent.
+    """The units of references that were taken apart with the current prompt; other units count as absent.
 
     Args:
-        path: the file; it need not be there.
-        model: whose units count; None: those of any model.
+        path: the file; it may be missing.
+        model: the judge model whose units count; None: units of any model count.
     """
 
     def __init__(self, path: Path, model: str | None = None) -> None:
         self.path = path
         self.model = model
         self._others: dict[str, str] = {}
-        """Reference -> the model or prompt whose units of it there are."""
+        """Digest of a reference -> the other prompt or model that took it apart."""
         self.num_broken = 0
         self._units: dict[str, tuple[str, ...]] = {}
         self._file: BinaryIO | None = None
@@ -78,11 +78,11 @@ class UnitStore:
         return len(self._units)
 
     def get(self, reference: str) -> tuple[str, ...] | None:
-        """The units of a reference, or None where it was not taken apart."""
+        """The units of a reference, or None if it was not taken apart."""
         return self._units.get(reference_digest(reference))
 
     def add(self, reference: str, units: Sequence[str], model: str) -> None:
-        """Keep the units of a reference, on disk when this returns."""
+        """Keep the units of a reference; they are written to the file before this returns."""
         digest = reference_digest(reference)
         record = {"reference": digest, "prompt": TASKS["decompose"].identity, "model": model, "units": list(units)}
         line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
@@ -99,7 +99,7 @@ class UnitStore:
             self._file = None
 
     def refuse_foreign(self, option: str) -> None:
-        """Raise a ``ForeignPathError`` where the file exists and begins otherwise than ours do; ``option`` named it."""
+        """Raise ``ForeignPathError`` if the file exists but is not ours; ``option`` is the setting that names it."""
         refuse_foreign_file(self.path, _begins_with_units, what="file of reference units", option=option)
 
     def _open(self) -> BinaryIO:
@@ -127,7 +127,7 @@ class UnitStore:
 
 
 def begins_with(head: bytes, keys: Sequence[str]) -> bool:
-    """Whether a file's first line is a JSON object whose keys begin with ``keys``, or the beginning of one that a kill left."""
+    """Whether a file's first line is a JSON object whose keys begin with ``keys``, or the cut-off start of one."""
     line, newline, _ = head.partition(b"\n")
     if newline:
         with suppress(ValueError, RecursionError):
@@ -145,8 +145,8 @@ def _begins_with_units(head: bytes) -> bool:
 def open_for_append(path: Path) -> BinaryIO:
     """Open a file of JSON lines for unbuffered appending.
 
-    A last line without its end is what a kill left of one, and is cut away; one that is a whole object, as after an editor,
-    is given its end.
+    A last line without a newline is cut away, because a kill left it half-written. If it is a whole object, as an
+    editor may leave it, a newline is added instead.
     """
     file = open(path, "ab+", buffering=0)  # noqa: SIM115 - the caller closes it
     end = file.seek(0, os.SEEK_END)

@@ -1,18 +1,20 @@
-"""Requests that can never succeed: remembered, so that none is made twice, and watched, so that no run learns from nothing.
+"""Remembers requests that can never succeed, so that none is made twice, and ends a run in which all are refused.
 
-A picture that a provider's filter blocks, or a text that exceeds the model's context, is refused however often it is sent. It
-costs its own scores and nothing else. The memory is a file in the run's folder, so that a resumed run does not ask again;
-remove the file to have everything asked for anew. It holds hashes and kinds, no text. What is refused is a call: picture, text
-and settings. Where two calls were refused and none answered that differ in the caption alone, the picture or the reference is
-taken for the cause, and calls about it are made no more.
+A picture that a provider's filter blocks, or a text that exceeds the model's context, is refused however often it is
+sent. It costs its own scores and nothing else. The memory is a file in the run's folder, so that a resumed run does not
+ask again; remove the file to have everything asked for anew. The file holds hashes and kinds, no text. A refusal
+belongs to one call: picture, text and settings. If two calls that differ only in the caption were refused and no such
+call was answered, the picture or the reference is taken for the cause, and no more calls are made about it.
 
-But where *all* requests are refused it is no matter of single pictures: the model takes none, or the request's form is not
-understood. Then the run ends, with the server's words. And nothing is remembered of a server that never answered a task: what
-it refuses says something about the configuration, which may be mended before the run is resumed.
+If *all* requests are refused, the cause is not in single pictures: the model takes no images, or does not understand
+the form of the request. Then the run ends with the server's words. Refusals of a task are written to the file only
+after a call of that task was answered. Before that, they may come from the configuration, which can be corrected before
+the run is resumed.
 
-What only *fails* time after time, while other calls are answered (see ``item_faults``), is kept beside them, but for a time: it
-may be the server after all, or one part of it that is mended. For an hour it is not asked for, a picture or reference as a
-whole where two calls about it failed and none was answered; then, if it fails again, for twice as long, up to a day.
+Calls that only *fail* time after time, while other calls are answered (see ``item_faults``), are kept in the same file,
+but only for a time: the cause may be the server after all, or one part of it that gets repaired. Such a call is not
+made for an hour. A picture or reference is left out as a whole if two calls about it failed and none was answered.
+After another failure the pause is twice as long, up to a day.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class CallFailedError(RuntimeError):
 
 
 class CallLeftOutError(CallFailedError):
-    """A call that is not made, or not made again, for what it is about; ``kind`` is that of the failure, see ``outcomes``."""
+    """A call that is not made, or not made again, because of its picture or text; ``kind`` is the failure's kind."""
 
     verdict = "it fails whenever it is asked for, while others are answered; it is left out for a while"
     may_pass = True
@@ -60,7 +62,7 @@ class CallLeftOutError(CallFailedError):
         super().__init__(message)
         self.kind = kind
         self.words = words
-        """The server's, fit for a log; empty where it said nothing, or said it in an earlier run."""
+        """The server's words, fit for a log; empty if it gave none, or gave them in an earlier run."""
 
 
 class CallRefusedError(CallLeftOutError):
@@ -78,29 +80,29 @@ class _Pause:
 
 
 def refusals_path(output: Path) -> Path:
-    """Where the refusals lie that came up while a file was written."""
+    """Path of the file that keeps the refusals met while ``output`` was written."""
     return output.with_name(output.name + ".refused.jsonl")
 
 
 class RefusalMemory:
-    """Which calls were refused for good, over restarts where there is a file.
+    """Remembers which calls were refused for good or kept failing; across restarts if there is a file.
 
     Args:
-        path: the file, or None: remembered for as long as this object lives.
-        now: seconds since 1970.
+        path: the file, or None to remember only as long as this object lives.
+        now: function that returns the time in seconds since 1970.
     """
 
     def __init__(self, path: Path | None = None, now: Callable[[], float] = time.time) -> None:
         self.path, self._now = path, now
         self._pauses: dict[bytes, _Pause] = {}
-        """Of calls and subjects that failed."""
+        """Pauses of the calls and subjects that failed, by key."""
         self._failing: dict[bytes, set[bytes]] = defaultdict(set)
-        """Subject -> its calls that failed."""
+        """Subject -> keys of the failed calls about it."""
         self._calls: dict[bytes, str] = {}
         self._subjects: dict[bytes, Counter[str]] = defaultdict(Counter)
         self._answered: set[bytes] = set()
         self._written: set[bytes] = set()
-        """Those of which the file says so."""
+        """Answered subjects that the file lists as answered."""
         self._trusted: set[str] = set()
         self._waiting: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self._file: BinaryIO | None = None
@@ -108,7 +110,7 @@ class RefusalMemory:
             self._load(path)
 
     def known(self, key: bytes, subject: bytes | None) -> str | None:
-        """The kind of refusal that a call would meet, or None where it may be made."""
+        """The kind of refusal that a call would meet, or None if the call may be made."""
         kind = self._calls.get(key)
         if kind is None and subject is not None and subject not in self._answered and subject in self._subjects:
             kinds = self._subjects[subject]
@@ -116,7 +118,7 @@ class RefusalMemory:
         return kind
 
     def paused(self, key: bytes, subject: bytes | None) -> str | None:
-        """The kind of failure that a call would likely meet, or None where it may be made."""
+        """The kind of failure that a call would likely meet, or None if the call may be made."""
         names = [key]
         if (
             subject is not None
@@ -128,7 +130,7 @@ class RefusalMemory:
         return next((pause.kind for pause in pauses if self._now() < pause.until), None)
 
     def add(self, task: str, key: bytes, subject: bytes | None, kind: str, *, for_good: bool = True) -> None:
-        """A call was refused for good, or failed time after time."""
+        """Remember a call that was refused for good, or failed time after time."""
         line: dict[str, Any] = {"key": key.hex(), "kind": kind}
         line |= {} if subject is None else {"subject": subject.hex()}
         line |= {} if for_good else {"failed_at": self._now()}
@@ -138,7 +140,7 @@ class RefusalMemory:
             self._write(task)
 
     def note_answered(self, task: str, subject: bytes | None) -> None:
-        """A call was answered: its server answers calls of this task, and its subject was not what others were refused for."""
+        """Record an answered call: the task's refusals can be trusted, and the subject did not cause other refusals."""
         self._trusted.add(task)
         self.note_cached(subject)
         if (
@@ -152,7 +154,7 @@ class RefusalMemory:
             self._write(task)
 
     def note_cached(self, subject: bytes | None) -> None:
-        """A call was answered earlier."""
+        """Record that a call about a subject was answered earlier."""
         if subject is not None:
             self._answered.add(subject)
 
@@ -176,7 +178,7 @@ class RefusalMemory:
         self._calls[key] = kind
 
     def _take_failed(self, key: bytes, kind: str, line: dict[str, Any]) -> None:
-        failed_at = min(float(line["failed_at"]), self._now())  # a clock may have been wrong
+        failed_at = min(float(line["failed_at"]), self._now())  # the clock may have been wrong when this was written
         if not math.isfinite(failed_at):
             return
         self._pause(key, kind, failed_at)
@@ -186,7 +188,7 @@ class RefusalMemory:
             self._pause(subject, kind, failed_at)
 
     def _pause(self, name: bytes, kind: str, failed_at: float) -> None:
-        """Begin a pause, unless one lasts: calls that failed together count once."""
+        """Begin a pause, unless one is still running: calls that failed together count once."""
         known = self._pauses.get(name)
         if known is None:
             self._pauses[name] = _Pause(kind, failed_at + _FIRST_PAUSE_S, _FIRST_PAUSE_S)
@@ -204,7 +206,7 @@ class RefusalMemory:
                 try:
                     self._take(json.loads(line))
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    continue  # half a line of a killed run, or a damaged one
+                    continue  # a line that a killed run left incomplete, or a damaged line
 
     def _write(self, task: str) -> None:
         lines = self._waiting.pop(task, [])
@@ -216,7 +218,7 @@ class RefusalMemory:
                 self._file = open_for_append(self.path)
             header = [_HEADER] if self._file.seek(0, os.SEEK_END) == 0 else []
             self._file.write(b"".join(json.dumps(line).encode() + b"\n" for line in [*header, *lines]))
-        except OSError as error:  # a full disk costs requests, not the run
+        except OSError as error:  # a full disk costs repeated requests, but does not end the run
             logger.warning("%s cannot be written (%s); refused calls are made again after a restart", self.path, error)
             self.path = None
 
@@ -228,9 +230,10 @@ class _Item:
 
 
 class RefusalWatch:
-    """Tells when everything is refused: of a task's items the first 8, or later 32 in a row, in the order of their first call.
+    """Detects that everything is refused: the first 8 items of a task, or 32 in a row once a call of it was answered.
 
-    The order is that of asking, not of ending: a refusal comes in milliseconds, a reply may take seconds.
+    Items are ordered by their first call, not by their end, because a refusal comes in milliseconds and a reply may
+    take seconds.
     """
 
     def __init__(self) -> None:
@@ -239,16 +242,16 @@ class RefusalWatch:
         """Tasks that had a valid reply."""
 
     def note_start(self, task: str, item: Hashable) -> None:
-        """A call about an item was begun."""
+        """Record the start of a call about an item."""
         self._items[task].setdefault(item, _Item()).num_pending += 1
 
     def note_valid(self, task: str) -> None:
-        """A call was answered."""
+        """Record that a call was answered, which starts the count of refused items anew."""
         self.answered.add(task)
         self._items[task].clear()
 
     def note_failed(self, task: str, item: Hashable) -> None:
-        """A call ended without telling whether it can be answered."""
+        """Record a call that ended without telling whether it can be answered."""
         known = self._items[task].get(item)
         if known is not None:
             known.num_pending -= 1
@@ -256,7 +259,7 @@ class RefusalWatch:
                 del self._items[task][item]
 
     def note_refused(self, task: str, item: Hashable) -> int:
-        """A call was refused for good; returns how many items in a row were, if that is too many, else 0."""
+        """Record a call refused for good; returns the number of items refused in a row, or 0 if it is not too high."""
         known = self._items[task].setdefault(item, _Item(1))
         known.num_pending -= 1
         known.is_refused = True
@@ -269,13 +272,13 @@ class RefusalWatch:
 
 
 class RefusalLog:
-    """Says what is refused: once for each sample, and not without end."""
+    """Logs what is refused, once for each sample and for a limited number of samples."""
 
     def __init__(self) -> None:
         self._names: set[str] = set()
 
     def note(self, name: str, error: CallLeftOutError) -> None:
-        """A call about the sample of that name was left out."""
+        """Log that a call about the sample of that name was left out."""
         if name in self._names or len(self._names) > _MAX_LOGGED:
             return
         self._names.add(name)
@@ -289,12 +292,12 @@ class RefusalLog:
 
 
 class Refusals:
-    """The memory and the watch together, as the client needs them.
+    """The refusal memory, the watch and the item faults together, as the client needs them.
 
     Args:
-        memory: what was refused before.
-        secrets: keys, which no message may show.
-        required_share: ``endpoint.required_share``.
+        memory: the calls that were refused before.
+        secrets: keys that no message may show.
+        required_share: value of ``endpoint.required_share``.
     """
 
     def __init__(self, memory: RefusalMemory, secrets: Sequence[str], required_share: float) -> None:
@@ -303,16 +306,16 @@ class Refusals:
         self._secrets = secrets
         self._watch = RefusalWatch()
         self._last: dict[str, tuple[AttemptError, str]] = {}
-        """By task the last refusal that a server spoke in this run, with its words."""
+        """Last refusal of each task in this run with the server's words; one without words does not replace another."""
         self._fault: JudgeStoppedError | None = None
 
     def check(self, call: Call, identity: CallIdentity, item: Hashable) -> None:
-        """Raise where a call need not be made.
+        """Raise if a call need not be made.
 
         Raises:
-            CallRefusedError: it was refused before.
-            CallLeftOutError: it failed not long ago, time after time.
-            JudgeStoppedError: all is refused.
+            CallRefusedError: the call was refused before.
+            CallLeftOutError: the call failed time after time not long ago.
+            JudgeStoppedError: every call is refused.
         """
         if self._fault is not None:
             raise self._fault
@@ -325,31 +328,31 @@ class Refusals:
             raise CallLeftOutError(f"{call.task.name}: failed not long ago ({kind})", kind)
 
     def note_start(self, call: Call, item: Hashable) -> None:
-        """A call is made."""
+        """Record the start of a call."""
         self._watch.note_start(call.task.name, item)
 
     def note_valid(self, call: Call, identity: CallIdentity) -> None:
-        """It was answered."""
+        """Record that a call was answered."""
         self._watch.note_valid(call.task.name)
         self.faults.note_answered(call, identity)
         self.memory.note_answered(call.task.name, identity.subject)
 
     def note_cached(self, call: Call, identity: CallIdentity) -> None:
-        """The cache has its reply."""
+        """Record that the cache has the reply to a call."""
         self.faults.note_answered(call, identity)
         self.memory.note_cached(identity.subject)
 
     def note_failed(self, call: Call, item: Hashable) -> None:
-        """It ended without an answer, but may be answered another time."""
+        """Record a call that ended without an answer, but may be answered another time."""
         self._watch.note_failed(call.task.name, item)
 
     def leave_out(self, call: Call, identity: CallIdentity, item: Hashable, error: AttemptError) -> None:
-        """Decide on a call whose attempts are used up; comes back where it may be made another time.
+        """Decide what becomes of a call whose attempts are used up; returns if the call may be made another time.
 
         Raises:
-            CallRefusedError: its server says that it can never be answered; or
-            JudgeStoppedError: that, of too many in a row.
-            CallLeftOutError: it is to blame for its failures.
+            CallRefusedError: the server says that the call can never be answered.
+            JudgeStoppedError: the server says so, and too many items in a row were refused.
+            CallLeftOutError: the call itself is to blame for its failures.
         """
         if error.blame is Blame.ITEM:
             self.refuse(call, identity, item, error)
@@ -359,15 +362,15 @@ class Refusals:
             raise CallLeftOutError(f"{call.task.name}: {error}", error.kind, self.shown(error, call))
 
     def shown(self, error: AttemptError, call: Call) -> str:
-        """What the server says, fit for a log: one short line without keys, texts of the call and control characters."""
+        """What the server says, fit for a log: one short line without keys, texts of the call or control characters."""
         return redact(error.words, [*self._secrets, *_texts(call.data)])
 
     def refuse(self, call: Call, identity: CallIdentity, item: Hashable, error: AttemptError) -> NoReturn:
-        """Book a refusal and raise it.
+        """Record a refusal and raise it.
 
         Raises:
-            CallRefusedError: always, but
-            JudgeStoppedError: where too many were refused in a row.
+            CallRefusedError: always, unless too many items in a row were refused.
+            JudgeStoppedError: too many items in a row were refused.
         """
         task = call.task.name
         words = self.shown(error, call)
@@ -389,7 +392,7 @@ class Refusals:
 
 
 def _texts(value: Any) -> list[str]:
-    """All texts of a call's data."""
+    """All texts in a call's data, those in nested mappings included."""
     if isinstance(value, dict):
         return [text for item in value.values() for text in _texts(item)]
     return [value] if isinstance(value, str) else []

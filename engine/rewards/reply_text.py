@@ -1,8 +1,8 @@
-"""The JSON objects in what a judge model writes, where it writes more than one JSON object.
+"""Finds the JSON objects in the text of a judge model that writes more than a single JSON object.
 
-Models put thoughts before their answer, fences around it and words beside it. What is looked for are whole objects at the top
-level of the text, after the thoughts. One that begins as JSON and does not end as such spoils the whole text: no part of a
-damaged reply is ever taken for a reply.
+Models put thoughts before their answer, code fences around it and words beside it. Only whole objects at the top level
+of the text, after the thoughts, are found. An object that begins as JSON but does not end as JSON makes the whole text
+invalid, so that no part of a damaged reply is ever taken for a reply.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _TRUTH = {"true": True, "false": False}
 
 
 def read_json(text: str) -> Any:
-    """One JSON value, each key once, no infinities.
+    """Decode one JSON value, in which no key is repeated and no number is infinite or NaN.
 
     Raises:
-        ValueError, RecursionError: it is none.
+        ValueError, RecursionError: the text is no such value.
     """
     return _decoder().decode(text)
 
 
 def find_objects(text: str) -> list[dict[str, Any]]:
-    """The JSON objects in a text, in order, thoughts left out.
+    """The JSON objects in a text, in order, without those in the model's thoughts.
 
     Raises:
-        ValueError, RecursionError: one is damaged, or the thoughts never end.
+        ValueError, RecursionError: an object is damaged, or the thoughts never end.
     """
     text = _without_thoughts(text)
     found, place = [], 0
@@ -43,7 +43,7 @@ def find_objects(text: str) -> list[dict[str, Any]]:
 
 
 def _without_thoughts(text: str) -> str:
-    """Marked thoughts stand at the beginning; some servers swallow the mark that begins them."""
+    """Remove the tagged thoughts at a text's beginning; their opening tag may be missing: some servers swallow it."""
     begin = _THOUGHTS.match(text)
     end = re.compile(_END_OF_THOUGHTS, re.IGNORECASE).search(text)
     if begin is not None:
@@ -56,22 +56,23 @@ def _without_thoughts(text: str) -> str:
     if first is not None and first.start() < end.start():
         try:
             if _decoder().raw_decode(text, first.start())[1] > end.start():
-                return text  # the mark stands inside an object's text
+                return text  # the closing tag stands inside an object
         except ValueError:
             pass
     return text[end.end() :]
 
 
 def tidied(plain: Any, fields: dict[str, Any]) -> Any:
-    """An object without comments, its grades and truth values as such.
+    """An object without the model's comments, and with grades and truth values converted from strings.
 
-    Models add texts of their own under further keys ("explanation"), and write "4" for 4 and "true" for true. Texts and nothing
-    under a further key are left out; a number or a verdict there stays, and is refused later: another question was answered.
+    Models add texts of their own under unknown keys ("explanation"), and write "4" for 4 and "true" for true. Texts and
+    nulls under an unknown key are left out. A number or a verdict there stays, and validation rejects it later, because
+    the model answered another question.
 
     Args:
-        plain: what was read.
-        fields: the keys that are asked for, each with ``float``, ``bool``, ``str``, ``dict`` of truth values, or the fields of
-            the objects in a list.
+        plain: the decoded JSON value.
+        fields: the keys that are asked for, each with ``float``, ``bool``, ``str``, ``dict`` (of truth values), or the
+            fields of the objects in a list.
     """
     if not isinstance(plain, dict):
         return plain
@@ -96,7 +97,7 @@ def _is_comment(value: Any) -> bool:
 
 
 def _decoder() -> json.JSONDecoder:
-    # strict=False: servers' grammars for bounded strings let raw control characters through (xgrammar's does).
+    # strict=False, because servers' grammars for bounded strings let raw control characters through (xgrammar's does).
     return json.JSONDecoder(strict=False, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
 
 

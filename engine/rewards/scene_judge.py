@@ -1,12 +1,12 @@
 """The exact judge of drawn scenes: every claim is checked against the scene graph, none is guessed.
 
 A caption is parsed into mentions (``scene_parser``). Each mention is bound to the object that it describes, if there is
-one, and every attribute that it tells becomes one assertion; so do counts, relations, the background, words that belong to
-nothing, and commentary. An assertion said twice is one assertion. The reference units are the assertions of the reference
-caption, so precision and recall speak of the same things.
+one, and every attribute that the mention states becomes one assertion. Counts, relations, the background, words that
+belong to nothing, and commentary become assertions too. An assertion said twice is one assertion. The reference units
+are the assertions of the reference caption, so precision and recall are about the same kinds of claims.
 
-An assertion is *verified* if the scene graph says so, and *pointable* if it tells something of the scene that can be
-located: commentary, stray words and mentions of nothing in particular are not.
+An assertion is *verified* if the scene graph confirms it, and *pointable* if it states something about the scene that
+can be located. Commentary, stray words and mentions of nothing in particular are not pointable.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Key = tuple[Hashable, ...]
 
 @dataclass
 class _Claim:
-    """An assertion being collected: said at least once."""
+    """One assertion, with all places where the caption says it."""
 
     text: str
     verified: bool
@@ -38,7 +38,7 @@ class _Claim:
 
 @dataclass
 class Claims:
-    """All assertions of one caption, by what they claim, and what the coherence score needs."""
+    """All assertions of one caption by what they claim, and the counts that the clarity and coherence scores need."""
 
     by_key: dict[Key, _Claim] = field(default_factory=dict)
     num_vague: int = 0
@@ -56,7 +56,7 @@ class Claims:
         pointable: bool = True,
         covers: frozenset[Key] | None = None,
     ) -> None:
-        """Record a claim, or one more place where it is said."""
+        """Record a claim, or one more place where a known claim is said."""
         claim = self.by_key.setdefault(
             key, _Claim(text, verified, pointable, covers if covers is not None else frozenset([key]))
         )
@@ -66,11 +66,11 @@ class Claims:
 
     @property
     def covered(self) -> set[Key]:
-        """Everything true that the caption tells."""
+        """The keys of all verified and pointable claims, and of the details that they cover."""
         return {key for claim in self.by_key.values() if claim.verified and claim.pointable for key in claim.covers}
 
     def assertions(self) -> tuple[Assertion, ...]:
-        """In the order in which they are first said."""
+        """Return all assertions in the order in which they are first said."""
         return tuple(
             Assertion(c.text, tuple(sorted(c.spans)), c.verified, c.pointable)
             for c in sorted(self.by_key.values(), key=lambda c: min(c.spans))
@@ -83,7 +83,7 @@ class SceneJudge:
     name = "scene"
 
     def score(self, sample: Sample, captions: Sequence[str]) -> list[RewardBreakdown]:
-        """One breakdown per caption; never fails on any text.
+        """Return one breakdown per caption; never fails on any text.
 
         Raises:
             ValueError: If the sample carries no scene graph.
@@ -114,7 +114,7 @@ class SceneJudge:
 
 
 def collect_claims(scene: Scene, parsed: ParsedCaption) -> Claims:
-    """Every assertion of a parsed caption, checked against the scene."""
+    """Return every assertion of a parsed caption, checked against the scene."""
     claims = Claims()
     bindings = _bind_all(scene, parsed.mentions)
     for mention, bound in zip(parsed.mentions, bindings, strict=True):
@@ -156,7 +156,7 @@ def _sentence_of(parsed: ParsedCaption, span: Span) -> int:
 
 
 def _bind_all(scene: Scene, mentions: Sequence[Mention]) -> list[int | None]:
-    """Index of the object that each mention describes; None for a plural and for what is not there."""
+    """Return for each mention the index of the object that it describes; None for a plural or an absent object."""
     bindings: list[int | None] = []
     named: dict[tuple[str | None, tuple[str, ...]], int | None] = {}
     last: int | None = None
@@ -177,7 +177,11 @@ def _bind_all(scene: Scene, mentions: Sequence[Mention]) -> list[int | None]:
 
 
 def _bind(objects: Sequence[SceneObject], mention: Mention) -> int | None:
-    """The object that fits best, if it shares two of shape, colour and place with the mention (or all that are told)."""
+    """Return the index of the best-fitting object, or None if no object fits.
+
+    An object fits if it agrees with two of the shape, colour and place that the mention states, or with the only one.
+    If the mention states none of these, its size and fill are compared instead.
+    """
     told: dict[str, set[str]] = {}
     for attribute, value, _ in attribute_values(mention):
         told.setdefault(attribute, set()).add(value)
@@ -193,7 +197,7 @@ def _bind(objects: Sequence[SceneObject], mention: Mention) -> int | None:
 
 
 def _claim_attributes(claims: Claims, scene: Scene, mention: Mention, bound: int | None) -> None:
-    """One assertion per attribute of a single thing."""
+    """Add one assertion per attribute that a singular mention states."""
     told = list(attribute_values(mention))
     conflicting = {a for a in _WEIGHT if len({v for b, v, _ in told if b == a}) > 1}
     claims.num_conflicting += bool(conflicting)
@@ -223,7 +227,7 @@ def _claim_attributes(claims: Claims, scene: Scene, mention: Mention, bound: int
 
 
 def _name(scene: Scene, mention: Mention, bound: int | None) -> str:
-    """What to call a mention: the object that it describes, or its own words."""
+    """Return a name for a mention: that of the object that it describes, or the mention's own words."""
     if bound is not None:
         return f"{scene.objects[bound].colour} {scene.objects[bound].shape}"
     colours = [value for value, _ in mention.values.get("colour", ())]
@@ -231,7 +235,7 @@ def _name(scene: Scene, mention: Mention, bound: int | None) -> str:
 
 
 def _claim_count(claims: Claims, scene: Scene, mention: Mention) -> None:
-    """``three shapes``, ``two red circles``: one assertion of how many things have all of the attributes."""
+    """Add one assertion of how many objects have all stated attributes: ``three shapes``, ``two red circles``."""
     told = list(attribute_values(mention))
     fitting = [i for i, item in enumerate(scene.objects) if all(item.value(a) == v for a, v, _ in told)]
     verified = len(fitting) == mention.number if mention.number is not None else len(fitting) >= 2
@@ -278,7 +282,7 @@ def _claim_relation(
 
 
 def _count_contradictions(claims: Claims, num_objects: int) -> int:
-    """How many further values are told of an attribute of one object, of the background or of the number of shapes."""
+    """Count the values beyond the first that a caption gives for an object's attribute, background or shape count."""
     told: Counter[Hashable] = Counter()
     for key in claims.by_key:
         if isinstance(key[0], int) and 0 <= key[0] < num_objects:
@@ -289,9 +293,9 @@ def _count_contradictions(claims: Claims, num_objects: int) -> int:
 
 
 def linguistic_scores(parsed: ParsedCaption, claims: Claims) -> tuple[float, float, float]:
-    """Clarity, fluency and coherence, each from 1 to 5; all 1 for a text without words.
+    """Return clarity, fluency and coherence, each from 1 to 5; all are 1 for a text without words.
 
-    - Clarity falls with stray words, vague mentions and conflicting attributes, and with sentences that are crammed.
+    - Clarity falls with stray words, vague mentions, conflicting attributes, and overfull sentences.
     - Fluency falls with fragments, missing capitals and full stops, doubled words, and a wrong ``a`` or ``an``.
     - Coherence falls with repeated sentences and claims, contradictions, padding, and monotonous openings.
     """
@@ -328,7 +332,7 @@ def _fluency(parsed: ParsedCaption) -> float:
 def _coherence(parsed: ParsedCaption, claims: Claims) -> float:
     sentences = parsed.sentences
     repeated_sentences = 1.0 - len({s.words for s in sentences}) / len(sentences)
-    # A shape and a colour may name an object again; anything else said in two sentences is said once too often.
+    # Shape and colour may name an object again; any other claim that two sentences make is a repetition.
     retold = [c for k, c in claims.by_key.items() if len(k) < 2 or k[1] not in ("shape", "colour")]
     repeated_claims = sum(len(c.sentences) > 1 for c in retold) / max(1, len(retold))
     padding = sum(s.is_commentary for s in sentences) / len(sentences)

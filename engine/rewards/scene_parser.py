@@ -1,7 +1,7 @@
-"""From a caption of a drawn scene to its mentions: what it says of which thing, and where it says it.
+"""Parses a caption of a drawn scene into mentions: what the caption says about which thing, and where it says so.
 
-The grammar is small and total: any text parses. Words that it cannot place are kept, as *commentary* (words of no known
-meaning) or as *stray* attributes (a colour that belongs to nothing), so that nothing a caption says goes unjudged.
+The grammar is small and accepts any text. Words that the grammar cannot place are kept as *commentary* (words of no
+known meaning) or as *stray* attributes (a colour that belongs to nothing), so that everything in a caption is judged.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ _FUNCTION_WORDS = VERBS | _ARTICLES | {
 }  # fmt: skip
 _CLAUSE_BREAKS = {",", ";", ":", "and", "while", "but", "where", "which", "-"}
 _TOKEN = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*|\d+|[^\w\s]")
-"""A word of any alphabet is one: what the grammar does not know is commentary, and not nothing."""
+"""Matches words of any alphabet, so that unknown words become commentary instead of being dropped."""
 _SENTENCE = re.compile(r"[^.!?\n]*[.!?\n]*")
 MAX_CHARACTERS = 20_000
-"""Longer texts are judged by their first part; no policy of a sane length limit writes more."""
+"""Only this many characters of a text are judged; no policy with a sensible length limit writes more."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A word or a punctuation mark, lower-cased."""
+    """A word, a number or a punctuation mark, in lower case."""
 
     text: str
     span: Span
@@ -85,28 +85,28 @@ class Token:
 
 @dataclass
 class Mention:
-    """A noun phrase with everything that the text attaches to it. Each value carries the span that says it."""
+    """A noun phrase with everything that the text attaches to it; each value carries the span that states it."""
 
     span: Span
     sentence: int
     clause: int
     head: str | None
-    """Shape named, or None for a generic noun (``object``) or a pronoun."""
+    """The shape that the noun names, or None for a generic noun (``object``) or a pronoun."""
     number: int | None = 1
-    """1 for a singular; the number told for a plural, None for a plural without one."""
+    """1 for a singular; for a plural, the stated number, or None if no number is stated."""
     pronoun: bool = False
     definite: bool = False
     values: dict[str, list[tuple[str, Span]]] = field(default_factory=dict)
-    """For ``colour``, ``size``, ``fill`` and ``place``: every value told."""
+    """Every stated value of ``colour``, ``size``, ``fill`` and ``place``, with its span."""
 
     def add(self, attribute: str, value: str, span: Span) -> None:
-        """Attach one more value."""
+        """Attach one more value of an attribute."""
         self.values.setdefault(attribute, []).append((value, span))
 
 
 @dataclass(frozen=True)
 class Relation:
-    """``first`` lies ``name`` of ``second``; both index the mentions."""
+    """A stated relation ``name``, such as ``left of``, between two mentions, which ``first`` and ``second`` index."""
 
     first: int
     name: str
@@ -116,7 +116,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence and what the linguistic scores need of it."""
+    """One sentence, with what the linguistic scores need to know about it."""
 
     text: str
     span: Span
@@ -126,21 +126,21 @@ class Sentence:
     num_mentions: int
     num_stray: int
     is_commentary: bool
-    """It says nothing that the grammar knows."""
+    """Whether the sentence says nothing that the grammar knows."""
 
 
 @dataclass
 class ParsedCaption:
-    """All that a caption says."""
+    """Everything that a caption says."""
 
     sentences: list[Sentence] = field(default_factory=list)
     mentions: list[Mention] = field(default_factory=list)
     relations: list[Relation] = field(default_factory=list)
     backgrounds: list[tuple[str, Span]] = field(default_factory=list)
     commentary: list[Span] = field(default_factory=list)
-    """Per sentence: where it says something of no known meaning."""
+    """Spans without a known meaning, at most one per sentence."""
     stray: list[tuple[str, Span]] = field(default_factory=list)
-    """Attributes that belong to nothing."""
+    """Attributes and relations that belong to no mention."""
 
 
 def parse_caption(text: str) -> ParsedCaption:
@@ -155,7 +155,7 @@ def parse_caption(text: str) -> ParsedCaption:
 
 
 def _singular(word: str) -> tuple[str, bool]:
-    """A noun's singular and whether it was a plural."""
+    """Return a noun's singular, and whether the noun was a plural."""
     if word in ("crosses", "boxes"):
         return word[:-2], True
     if word.endswith("s") and word[:-1] in (_SHAPE_WORDS.keys() | _GENERIC_WORDS):
@@ -164,7 +164,7 @@ def _singular(word: str) -> tuple[str, bool]:
 
 
 class _SentenceParser:
-    """One pass over the tokens of one sentence, left to right, then a pass that attaches places and relations."""
+    """Parses one sentence: one pass over its tokens from left to right, then one that attaches places and relations."""
 
     def __init__(self, parsed: ParsedCaption, tokens: list[Token], text: str) -> None:
         self.parsed, self.tokens, self.text = parsed, tokens, text
@@ -202,7 +202,7 @@ class _SentenceParser:
         return self.tokens[start].span[0], self.tokens[stop - 1].span[1]
 
     def _background(self) -> bool:
-        """``a white background`` and ``the background is white``."""
+        """Parse ``a white background`` or ``the background is white``; return whether there is one."""
         if self._word() not in _BACKGROUND_WORDS:
             return False
         colours = [(value, span) for attribute, value, span in self.pending if attribute == "colour"]
@@ -242,7 +242,7 @@ class _SentenceParser:
         return True
 
     def _place_words(self, start: int) -> tuple[str | None, str | None, int]:
-        """Row, column and where the place phrase stops, ``corner`` and the like included."""
+        """Return row, column and the end of the place phrase, which includes ``corner`` and the like."""
         row = column = None
         i = start
         while i < len(self.tokens):
@@ -264,7 +264,7 @@ class _SentenceParser:
         return row, column, i
 
     def _is_relation(self, stop: int) -> bool:
-        """``left of the square`` is a relation, ``left of the picture`` a place."""
+        """Tell a relation (``left of the square``) from a place (``left of the picture``)."""
         words = [t.text for t in self.tokens[stop : stop + 3]]
         return words[:1] == ["of"] and not any(w in ("picture", "image", "scene") for w in words)
 
@@ -274,7 +274,7 @@ class _SentenceParser:
         if word not in _SHAPE_WORDS and word not in _GENERIC_WORDS and not pronoun:
             return False
         if pronoun and self._word(1) in ("has", "shows", "contains"):
-            return False  # "it has a red circle": the picture
+            return False  # in "it has a red circle", the pronoun stands for the picture
         token = self.tokens[self.position]
         start = self.pending[0][2][0] if self.pending else token.span[0]
         mention = Mention(
@@ -311,7 +311,7 @@ class _SentenceParser:
         return False
 
     def _other(self) -> None:
-        """A word that is no part of a noun phrase, or punctuation."""
+        """Handle a punctuation mark, or a word that is not part of a noun phrase."""
         token = self.tokens[self.position]
         word = token.text
         joins_adjectives = word in (",", "and") and self.pending and self._next_is_adjective()
@@ -337,7 +337,7 @@ class _SentenceParser:
         return any(self._word(1) in words for words in (_SIZE_WORDS, _FILL_WORDS, _COLOUR_WORDS))
 
     def _flush(self) -> None:
-        """Attributes with no noun after them: of the subject after ``is``, else stray."""
+        """Attach attributes that precede no noun to the subject if they follow ``is``; otherwise they are stray."""
         for attribute, value, span in self.pending:
             if self.copula and self.after_noun is not None:
                 self.parsed.mentions[self.after_noun].add(attribute, value, span)
@@ -347,7 +347,11 @@ class _SentenceParser:
         self.pending = []
 
     def _attach_places(self) -> None:
-        """To the nearest mention before it in its clause, else after it in its clause, else before it in the sentence."""
+        """Attach each place to the nearest mention; a place without one is stray.
+
+        A mention before the place in its clause is preferred, then one after it in its clause, then one before it in
+        the sentence.
+        """
         for place, span, clause in self.places:
             before = [i for i in self.mentions if self.parsed.mentions[i].span[0] < span[0]]
             after = [i for i in self.mentions if self.parsed.mentions[i].span[0] > span[0]]
@@ -395,7 +399,7 @@ class _SentenceParser:
 
 
 def attribute_values(mention: Mention) -> Iterator[tuple[str, str, Span]]:
-    """Every (attribute, value, span) that a mention tells, its shape included."""
+    """Yield every (attribute, value, span) that a mention states, its shape included."""
     if mention.head is not None:
         yield "shape", mention.head, mention.span
     for attribute, values in mention.values.items():

@@ -1,15 +1,15 @@
-"""Scoring a step: captions are handed over as they are sampled, judged meanwhile where the judge can, and never lost.
+"""Scores one step: captions are handed over as they are sampled, judged in the background if possible, and never lost.
 
     scorer = GroupScorer(judge, config.reward)
-    for number, rollout in draws:     # as they come from the sampler; a group can also be submitted without
+    for number, rollout in draws:     # as they come from the sampler; this loop is optional
         scorer.add(number, samples[number], rollout)
     for number, group in enumerate(groups):
         scorer.submit(group, number)
     stats = scorer.finish()
 
 A completion that cannot be scored (the judge raises, gives a wrong number of answers, or scores outside [0, 1]) gets a
-breakdown without scores and with an ``error``; it is counted, and each distinct error is logged once per process. Errors are
-kept without captions and without what looks like a key.
+breakdown that has an ``error`` and no scores. Such completions are counted, and each distinct error is logged once per
+process. Captions and anything that looks like a key are removed from errors.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 
 class NoJudge:
-    """Leaves the three rewards without scores: a run that learns from ``reward.custom`` alone."""
+    """Gives no scores for the three rewards, for a run that learns only from ``reward.custom``."""
 
     name = "none"
 
     def score(self, sample: Sample, captions: Sequence[str]) -> list[RewardBreakdown]:
-        """Breakdowns without scores."""
+        """Return breakdowns without scores."""
         return [RewardBreakdown() for _ in captions]
 
 
@@ -53,19 +53,21 @@ def make_judge(
     run_dir: Path | None = None,
     references: Sequence[str] = (),
 ) -> Judge:
-    """The judge that ``reward.judge`` names; ``auto``: exact for drawn scenes, else word overlap with the reference.
+    """Make the judge that ``reward.judge`` names.
+
+    ``auto`` names the scene judge for drawn scenes and the lexical judge for all other data.
 
     Args:
         config: the reward section.
         data_kind: ``data.kind``.
-        endpoint: how a judge model is reached; for ``endpoint``.
+        endpoint: how the ``endpoint`` judge reaches its model.
         data_path: ``data.path``; prepared reference units lie beside it.
-        run_dir: where the account of the judge's cost is kept; None: nowhere.
-        references: some of the data set's, for a judge that does not know every language.
+        run_dir: folder in which the endpoint judge keeps the account of its cost; None: it keeps none.
+        references: some references of the data set, for a judge that does not know every language.
 
     Raises:
-        ValueError: the scene judge is asked for, and the data are no drawn scenes; the endpoint is not configured; or the
-            judge does not know the language of the references.
+        ValueError: the scene judge is asked for, but the data are not drawn scenes; the endpoint is not configured; or
+            the judge does not know the language of the references.
         ImportError: the endpoint judge's libraries are not installed.
     """
     scenes = data_kind == "scenes"
@@ -105,12 +107,12 @@ class _Handed:
         self.rollouts: list[Rollout] = []
 
     def add(self, rollout: Rollout) -> None:
-        """The next one."""
+        """Hand over the next rollout."""
         self._judged.add(rollout.completion.text)
         self.rollouts.append(rollout)
 
     def complete(self, group: RolloutGroup) -> None:
-        """Those of the group that were not added, and no more."""
+        """Hand over those rollouts of the group that were not added yet, and close the group."""
         known = set(map(id, self.rollouts))
         for rollout in group.rollouts:
             if id(rollout) not in known:
@@ -119,13 +121,14 @@ class _Handed:
 
 
 class GroupScorer:
-    """Scores the groups of one step; ``submit`` returns at once where judge and custom rewards work in the background.
+    """Scores the groups of one step; ``add`` and ``submit`` return at once, and ``finish`` waits for the scores.
 
     Args:
-        judge: asked group by group, in the order of ``submit``; one in the background about each rollout as it comes.
-        config: columns, length unit and length rule.
-        count_tokens: length of a text in policy tokens, needed where ``reward.length_unit`` is tokens.
-        custom: the custom rewards, if they are loaded already.
+        judge: the judge. A background judge gets each rollout as it comes; ``finish`` asks any other judge group by
+            group.
+        config: reward columns, length unit and length rule.
+        count_tokens: returns a text's length in policy tokens; needed if ``reward.length_unit`` is tokens.
+        custom: the custom rewards, if they are already loaded.
     """
 
     def __init__(
@@ -139,7 +142,7 @@ class GroupScorer:
         self._groups: list[RolloutGroup] = []
         self._batch: JudgeBatch | None = judge.open_batch() if isinstance(judge, BackgroundJudge) else None
         self._handed: list[_Handed] = []
-        """The groups of the batch, in its order."""
+        """The groups of the judge's batch, in the order in which they were opened."""
         self._unsubmitted: dict[int, _Handed] = {}
         self._custom = custom or CustomRewards(config.custom)
         self._pool = DaemonThread("custom-rewards") if self._custom.names else None
@@ -147,11 +150,11 @@ class GroupScorer:
 
     @property
     def works_in_background(self) -> bool:
-        """Whether scores are made while the caller does something else."""
+        """Whether scores are computed while the caller does something else."""
         return self._batch is not None or self._pool is not None
 
     def add(self, number: int, sample: Sample, rollout: Rollout) -> None:
-        """Hand over one rollout of a group that is still being sampled; ``number`` names the group, also to ``submit``."""
+        """Hand over one rollout of a group that is still being sampled; ``submit`` takes the same ``number``."""
         if self._batch is None:
             return
         if number not in self._unsubmitted:
@@ -159,7 +162,7 @@ class GroupScorer:
         self._unsubmitted[number].add(rollout)
 
     def submit(self, group: RolloutGroup, number: int | None = None) -> None:
-        """Hand over one sampled group, or what was not added of it; it is changed in place by ``finish``."""
+        """Hand over one sampled group, or the rest of one that was added in part; ``finish`` fills in its scores."""
         sample, captions = group.prompt.sample, _captions(group)
         if self._batch is not None:
             added = None if number is None else self._unsubmitted.pop(number, None)
@@ -169,7 +172,7 @@ class GroupScorer:
         self._groups.append(group)
 
     def finish(self) -> ScoreStats:
-        """Wait for the scores; fill in ``breakdown``, ``length`` and ``reference_length`` of every rollout.
+        """Wait for the scores, and fill in ``breakdown``, ``length`` and ``reference_length`` of every rollout.
 
         Raises:
             JudgeStoppedError: the judge cannot go on.
@@ -214,7 +217,7 @@ class GroupScorer:
 
     def _fill_in(self, group: RolloutGroup, breakdowns: list[RewardBreakdown], stats: ScoreStats) -> None:
         config = self._config
-        # at least 1, as a ratio needs it: a tokenizer may map a reference to nothing
+        # At least 1, because the length ratio divides by it: a tokenizer may map a reference to no tokens.
         reference_length = max(1.0, measure_length(group.prompt.sample.reference, config, self._count_tokens))
         for rollout, breakdown in zip(group.rollouts, breakdowns, strict=True):
             rollout.breakdown = breakdown
@@ -231,7 +234,7 @@ class GroupScorer:
 def score_groups(
     judge: Judge, groups: Sequence[RolloutGroup], config: RewardConfig, count_tokens: CountTokens | None = None
 ) -> ScoreStats:
-    """Fill in ``breakdown``, ``length`` and ``reference_length`` of every rollout of ``groups``; see the module's docstring."""
+    """Score ``groups``: fill in ``breakdown``, ``length`` and ``reference_length`` of every rollout."""
     scorer = GroupScorer(judge, config, count_tokens)
     for group in groups:
         scorer.submit(group)

@@ -1,14 +1,15 @@
-"""Text of any language: one form to compare it in, what counts as a word of it, and how many words it has.
+"""Text of any language: a folded form for comparing texts, finding words, and counting words.
 
-*Folded* text is what stays when everything is set aside that a reader does not see as another word: Unicode's compatibility
-forms (NFKC: full-width letters, ligatures, accents written apart), case, characters without a shape of their own (zero-width
-spaces and joiners, soft hyphens, direction marks, variation selectors), and the marks that Arabic and Hebrew writers leave out
-at will. Every folded character knows where it came from.
+*Folded* text drops every difference that does not make another word for a reader: Unicode's compatibility forms (NFKC:
+full-width letters, ligatures, accents written apart), case, characters without a shape of their own (zero-width spaces
+and joiners, soft hyphens, direction marks, variation selectors), and the marks that Arabic and Hebrew writers may leave
+out. The place of each folded character in the original text is kept.
 
-Many scripts are *unspaced*: nothing, or nothing reliable, stands between their words (Han, kana, Thai, Lao, Khmer, Burmese; a
-Korean particle is written on to its noun). Without a dictionary there are no words to be had of them, and none is used here: to
-*find* words, each of their letters is a word; to *count* words, the default rules of Unicode (UAX 29) hold, by which each
-ideograph, each hiragana and each Thai letter with its marks is one word, and so is a run of katakana and one of hangul.
+Many scripts are *unspaced*: nothing, or nothing reliable, stands between their words (Han, kana, Thai, Lao, Khmer,
+Burmese; in Korean, a particle is attached to its noun). Only a dictionary could find such words, and this module uses
+none. To *find* words, each letter of an unspaced script is a word. To *count* words, Unicode's default rules (UAX 29)
+apply: each ideograph, each hiragana and each Thai letter with its marks is one word, and so is a run of katakana and a
+run of hangul.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import regex
 Span = tuple[int, int]
 
 _PLAIN = regex.compile(r"[\x20-\x7e\n\r\t]*")
-"""Nothing but its case is to be folded here."""
+"""Text in which only the case has to be folded."""
 _INVISIBLE = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{Cf}[\p{Cc}--\s]]", regex.V1)
 _OPTIONAL_MARK = regex.compile(
     r"[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u0652\u0670]"
@@ -34,7 +35,7 @@ _SAME = str.maketrans(
         **dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc\u2032\u0060\u00b4", "'"),
         **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb", '"'),
         **dict.fromkeys("\u2010\u2011", "-"),  # hyphens; a dash is another mark
-        "\u0131": "i",  # the dotless i: other alphabets have one letter where Turkish has two
+        "\u0131": "i",  # the dotless i: other languages have one letter where Turkish has two
     }
 )
 _UNSPACED = (
@@ -56,23 +57,23 @@ class Folded:
 
     text: str
     places: tuple[Span, ...] | None
-    """For each folded character the half-open range that it came from; None: each stands where it stood."""
+    """The half-open range of the original text that each folded character came from; None: all places are unchanged."""
 
     def place(self, start: int, end: int) -> Span:
-        """The range of the original text that a non-empty range of the folded one came from."""
+        """Return the range of the original text that a non-empty range of the folded text came from."""
         return (start, end) if self.places is None else (self.places[start][0], self.places[end - 1][1])
 
 
 @lru_cache(maxsize=256)
 def fold(text: str) -> Folded:
-    """The folded form of a text; never fails on any string."""
+    """Return the folded form of a text; never fails on any string."""
     if _PLAIN.fullmatch(text):
         return Folded(text.lower(), None)
     kept = [i for i, char in enumerate(text) if not (_INVISIBLE.match(char) or _OPTIONAL_MARK.match(char))]
     visible = "".join(text[i] for i in kept)
     chars: list[str] = []
     places: list[Span] = []
-    for cluster in _CLUSTER.finditer(visible):  # a letter with all its marks: no normal form reaches beyond it
+    for cluster in _CLUSTER.finditer(visible):  # a letter with all its marks; normalisation never joins two clusters
         folded = _fold_cluster(cluster.group())
         chars.append(folded)
         places += [(kept[cluster.start()], kept[cluster.end() - 1] + 1)] * len(folded)
@@ -82,20 +83,20 @@ def fold(text: str) -> Folded:
 def _fold_cluster(cluster: str) -> str:
     same = unicodedata.normalize("NFKC", cluster.translate(_SAME)).translate(_SAME)
     folded = unicodedata.normalize("NFKC", same.casefold())
-    return folded.replace("i\u0307", "i")  # what remains of a capital dotted I
+    return folded.replace("i\u0307", "i")  # case folding turns a capital dotted I into an i and a dot
 
 
 def find_words(text: str) -> list[tuple[str, Span]]:
-    """The words of a text in folded form with their places in it, in order; each letter of an unspaced script is one."""
+    """Return the folded words of a text in order, with their ranges; each letter of an unspaced script is a word."""
     folded = fold(text)
     return [(match.group(), folded.place(*match.span())) for match in _WORD.finditer(folded.text)]
 
 
 def find_phrase(phrase: str, text: str) -> tuple[Span, ...]:
-    """All places of a phrase in a text that do not overlap, as half-open ranges of characters.
+    """Return all places of a phrase in a text that do not overlap, as half-open ranges of characters.
 
-    The words must be there, whole and side by side; case, form, spaces and punctuation may differ. A phrase without a word has
-    no place.
+    The phrase's words must occur whole and side by side; case, Unicode form, spaces and punctuation may differ. A
+    phrase without words has no place.
     """
     wanted = [word for word, _ in find_words(phrase)]
     if not wanted:
@@ -119,22 +120,22 @@ def find_phrase(phrase: str, text: str) -> tuple[Span, ...]:
 
 @lru_cache(maxsize=64)
 def _words_of(text: str) -> list[tuple[str, Span]]:
-    """As ``find_words``; a caption is looked through for each of its many quotations."""
+    """Cached ``find_words``: one caption is searched for each of its many quotations."""
     return find_words(text)
 
 
 def count_words(text: str) -> int:
-    """The number of words by UAX 29, of those with a letter or a digit; parts that hyphens join are one word."""
+    """Return the number of words by UAX 29 that have a letter or a digit; parts that hyphens join are one word."""
     joined = _HYPHEN.sub("", fold(text).text)
     return sum(bool(_SPOKEN.search(piece)) for piece in _BOUNDARY.split(joined))
 
 
 def count_letters(text: str) -> tuple[int, int]:
-    """(letters and digits of spaced scripts, of unspaced ones)."""
+    """Return (number of letters and digits of spaced scripts, number of those of unspaced scripts)."""
     unspaced = len(_UNSPACED_LETTER.findall(text))
     return sum(map(str.isalnum, text)) - unspaced, unspaced
 
 
 def comparable(text: str) -> str:
-    """A text as it is compared with another: folded, single spaces, no sentence mark at its end."""
+    """Return a text in the form for comparison: folded, with single spaces and no sentence marks at its end."""
     return _ENDING.sub("", " ".join(fold(text).text.split()))

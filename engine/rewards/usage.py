@@ -1,4 +1,4 @@
-"""What a run's judge calls cost: requests, failures by kind, tokens, money; and the budget."""
+"""What a run's judge calls cost (requests, failures by kind, tokens, money), and the budget that limits it."""
 
 from __future__ import annotations
 
@@ -34,56 +34,57 @@ _FAR_MORE = 64
 
 
 class BudgetSpentError(JudgeStoppedError):
-    """The run spent what it may."""
+    """The run has spent its budget of money or tokens."""
 
 
 @dataclass
 class Usage:
-    """Counts of a stretch of time.
+    """Counts of what happened in one period of time.
 
-    ``num_attempts = num_valid + all of failures``; a *call* ends valid after one or more attempts, or is given up.
+    ``num_attempts = num_valid + all of failures``. A *call* ends with a valid reply after one or more attempts, or is
+    given up.
     """
 
     num_calls: int = 0
     num_cached: int = 0
-    """Calls that the cache answered; they are no attempts."""
+    """Calls that the cache answered; they do not count as attempts."""
     num_shared: int = 0
-    """Calls that equalled one under way, and took its reply."""
+    """Calls that took the reply to an equal call in flight."""
     num_attempts: int = 0
     num_valid: int = 0
     num_given_up: int = 0
-    """Calls without a valid reply, whatever was tried."""
+    """Calls that ended without a valid reply, except cancelled ones."""
     num_refused: int = 0
-    """Those of them that can never succeed, for what they are about; from memory, they are no attempts."""
+    """Given-up calls that can never succeed, because of their picture or text; if remembered, no attempt is made."""
     num_failing: int = 0
-    """Those of them that fail time after time while others are answered; from memory, they are no attempts."""
+    """Given-up calls that fail time after time while others are answered; if remembered, no attempt is made."""
     num_cancelled: int = 0
-    """Calls that were under way when they were no longer wanted."""
+    """Calls that were cancelled in flight."""
     failures: Counter[str] = field(default_factory=Counter)
     """Attempts that brought no valid reply, by kind."""
     num_replies: int = 0
-    """Replies that tell their tokens, valid or not."""
+    """Replies that report their token counts, valid or not."""
     estimated_tokens: int = 0
-    """Those of the following that no server told: the most that it can have been."""
+    """Part of the next two counts that no server reported; it is the most that the requests can have taken."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
-    """Of the latest valid attempts."""
+    """Duration of each of the latest valid attempts, in seconds."""
 
     def note_ended(self, *, is_cancelled: bool) -> None:
-        """A call ended without a reply."""
+        """Count a call that ended without a reply."""
         self.num_cancelled += is_cancelled
         self.num_given_up += not is_cancelled
 
     def note_left_out(self, *, is_failing: bool) -> None:
-        """A call is not made, or not made again: it fails time after time, or else is refused."""
+        """Count a call that is not made, or not made again, because it fails time after time or is refused."""
         self.num_given_up += 1
         self.num_failing += is_failing
         self.num_refused += not is_failing
 
     def metrics(self) -> dict[str, float]:
-        """For the log, under ``judge/``; latencies under ``time/``, as no two runs agree on them."""
+        """Metrics for the log: counts under ``judge/``; latencies, which differ from run to run, under ``time/``."""
         values: dict[str, float] = {
             "judge/calls": self.num_calls,
             "judge/cached": self.num_cached,
@@ -109,22 +110,22 @@ class Usage:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of one request, or of many."""
+    """Numbers of prompt and completion tokens, of one request or of many."""
 
     prompt: int
     completion: int
 
     @property
     def total(self) -> int:
-        """Both together."""
+        """Prompt and completion tokens together."""
         return self.prompt + self.completion
 
 
 def most_tokens(body: dict[str, Any], num_pixels: int) -> Tokens:
-    """More than these a request does not take: the rule by which budgets are kept before, and where no server tells.
+    """Upper bound of the tokens of a request: reserved before it is sent, and booked if no server reports its tokens.
 
-    One token for each byte of text (no tokenizer of bytes makes more), one for each 14 x 14 pixels and 1,024 for an image,
-    1,024 for what a chat template adds, and the longest reply that is allowed.
+    It is the sum of one token for each byte of text (no byte-level tokenizer makes more), one for each 14 x 14 pixels
+    and 1,024 for an image, 1,024 for what a chat template adds, and the longest reply that is allowed.
     """
     texts = [json.dumps(body.get("response_format", ""))]
     num_images = 0
@@ -139,32 +140,33 @@ def most_tokens(body: dict[str, Any], num_pixels: int) -> Tokens:
 
 @dataclass(eq=False)
 class Reservation:
-    """What a request under way may cost."""
+    """What a request in flight may cost."""
 
     server: ServerConfig
     most: Tokens
     is_sent: bool = False
-    """Whether a server may have worked on it."""
+    """Whether a server may have worked on the request."""
     is_booked: bool = False
 
     @property
     def cost(self) -> float:
-        """Most that it may cost."""
+        """The most that the request may cost."""
         return _cost(self.server, self.most)
 
 
 class Ledger:
-    """Adds up a run's usage, keeps it in the run folder over restarts, and says when the budget is spent.
+    """Adds up a run's usage, keeps it in the run folder across restarts, and tells when the budget is spent.
 
-    A request is started only while what is spent, and the most that it and all those under way may take, stays within the
-    budget; else it waits for those under way. Where not even one fits, requests go one at a time, as long as one as dear as
-    the dearest so far still fits: so the budget is exceeded by one request at most. What a server does not tell, or tells
-    against all reason, is booked as the most that it can be, and so is a request that brought no reply.
+    A request is started only if what is spent, plus the most that it and all requests in flight may take, stays within
+    the budget. Otherwise it waits for the requests in flight. If not even one request fits, requests go one at a time,
+    as long as the budget has room for a request as expensive as the most expensive one so far. So the budget is
+    exceeded by one request at most. A token count that a server does not report, or reports implausibly, is booked as
+    the most that it can be, and so is a request that brought no reply.
 
-    The account is written once a second and at the end; after kill -9 it holds what was under way as if it were spent.
+    The account is written about once a second and at the end. After kill -9 it counts the requests in flight as spent.
 
     Raises:
-        ValueError: the account is damaged; or there is a budget that cannot be kept, for a server has no prices.
+        ValueError: the account is damaged, or a budget cannot be kept: a server has no prices, or all prices are 0.
     """
 
     def __init__(
@@ -179,7 +181,8 @@ class Ledger:
         self._dearest = 0.0
         self._longest = 0.0
         self._factor = 1.0
-        """How often a request took what was thought the most that it can take: some bill an image as 30 times its patches."""
+        """Largest ratio so far of the tokens that a request took to its ``most_tokens``; reservations are scaled by it,
+        because some services bill an image as 30 times its patches."""
         self._saved_at = -math.inf
         self._lock = threading.Lock()
         self._distrusted: set[str] = set()
@@ -205,7 +208,7 @@ class Ledger:
             raise ValueError(f"{path}: damaged account of what the judge cost; mend or remove it") from error
 
     async def reserve(self, server: ServerConfig, most: Tokens) -> Reservation:
-        """Permission to start a request, to be given back by ``release``.
+        """Wait until a request may start, and reserve what it may cost; ``release`` gives the reservation back.
 
         Raises:
             BudgetSpentError: the budget of money or tokens is spent.
@@ -229,7 +232,7 @@ class Ledger:
         return (budget is None or cost <= budget) and (token_budget is None or tokens <= token_budget)
 
     def _check_last(self, reservation: Reservation) -> None:
-        """Raise where not even a request of the usual size is left, with no other under way."""
+        """Raise if the budget has no room for a request as large as the largest so far; no other may be in flight."""
         config, cost = self._config, self.totals["cost"]
         if config.budget is not None and cost + max(self._dearest, 1e-300) > config.budget:
             raise BudgetSpentError(
@@ -246,13 +249,13 @@ class Ledger:
         return self.totals["prompt_tokens"] + self.totals["completion_tokens"]
 
     def book(self, usage: Usage, reservation: Reservation, told: Any = None, num_bytes: int | None = None) -> None:
-        """Book what a request took.
+        """Book the tokens and the cost of a request.
 
         Args:
-            usage: of this stretch of time.
-            reservation: of the request.
-            told: the ``usage`` of its reply, whatever that is.
-            num_bytes: length of the reply, if it was read: no more tokens were written, as far as can be seen.
+            usage: counts of the current period, which are increased.
+            reservation: the request's reservation.
+            told: the ``usage`` field of the reply, unchecked.
+            num_bytes: length of the reply in bytes, if it was read; bounds the completion tokens that are assumed.
         """
         most = reservation.most
         if num_bytes is not None:
@@ -282,7 +285,7 @@ class Ledger:
             self.totals[name] += value
 
     def release(self, usage: Usage, reservation: Reservation) -> None:
-        """A request ended; one that was sent and brought no reply is booked at its most."""
+        """End a request; one that was sent but brought no reply is booked at the most that it can have taken."""
         if reservation.is_sent and not reservation.is_booked:
             self.book(usage, reservation)
         self._under_way.discard(reservation)
@@ -292,7 +295,7 @@ class Ledger:
         if self._clock() - self._saved_at >= _SAVE_EVERY_S:
             try:
                 self.save()
-            except OSError as error:  # said aloud where the run writes it next
+            except OSError as error:  # not fatal here: the run's next ``save`` raises it
                 logger.warning("%s cannot be written: %s", self._path, error)
 
     def save(self) -> None:
@@ -331,25 +334,25 @@ def _cost(server: ServerConfig, tokens: Tokens) -> float:
 
 
 def told_tokens(told: Any, estimate: Tokens, most: Tokens) -> tuple[Tokens, int]:
-    """What a reply says it took, where that can be, and how many tokens of it are estimates instead.
+    """Tokens that a request took, as its reply reports them if plausible, and how many of them are estimates instead.
 
     Args:
-        told: OpenAI's ``prompt_tokens``, ``completion_tokens`` and ``total_tokens``, or ``input_tokens`` and ``output_tokens``;
-            whole numbers, also as 20.0 or "20".
-        estimate: taken where nothing is told.
-        most: far more than this, or next to nothing, is not believed.
+        told: a mapping with OpenAI's ``prompt_tokens``, ``completion_tokens`` and ``total_tokens``, or with
+            ``input_tokens`` and ``output_tokens``; whole numbers, also as 20.0 or "20".
+        estimate: tokens to assume where none are reported; a reported number far below it is not believed.
+        most: upper bound of the tokens; a reported number far above it is not believed.
     """
     told = told if isinstance(told, dict) else {}
     prompt = _told(told, ("prompt_tokens", "input_tokens"), most.prompt, estimate.prompt)
     completion = _told(told, ("completion_tokens", "output_tokens"), most.completion, estimate.completion)
     total = _told(told, ("total_tokens",), most.total, estimate.prompt)
     if total is not None and prompt is None and completion is None:
-        completion = min(total, estimate.completion)  # the dearer part of it, mostly
+        completion = min(total, estimate.completion)  # usually the more expensive kind
         prompt = total - completion
     elif total is not None and prompt is None and completion is not None:
         prompt = max(total - completion, 0)
     elif total is not None and prompt is not None and total > prompt:
-        completion = max(completion or 0, total - prompt)  # thoughts, which some do not count among the reply's
+        completion = max(completion or 0, total - prompt)  # some services leave out thoughts
     num_estimated = (estimate.prompt if prompt is None else 0) + (estimate.completion if completion is None else 0)
     took = Tokens(
         estimate.prompt if prompt is None else prompt, estimate.completion if completion is None else completion
@@ -358,7 +361,7 @@ def told_tokens(told: Any, estimate: Tokens, most: Tokens) -> tuple[Tokens, int]
 
 
 def _told(told: dict[str, Any], names: tuple[str, ...], most: int, estimate: int) -> int | None:
-    """A number of tokens that is told and can be: at least a 512th of the estimate and not 0, at most 64 times the most."""
+    """A reported number of tokens, or None if implausible: 0, below ``estimate // 512``, or above ``64 * most``."""
     value = next((told[name] for name in names if told.get(name) is not None), None)
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
         value = int(value)

@@ -1,9 +1,10 @@
-"""Policies that train adapters (LoRA, by peft): the engine serves the base model with the adapters merged in.
+"""Serves policies that train adapters (LoRA, by peft): the engine runs the base model with the adapters merged in.
 
-Frozen weights are shared with the engine, as in ``weights.py``. Of an adapted matrix the trainer keeps the base and the
-engine base + adapter; a sync computes that sum anew, straight into the engine's tensor, and touches nothing else. This needs
-no support for adapters in the engine, costs nothing while it samples, and works for every layer that peft can adapt,
-the image tower's included. peft itself is never imported: its layers are known by what they offer.
+Frozen weights are shared with the engine, as in ``weights.py``. For an adapted matrix the trainer keeps the base, and
+the engine keeps base + adapter. A sync recomputes that sum, writes it into the engine's tensor, and touches nothing
+else. The engine needs no support for adapters and pays nothing for them while sampling. This works for every layer that
+peft can adapt, including those of the image tower. peft itself is never imported: its layers are recognised by their
+attributes.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ _WRAPPERS = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
 
 
 def served_name(name: str) -> str | None:
-    """The stock model's name of a parameter; None for what only exists because of an adapter."""
+    """Return the stock model's name for a parameter; None for parameters that exist only because of an adapter."""
     return None if _ADAPTER_PARTS.search(name) else _WRAPPERS.sub("", name)
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every layer with an adapter, by its name.
+    """Yield every layer that has an adapter, with its name.
 
     Raises:
-        ValueError: for an adapter whose effect is more than a matrix that is added (DoRA, biases).
+        ValueError: an adapter does more than add a matrix (DoRA, biases).
     """
     for name, module in model.named_modules():
         if not (hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")):
@@ -42,13 +43,13 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def delta_of(module: Any) -> Tensor | None:
-    """What the active adapters add to a layer's weight; None for nothing."""
+    """Sum what the active adapters add to a layer's weight, without gradient; None if they add nothing."""
     delta = adapter_delta(module)
     return None if delta is None else delta.detach()
 
 
 def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The stock model's tensors by its own names, adapters merged in; tensors without one are not copied."""
+    """Return the stock model's tensors by stock name, with adapters merged in; tensors without one are not copied."""
     tensors = {served_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
     deltas = {f"{served_name(f'{name}.weight')}": delta_of(module) for name, module in adapted_modules(model)}
     return {
@@ -59,7 +60,7 @@ def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def has_split_head(model: nn.Module) -> bool:
-    """Whether head and embedding are tied in the stock model, and an adapter on one of them parts the two."""
+    """Whether head and embedding are tied in the stock model but differ because one of them has an adapter."""
     config: Any = model.config
     tied = config.tie_word_embeddings or config.get_text_config().tie_word_embeddings
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
@@ -67,17 +68,17 @@ def has_split_head(model: nn.Module) -> bool:
 
 
 class AdapterMerge:
-    """Strategy ``adapter``; see the module's docstring."""
+    """Strategy ``adapter``: frozen weights are shared, and adapted ones are merged; see the module's docstring."""
 
     name = "adapter"
 
     def __init__(self, plan: WeightPlan, model: nn.Module, *, share_trained: bool) -> None:
-        """Share what can be shared and merge the adapters for the first time.
+        """Share the weights that can be shared, and merge the adapters for the first time.
 
         Args:
-            plan: of all parameters of ``model``.
+            plan: the plan for all parameters of ``model``.
             model: the stock model with its adapters.
-            share_trained: also share weights that are trained beside the adapters; otherwise those are copied.
+            share_trained: also share weights that are trained in addition to the adapters; otherwise they are copied.
         """
         self._plan = plan
         self._adapted = {f"{name}.base_layer.weight": module for name, module in adapted_modules(model)}
@@ -97,7 +98,7 @@ class AdapterMerge:
 
     @torch.no_grad()
     def push(self, policy_version: int) -> tuple[int, int]:
-        """See ``SyncStrategy``."""
+        """Merge the adapters again, and copy what is not shared. See ``SyncStrategy``."""
         for name, address in self._shared.items():
             if self._plan.parameters[name].data_ptr() != address:
                 raise StaleWeightsError(f"{name} no longer lies in the engine's memory; change weights in place only")
@@ -109,13 +110,13 @@ class AdapterMerge:
         return len(self._adapted) + len(self._copied), num_bytes
 
     def detach(self, *, copy: bool) -> None:
-        """See ``SyncStrategy``."""
+        """Give shared parameters their own memory if ``copy`` asks for it. See ``SyncStrategy``."""
         if copy:
             for name in self._shared:
                 self._plan.parameters[name].data = self._plan.parameters[name].detach().clone()
 
     def _write(self, name: str) -> int:
-        """Bring one tensor of the engine to the trainer's value; bytes written."""
+        """Write the trainer's value of one parameter into the engine; returns the number of bytes written."""
         value = self._plan.parameters[name].detach()
         delta = delta_of(self._adapted[name]) if name in self._adapted else None
         if delta is not None:

@@ -1,8 +1,8 @@
-"""Sampling with the policy's own transformers model.
+"""Samples with the policy's own transformers model.
 
-Not ``model.generate``: that would run the image tower and the prompt once per completion, take its random numbers from
-the global generator, and either keep (T, V) scores or not say what it sampled from. Here every prompt is prefilled
-once, its cache is repeated for the group, and each step samples from logits that are dropped at once.
+``model.generate`` is not used, because it would run the image tower and the prompt once per completion and take random
+numbers from the global generator. It would also either keep scores (T, V) or not report the sampled distribution. Here
+every prompt is prefilled once, its KV cache is repeated for the group, and each step drops its logits after sampling.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from balcaprl.types import DivergedError, Prompt, RolloutGroup, SyncReport
 
 
 class HFRollout:
-    """The ``Sampler`` that needs nothing but transformers; it reads the trainer's weights in place."""
+    """A ``Sampler`` that needs only transformers, and reads the trainer's weights in place."""
 
     name = "hf"
 
@@ -33,7 +33,7 @@ class HFRollout:
 
     @property
     def policy(self) -> Policy:
-        """See ``Sampler.policy``."""
+        """The policy that is sampled from. See ``Sampler.policy``."""
         return self._policy
 
     def generate(
@@ -45,7 +45,7 @@ class HFRollout:
         seed: int,
         greedy: bool = False,
     ) -> list[RolloutGroup]:
-        """See ``Sampler.generate``."""
+        """Sample a group of completions for each prompt. See ``Sampler.generate``."""
         draws = self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy)
         return gather(prompts, draws, self.policy_version)
 
@@ -58,7 +58,7 @@ class HFRollout:
         seed: int,
         greedy: bool = False,
     ) -> Iterator[Draw]:
-        """See ``Sampler.stream``."""
+        """Sample completions, and yield each as soon as it ends. See ``Sampler.stream``."""
         check_request(prompts, group_size)
         check_context(self._policy, prompts, sampling)
         yield from self._sample(prompts, group_size, sampling, None if greedy else seed)
@@ -92,21 +92,21 @@ class HFRollout:
             hidden = decoder.advance(token)
 
     def _at_stop(self, tokens: Tensor, stop: Sequence[str]) -> Tensor:
-        """Which rows (R,) of ids (R, N) hold a stop text by now."""
+        """Find out which rows of ids (R, N) already contain a stop text; returns a BoolTensor (R,)."""
         texts = self._policy.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)
         return torch.tensor([first_stop(text, stop) is not None for text in texts])
 
     def sync(self, policy_version: int) -> SyncReport:
-        """See ``Sampler.sync``: there is only one set of weights."""
+        """Only take over the version, because sampler and trainer share one set of weights. See ``Sampler.sync``."""
         self.policy_version = policy_version
         return SyncReport("shared", 0, 0, 0.0, policy_version)
 
     def close(self) -> None:
-        """See ``Sampler.close``: nothing is held."""
+        """Do nothing, because the sampler holds no resources. See ``Sampler.close``."""
 
 
 class _Drawn:
-    """The tokens (R,) of each step so far, with their log-probabilities."""
+    """The tokens (R,) that each step has sampled so far, with their log-probabilities."""
 
     def __init__(self, num_rows: int, max_tokens: int) -> None:
         self._tokens = torch.empty(num_rows, max_tokens, dtype=torch.long)
@@ -115,21 +115,21 @@ class _Drawn:
 
     @property
     def tokens(self) -> Tensor:
-        """All ids (R, steps) so far."""
+        """LongTensor (R, steps): all ids sampled so far."""
         return self._tokens[:, : self._steps]
 
     def add(self, token: Tensor, logprob: Tensor) -> None:
-        """One step's."""
+        """Append the ids (R,) and log-probabilities (R,) of one step."""
         self._tokens[:, self._steps], self._logprobs[:, self._steps] = token, logprob
         self._steps += 1
 
     def rows(self, rows: list[int]) -> tuple[list[list[int]], list[list[float]]]:
-        """Ids and log-probabilities so far of some rows."""
+        """Return the ids and log-probabilities of some rows, up to the present step."""
         return self.tokens[rows].tolist(), self._logprobs[rows, : self._steps].tolist()
 
 
 class _TokenPicker:
-    """From hidden states (R, D) to sampled ids (R,) and their log-probabilities (R,)."""
+    """Turns hidden states (R, D) into sampled ids (R,) and their log-probabilities (R,); greedy without a seed."""
 
     def __init__(self, policy: Policy, temperature: float, seed: int | None) -> None:
         self._head = policy.head
@@ -152,7 +152,7 @@ class _TokenPicker:
     def _draw(logprobs: Tensor, generator: torch.Generator) -> Tensor:
         try:
             return torch.multinomial(logprobs.exp(), 1, generator=generator)
-        except RuntimeError as error:  # on a CPU; CUDA cannot be asked any more
+        except RuntimeError as error:  # checked only on a CPU: after such an error CUDA cannot be used
             if logprobs.is_cpu and logprobs.isnan().any():
                 raise DivergedError(
                     "the policy's next-token distribution is not finite: its weights are damaged"
@@ -161,7 +161,7 @@ class _TokenPicker:
 
 
 class _Decoder:
-    """Left-padded prompts, their key-value cache, and the rotary position of each row's next token."""
+    """Left-padded prompts, their KV cache, and the rotary position of each row's next token."""
 
     def __init__(self, policy: Policy, prompts: Sequence[Prompt]) -> None:
         from transformers import DynamicCache
@@ -175,7 +175,7 @@ class _Decoder:
         self._next_position = torch.zeros(0)
 
     def prefill(self, group_size: int) -> Tensor:
-        """Run each prompt once and repeat its cache; hidden states (R, D) that predict the first tokens."""
+        """Run each prompt once and repeat its KV cache; returns hidden states (R, D) that predict the first tokens."""
         policy, device = self._policy, self._policy.device
         width = max(len(prompt.prompt_ids) for prompt in self._prompts)
         tokens = torch.full((len(self._prompts), width), policy.pad_token_id)
@@ -201,7 +201,7 @@ class _Decoder:
         return hidden.repeat_interleave(group_size, 0)
 
     def advance(self, token: Tensor) -> Tensor:
-        """Append one id (R,) to each row; hidden states (R, D) that predict the next."""
+        """Append one id to each row, from ids (R,); returns hidden states (R, D) that predict the next ids."""
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(token), 1)], 1)
         positions = self._next_position[None, :, None].expand(self._num_axes, -1, -1)
         self._next_position = self._next_position + 1
@@ -219,5 +219,5 @@ class _Decoder:
 
 
 def _cache_argument(text_model: Any) -> str:
-    """What the model calls its cache: newer ones say ``cache``, and warn of the older name."""
+    """Return the name of the model's cache argument: newer models call it ``cache`` and warn about the older name."""
     return "cache" if "cache" in inspect.signature(text_model.forward).parameters else "past_key_values"

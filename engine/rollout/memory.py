@@ -1,4 +1,4 @@
-"""How much memory a sampler's key-value cache needs, and whether it is there."""
+"""Computes how much memory a sampler's KV cache needs, and checks that this much is available."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from balcaprl.policy import Policy
 
 _BLOCK = 128
-"""Tokens per block of vLLM's cache on a CPU; on a GPU blocks are smaller."""
+"""Tokens per block of vLLM's KV cache on a CPU; blocks on a GPU are smaller."""
 _LARGEST_SHARE = 0.5
-"""Of the free memory on a CPU, that a derived budget may take."""
+"""Largest share of the free memory that a derived budget may take on a CPU."""
 
 
 def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one token in all layers.
+    """Compute how many bytes the keys and values of one token take in all layers.
 
     Args:
         config: a transformers model configuration.
-        dtype: of the cache.
+        dtype: the data type of the cache.
     """
     text = config.get_text_config()
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -36,17 +36,18 @@ def kv_cache_budget(
     memory_gib: float | None,
     gpu_memory_utilization: float,
 ) -> int:
-    """Bytes for a key-value cache.
+    """Compute the size of a KV cache, in bytes.
 
-    Derived, it holds ``num_completions`` at their full length, each with a prompt of its own: prefixes are shared in a
-    group, so that this is plenty. It takes no more than the platform has to give; what does not fit is sampled later.
+    Without ``memory_gib``, the cache is sized for ``num_completions`` completions of full length, each with its own
+    prompt. This is more than enough, because a group shares its prefix. The size is limited to the memory that is
+    available; completions that do not fit at once are sampled later.
 
     Args:
-        policy: whose keys and values are kept.
-        max_model_len: longest prompt with its completion.
-        num_completions: decoded at once.
-        memory_gib: a fixed budget instead.
-        gpu_memory_utilization: largest share of a GPU's memory.
+        policy: the policy whose keys and values are kept.
+        max_model_len: longest prompt with its completion, in tokens.
+        num_completions: number of completions that are decoded at once.
+        memory_gib: fixed size in GiB; None derives the size.
+        gpu_memory_utilization: largest share of a GPU's memory that a derived size may take.
 
     Raises:
         ValueError: not even one completion fits.

@@ -1,4 +1,4 @@
-"""Does the sampler serve the policy's weights? A few sampled tokens, and what the policy thinks of them."""
+"""Checks that the sampler serves the policy's weights, by comparing both sides' log-probabilities of a few tokens."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ logger = logging.getLogger(__name__)
 
 NUM_PROBE_TOKENS = 4
 _ROUNDING = 2e-3
-"""Largest difference of log-probabilities that float32 explains, in nats; measured: 1e-6 to 1e-4."""
+"""Largest log-probability difference that rounding in float32 explains, in nats; measured: 1e-6 to 1e-4."""
 _ROUNDING_HALF = 0.3
-"""The same where either side computes in half precision."""
+"""Largest log-probability difference, in nats, that rounding explains if either side computes in half precision."""
 _NO_ROUNDING = 1.0
-"""What no precision explains, not even that of a quantised server: greedy tokens are likely ones."""
+"""Largest log-probability difference, in nats, that any precision explains, even that of a quantised server, because
+greedy tokens are likely ones."""
 
 
 class Probe:
     """Compares a sampler's log-probabilities with the policy's on one short prompt.
 
     Args:
-        policy: the trainer's.
-        ask: greedily samples ``NUM_PROBE_TOKENS`` ids of a prompt; returns ids and log-probabilities.
-        same_precision: the sampler computes in the policy's data type.
+        policy: the trainer's policy.
+        ask: function that greedily samples ``NUM_PROBE_TOKENS`` ids for a prompt; returns ids and log-probabilities.
+        same_precision: whether the sampler computes in the policy's data type.
     """
 
     def __init__(
@@ -39,14 +40,14 @@ class Probe:
         self._prompt: Prompt | None = None
         self._tolerance = _ROUNDING_HALF
         self.passed = False
-        """Whether the weights of a sync were verified since ``calibrate``."""
+        """Whether the weights of at least one sync were verified since ``calibrate``."""
 
     def choose(self, prompts: Sequence[Prompt]) -> None:
-        """Remember the shortest of some prompts."""
+        """Use the shortest of these prompts for the following probes."""
         self._prompt = min(prompts, key=lambda prompt: len(prompt.prompt_ids))
 
     def difference(self) -> float:
-        """Largest difference of the two sides' log-probabilities; 0 before ``choose``."""
+        """Ask the sampler, and return the largest difference of both sides' log-probabilities; 0 before ``choose``."""
         prompt = self._prompt
         if prompt is None:
             return 0.0
@@ -56,10 +57,10 @@ class Probe:
         return (torch.tensor(logprobs) - expected).abs().max().item()
 
     def calibrate(self) -> None:
-        """Learn how far both sides are apart on the very same weights.
+        """Set the tolerance from how far both sides are apart on the same weights.
 
         Raises:
-            RuntimeError: so far that they cannot be the same model.
+            RuntimeError: both sides are so far apart that they cannot be the same model.
         """
         self.passed = False
         exact = self._same_precision and self._policy.dtype == torch.float32 and self._policy.autocast_dtype is None
@@ -76,10 +77,10 @@ class Probe:
             self._tolerance = 3 * difference
 
     def verify(self, policy_version: int) -> None:
-        """Ask after a sync.
+        """Check after a sync that the sampler serves the policy's weights.
 
         Raises:
-            StaleWeightsError: the sampler serves something else.
+            StaleWeightsError: the sampler serves other weights or cached results.
         """
         difference = self.difference()
         if not difference <= self._tolerance:
@@ -93,7 +94,7 @@ class Probe:
 
 @torch.no_grad()
 def sampler_logprobs(policy: Policy, group: Group) -> torch.Tensor:
-    """Log-probabilities (T,) of a few tokens with the banned ids removed, exact even where the policy prefers those."""
+    """Compute log-probabilities (T,) of a few tokens without the banned ids, exact even if those are the likeliest."""
     packed = policy.pack([group])
     with policy.autocast():
         logits = policy.head.logits(policy.hidden_states(packed)).float()

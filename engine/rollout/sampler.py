@@ -1,4 +1,4 @@
-"""What every sampler does, and which one a configuration asks for."""
+"""The interface and common code of all samplers, and the choice of one by configuration."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from balcaprl.types import Completion, Prompt, Rollout, RolloutGroup, SyncReport
 
 @dataclass(frozen=True)
 class Draw:
-    """One completion, as a sampler hands it over."""
+    """One completion as a sampler yields it."""
 
     prompt: int
-    """Index of its prompt."""
+    """Index of the completion's prompt."""
     position: int
-    """Its index among the completions of that prompt."""
+    """Index of the completion among those of its prompt."""
     rollout: Rollout
 
 
@@ -32,13 +32,13 @@ class Sampler(Protocol):
     """Draws completions from the policy."""
 
     name: str
-    """As in ``rollout.sampler``."""
+    """The sampler's name in ``rollout.sampler``."""
     policy_version: int
-    """Of the weights that it samples from; ``sync`` sets it."""
+    """Version of the weights that the sampler uses; ``sync`` sets it."""
 
     @property
     def policy(self) -> Policy:
-        """What it samples from; the trainer refuses a sampler of another policy than its own."""
+        """The policy that is sampled from; the trainer refuses a sampler of any policy other than its own."""
         ...
 
     def generate(
@@ -50,7 +50,7 @@ class Sampler(Protocol):
         seed: int,
         greedy: bool = False,
     ) -> list[RolloutGroup]:
-        """All of ``stream``, one group for each prompt, in order; see ``gather``."""
+        """Collect all of ``stream`` into one group for each prompt, in order; see ``gather``."""
         ...
 
     def stream(
@@ -64,42 +64,45 @@ class Sampler(Protocol):
     ) -> Iterator[Draw]:
         """Sample ``group_size`` completions of each prompt.
 
-        The ids in ``policy.banned_token_ids`` are never sampled. Those in ``policy.eos_token_ids``, and the stop texts, end a
-        completion, and nothing else does. ``sampling_logprobs`` are those of the distribution that was sampled from:
-        after the temperature, with the banned ids removed.
+        The ids in ``policy.banned_token_ids`` are never sampled. Before the length limit, a completion ends only at an
+        id in ``policy.eos_token_ids`` or at a stop text. ``sampling_logprobs`` belong to the distribution that was
+        sampled from: after the temperature, and with the banned ids removed.
 
         Args:
-            prompts: From ``policy.prepare``.
-            group_size: Completions of each prompt.
-            sampling: Temperature, length, stop texts.
+            prompts: Prompts from ``policy.prepare``.
+            group_size: Number of completions for each prompt.
+            sampling: Temperature, length limit and stop texts.
             seed: The same seed, prompts and weights give the same completions on the same CPU. The global random
                 state is neither used nor changed.
             greedy: Take the likeliest token each time; the temperature is then 1, also in ``sampling_logprobs``.
 
         Yields:
-            Each completion as soon as it is known, in any order; the others go on only as the next is asked for.
+            Each completion as soon as it is complete, in any order. Sampling of the others only continues when the next
+            one is requested.
         """
         ...
 
     def sync(self, policy_version: int) -> SyncReport:
-        """Make the next ``generate`` draw from the policy's weights as they are now."""
+        """Make the next ``generate`` sample from the policy's weights as they are at this call."""
         ...
 
     def close(self) -> None:
-        """Free what the sampler holds. A closed sampler cannot generate."""
+        """Free the sampler's resources. A closed sampler cannot generate."""
         ...
 
 
 def make_sampler(config: TrainConfig, policy: Policy, folder: Path | None = None) -> Sampler:
-    """The sampler that ``config.rollout.sampler`` asks for; ``auto`` takes vLLM where it is installed.
+    """Make the sampler that ``config.rollout.sampler`` asks for; ``auto`` takes vLLM if it is installed.
 
     Args:
-        config: its rollout section counts.
-        policy: what to sample from.
-        folder: of the caller, who alone writes to it, for what a sampler has to write; none: a temporary one.
+        config: the configuration, of which only the rollout section is used.
+        policy: the policy to sample from.
+        folder: the caller's own folder, to which nobody else writes, for files that a sampler has to write; None for a
+            temporary folder.
 
     Raises:
-        RuntimeError: For ``vllm`` where it cannot be imported; says how to install it.
+        RuntimeError: ``vllm`` is asked for and not installed; the message says how to install it.
+        ValueError: ``rollout.max_staleness`` is set, and the sampler is ``hf``, which has no weights of its own.
     """
     name = config.rollout.sampler
     if name == "auto":
@@ -134,7 +137,7 @@ def make_sampler(config: TrainConfig, policy: Policy, folder: Path | None = None
 
 
 def check_request(prompts: Sequence[Prompt], group_size: int) -> None:
-    """Raise ValueError where there is nothing to sample."""
+    """Raise ValueError if there is nothing to sample."""
     if not prompts:
         raise ValueError("generate needs at least one prompt")
     if group_size < 1:
@@ -142,7 +145,7 @@ def check_request(prompts: Sequence[Prompt], group_size: int) -> None:
 
 
 def check_context(policy: Policy, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
-    """Raise ValueError where a prompt with its longest completion exceeds the model's positions; names the sample."""
+    """Raise ValueError, naming the sample, if a prompt with its longest completion exceeds the model's positions."""
     limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     for prompt in prompts:
         if limit is not None and len(prompt.prompt_ids) + sampling.max_completion_tokens > limit:
@@ -156,7 +159,10 @@ def check_context(policy: Policy, prompts: Sequence[Prompt], sampling: SamplingC
 def make_rollouts(
     policy: Policy, token_ids: Sequence[list[int]], logprobs: Sequence[list[float]], stop: Sequence[str] = ()
 ) -> list[Rollout]:
-    """From sampled ids and their log-probabilities; text without special tokens, cut before a stop text."""
+    """Make rollouts from sampled ids and their log-probabilities.
+
+    Their text has no special tokens, and is cut before the first stop text.
+    """
     texts = policy.tokenizer.batch_decode(list(token_ids), skip_special_tokens=True)
     ends = set(policy.eos_token_ids)
     rollouts = []
@@ -168,7 +174,7 @@ def make_rollouts(
 
 
 def gather(prompts: Sequence[Prompt], draws: Iterable[Draw], policy_version: int | None) -> list[RolloutGroup]:
-    """One group for each prompt, in order, from all of a ``stream``."""
+    """Collect all draws of a ``stream`` into one group for each prompt, in order."""
     found: list[dict[int, Rollout]] = [{} for _ in prompts]
     for draw in draws:
         found[draw.prompt][draw.position] = draw.rollout
@@ -179,18 +185,21 @@ def gather(prompts: Sequence[Prompt], draws: Iterable[Draw], policy_version: int
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first of the stop texts begins; None where there is none."""
+    """Return the index at which the first stop text begins; None if the text has none."""
     places = [place for place in map(text.find, stop) if place >= 0]
     return min(places) if places else None
 
 
 def prompt_seed(seed: int, index: int) -> int:
-    """A seed for each prompt. vLLM adds 0, 1, ... to it for the group's completions, hence no plain sum."""
+    """Make a seed for the prompt at ``index``.
+
+    A group's completions take this seed plus 0, 1, ..., so that ``seed + index`` would repeat seeds across groups.
+    """
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
 def instead_of_vllm(policy: Policy) -> str:
-    """What to do where vLLM cannot sample from a policy, as the end of a message."""
+    """Return advice for a policy that vLLM cannot sample from, as the end of a message."""
     if policy.family.is_known:
         return (
             "set rollout.sampler to hf, which samples from the policy itself, as it was compared with its model at load"
@@ -199,7 +208,7 @@ def instead_of_vllm(policy: Policy) -> str:
 
 
 def check_prompt(policy: Policy, prompt: Prompt, used: Sequence[int]) -> None:
-    """Raise RuntimeError where a sampler expanded a prompt otherwise than the policy's processor did."""
+    """Raise RuntimeError if a sampler expanded a prompt differently from the policy's processor."""
     if list(used) != prompt.prompt_ids.tolist():
         raise RuntimeError(
             f"sample {prompt.sample.sample_id}: vLLM sampled after a prompt of {len(used)} tokens, the policy prepared "

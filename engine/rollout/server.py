@@ -1,13 +1,13 @@
-"""Sampling with a vLLM server elsewhere: token ids go in, token ids and log-probabilities come out.
+"""Samples with a separate vLLM server: token ids go in, and token ids and log-probabilities come out.
 
-The server is stock vLLM. It must be started so that it samples from the policy's plain distribution, and may be told to
-load new weights::
+The server is stock vLLM. It must be started so that it samples from the policy's plain distribution and accepts
+requests to load new weights::
 
     VLLM_SERVER_DEV_MODE=1 vllm serve CHECKPOINT --enable-scale-out --logprobs-mode processed_logprobs --generation-config vllm
 
-Weights travel as a safetensors file in a folder that both machines see; the server then reloads them, drops its caches, and
-answers every request with the version that it was sampled from, which is compared. Images travel as PNG; the server expands the
-prompt, and the outcome is compared with the trainer's.
+Weights travel as a safetensors file in a folder that both machines see. The server then reloads the weights and drops
+its caches. Every answer names the version of the weights that it was sampled from, and this version is checked. Images
+travel as PNG. The server expands the prompt, and the result is compared with the trainer's.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _FIRST_PAUSE_S = 0.5
 _OPTION = "rollout.server_weights_dir"
 _MARK = "weights"
 _BAN = -100.0
-"""The strongest bias that vLLM allows; what is sampled all the same is an error."""
+"""The strongest bias against a token that vLLM allows; a banned token that is sampled in spite of it is an error."""
 
 
 class ServerError(RuntimeError):
@@ -52,7 +52,7 @@ class ServerError(RuntimeError):
 
 
 class RefusedError(ServerError):
-    """It answered with another HTTP status than 200."""
+    """The server answered with an HTTP status other than 200."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -60,10 +60,10 @@ class RefusedError(ServerError):
 
 
 class ServerRollout:
-    """The ``Sampler`` that asks a vLLM server.
+    """The ``Sampler`` that sends its requests to a vLLM server.
 
-    The policy's weights are pushed before the first request, so that a server that was left with others (by a trainer that
-    died during a sync, say) is brought to the present ones.
+    The policy's weights are pushed before the first request. This replaces any other weights that the server may still
+    have, for example because a trainer died during a sync.
     """
 
     name = "server"
@@ -78,16 +78,19 @@ class ServerRollout:
         timeout_s: float = 600.0,
         max_concurrency: int = 64,
     ) -> None:
-        """Nothing is sent yet.
+        """Check the arguments; nothing is sent yet.
 
         Args:
-            policy: What to sample from.
-            url: Of the server, such as ``http://10.0.0.2:8000``; only it is contacted, without proxies.
-            weights_dir: A folder that this machine writes and the server reads, under the same path; none: the system's
-                folder for temporary files, for a server on this machine.
-            api_key_env: Name of the environment variable that holds the server's key, if it wants one.
-            timeout_s: Longest wait for one answer.
-            max_concurrency: Prompts that are under way at once.
+            policy: The policy to sample from.
+            url: Address of the server, such as ``http://10.0.0.2:8000``; no other server or proxy is contacted.
+            weights_dir: A folder that this machine writes and the server reads, under the same path. None takes the
+                system's folder for temporary files, for a server on this machine.
+            api_key_env: Name of the environment variable that holds the server's key, if the server needs one.
+            timeout_s: Longest wait for one answer, in seconds.
+            max_concurrency: Largest number of prompts whose requests run at once.
+
+        Raises:
+            ValueError: An argument is not usable, or an adapter on head or embedding unties the two.
         """
         if has_split_head(policy.stock_model):
             raise ValueError(
@@ -113,24 +116,24 @@ class ServerRollout:
 
     @property
     def policy(self) -> Policy:
-        """See ``Sampler.policy``."""
+        """The policy that is sampled from. See ``Sampler.policy``."""
         return self._policy
 
     def generate(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False
     ) -> list[RolloutGroup]:
-        """See ``Sampler.generate``; errors as ``stream``."""
+        """Sample a group of completions for each prompt. See ``Sampler.generate``; errors are those of ``stream``."""
         draws = self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy)
         return gather(prompts, draws, self.policy_version)
 
     def stream(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False
     ) -> Iterator[Draw]:
-        """See ``Sampler.stream``.
+        """Sample completions, one request per prompt. See ``Sampler.stream``.
 
         Raises:
-            ServerError: the server cannot be reached, or refuses.
-            StaleWeightsError: it sampled from other weights than those that it was given.
+            ServerError: the server cannot be reached, or refuses the request.
+            StaleWeightsError: the server sampled from weights other than those that it was given.
         """
         check_request(prompts, group_size)
         self._refuse_if_closed()
@@ -156,11 +159,11 @@ class ServerRollout:
                 future.cancel()
 
     def sync(self, policy_version: int) -> SyncReport:
-        """See ``Sampler.sync``: always verified by a probe.
+        """Push the weights to the server, and always verify them by a probe. See ``Sampler.sync``.
 
         Raises:
             ServerError: the server cannot be reached, or cannot load the weights.
-            StaleWeightsError: it does not serve them afterwards.
+            StaleWeightsError: the server does not serve these weights afterwards.
         """
         self._refuse_if_closed()
         started = time.perf_counter()
@@ -169,22 +172,22 @@ class ServerRollout:
         return SyncReport("server", num_tensors, num_bytes, time.perf_counter() - started, policy_version)
 
     def close(self) -> None:
-        """See ``Sampler.close``: the server goes on."""
+        """Stop sending requests; the server itself keeps running. See ``Sampler.close``."""
         self._closed = True
         self._pool.shutdown(cancel_futures=True)
         if self._weights_dir is not None and self._made_weights_dir:
-            with suppress(OSError):  # another run is using it too
+            with suppress(OSError):  # another run uses the folder too
                 self._weights_dir.rmdir()
 
     # --------------------------------------------------------------------------------------------------- weights
 
     def _push(self, policy_version: int) -> tuple[int, int]:
-        """Write the weights, have the server load them and forget the old ones' results; (tensors, bytes)."""
+        """Write the weights, and make the server load them and drop cached results; returns (tensors, bytes)."""
         folder = self._new_folder(policy_version)
         try:
             with claim_folder(
                 folder, _MARK, option=_OPTION
-            ):  # what carries the mark and no lock, a kill has left behind
+            ):  # a marked folder without a lock was left behind by a killed process
                 folder.chmod(0o755)  # the server may run as another user
                 num_tensors, num_bytes = self._write_weights(folder)
                 self._load(folder)
@@ -222,8 +225,8 @@ class ServerRollout:
         family, config = self._policy.family, self._policy.model.config
         tensors, seen = {}, set()
         for name, tensor in merged_tensors(self._policy.stock_model).items():
-            # A tied head is written twice, although checkpoints do not: where vLLM has repacked it, it packs it anew only
-            # if it is among the tensors that it reloads.
+            # Unlike in checkpoints, a tied head is written twice: a vLLM that has repacked the head repacks it again
+            # only if the head is among the reloaded tensors.
             tied = tensor.data_ptr() in seen
             seen.add(tensor.data_ptr())
             own = tensor.cpu().contiguous()
@@ -263,7 +266,7 @@ class ServerRollout:
             "max_tokens": sampling.max_completion_tokens,
             "stop": list(sampling.stop),
             "stop_token_ids": list(self._policy.eos_token_ids),
-            "ignore_eos": True,  # the tokenizer's own end ends nothing, unless it is among the policy's
+            "ignore_eos": True,  # the tokenizer's own end token counts only if it is one of the policy's
             "seed": seed,
             "logprobs": 0,
             "logit_bias": {str(token): _BAN for token in self._policy.banned_token_ids},
@@ -283,7 +286,7 @@ class ServerRollout:
         return request
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The server's answer; a connection that fails is tried again, as every request may be repeated."""
+        """Send a request and return the answer; connection failures are retried, because requests may be repeated."""
         pause = _FIRST_PAUSE_S
         for attempt in range(_ATTEMPTS):
             try:
@@ -318,7 +321,7 @@ class ServerRollout:
 
 
 def _clear_leftovers(weights_dir: Path) -> None:
-    """Remove the weights of processes that were killed while they pushed them; those of living ones stay."""
+    """Remove weights left by processes that were killed while pushing them; those of running processes stay."""
     for folder in weights_dir.glob("version-*"):
         if folder.is_dir() and not folder.is_symlink() and has_mark(folder, _MARK):
             with suppress(PathInUseError), claim_folder(folder, _MARK, option=_OPTION):

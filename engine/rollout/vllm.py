@@ -1,4 +1,4 @@
-"""Sampling with vLLM in this process, from the trainer's own weights."""
+"""Samples with vLLM in this process, from the trainer's own weights."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from balcaprl.types import Prompt, RolloutGroup, SyncReport
 logger = logging.getLogger(__name__)
 
 _LENGTH_MULTIPLE = 128
-"""``max_model_len`` is rounded up to this, so that a slightly longer prompt needs no new engine."""
+"""``max_model_len`` is rounded up to a multiple of this, so that a slightly longer prompt needs no new engine."""
 
 
 class VLLMRollout:
     """The ``Sampler`` that runs vLLM beside the trainer, on the policy's own weights.
 
-    The engine is made at the first ``generate``, as only then the lengths and image sizes are known, and made anew
-    should a request outgrow it or the engine fail. It always starts from the policy's present weights. vLLM allows one
-    engine at a time in a process: close one before another generates.
+    The engine is made at the first ``generate``, because lengths and image sizes are not known earlier. It is replaced
+    if a request exceeds its limits or if it fails. An engine always starts from the policy's present weights. vLLM
+    allows only one engine at a time in a process: close one before another generates.
 
-    Under the strategy ``shared`` the policy's parameters move into vLLM's tensors. They stay ordinary parameters: train
-    them in place, save them, and go on using them after ``close``.
+    With the strategy ``shared`` the policy's parameters move into vLLM's tensors. They stay ordinary parameters: they
+    can be trained in place, saved, and used after ``close``.
     """
 
     name = "vllm"
@@ -61,23 +61,25 @@ class VLLMRollout:
         independent: bool = False,
         sleep: bool = False,
     ) -> None:
-        """Nothing is loaded yet.
+        """Keep the settings; no engine is loaded yet.
 
         Args:
-            policy: What to sample from.
-            max_completion_tokens: Longest completion that will be asked for.
-            max_prompt_tokens: Longest prompt that will come, images expanded, where it is known beforehand.
-            memory_gib: Key-value cache; None: as much as the requests need.
+            policy: The policy to sample from.
+            max_completion_tokens: Longest completion that will be asked for, in tokens.
+            max_prompt_tokens: Longest prompt that will be used, in tokens with images expanded, if known in advance.
+            memory_gib: Size of the KV cache in GiB; None for as much as the requests need.
             gpu_memory_utilization: Share of a GPU's memory that vLLM may take.
-            max_num_seqs: Completions that are decoded at once.
-            sync: How new weights reach the engine; see ``weights.py``. ``auto`` takes the first that works.
+            max_num_seqs: Largest number of completions that are decoded at once.
+            sync: Strategy by which new weights reach the engine; see ``weights.py``. ``auto`` takes the first that
+                works.
             probe: When a sync asks the engine for a few tokens and compares their log-probabilities with the policy's:
-                at the first one of every engine, or always. ``reload`` always does.
-            independent: The policy changes while the engine samples, so that the two must not share weights.
-            sleep: Give the key-value cache back while the trainer updates; needs CUDA.
+                only at the first sync of every engine, or always. ``reload`` always does so.
+            independent: Whether the policy changes while the engine samples, so that the two must not share weights.
+            sleep: Free the KV cache while the trainer updates; needs CUDA.
 
         Raises:
-            RuntimeError: If vLLM is not installed.
+            RuntimeError: vLLM is not installed.
+            ValueError: ``sync`` is ``shared`` although the policy is ``independent``.
         """
         if find_spec("vllm") is None:
             raise RuntimeError(
@@ -104,11 +106,11 @@ class VLLMRollout:
         self._served_writes = 0
         self.policy_version = 0
         self.num_restarts = 0
-        """Engines that were given up because they failed."""
+        """Number of engines that failed and were replaced."""
 
     @property
     def policy(self) -> Policy:
-        """See ``Sampler.policy``."""
+        """The policy that is sampled from. See ``Sampler.policy``."""
         return self._policy
 
     def generate(
@@ -120,7 +122,7 @@ class VLLMRollout:
         seed: int,
         greedy: bool = False,
     ) -> list[RolloutGroup]:
-        """See ``Sampler.generate``; errors as ``stream``."""
+        """Sample a group of completions for each prompt. See ``Sampler.generate``; errors are those of ``stream``."""
         draws = self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy)
         return gather(prompts, draws, self.policy_version)
 
@@ -133,20 +135,20 @@ class VLLMRollout:
         seed: int,
         greedy: bool = False,
     ) -> Iterator[Draw]:
-        """See ``Sampler.stream``.
+        """Sample completions, one engine request per completion. See ``Sampler.stream``.
 
-        An engine that fails is replaced once, and the completions that it owes are sampled anew, from the same seeds.
+        An engine that fails is replaced once, and its missing completions are sampled again, from the same seeds.
 
         Raises:
-            ValueError: If a prompt with its completion exceeds what the model or the memory can hold, or a prompt does
-                not fit its image.
-            RuntimeError: If the engine fails twice, or after ``close``.
-            StaleWeightsError: If the policy was trained since the last ``sync``, unless it is ``independent``.
+            ValueError: A prompt with its completion exceeds what the model or the memory can hold, or a prompt does not
+                fit its image.
+            RuntimeError: The engine fails twice, or the sampler is closed.
+            StaleWeightsError: The policy was trained since the last ``sync`` and is not ``independent``.
         """
         check_request(prompts, group_size)
         self._check_placeholders(prompts)
         self._refuse_if_stale()
-        # vLLM samples one greedy completion at most; the group is that one, repeated.
+        # vLLM samples at most one greedy completion; a greedy group repeats that one.
         owed = {(index, position) for index in range(len(prompts)) for position in range(1 if greedy else group_size)}
         for attempt in (1, 2):
             self._ensure_engine(prompts, group_size, sampling.max_completion_tokens)
@@ -166,15 +168,15 @@ class VLLMRollout:
                     raise RuntimeError(f"vLLM failed twice in a row while sampling: {error}") from error
                 self.num_restarts += 1
                 logger.warning("vLLM failed while sampling and is started anew: %s: %s", type(error).__name__, error)
-            except BaseException:  # Ctrl-C: a step that was cut short leaves the engine in no known state
+            except BaseException:  # Ctrl-C may interrupt a step, which leaves the engine in an unknown state
                 self._discard_engine()
                 raise
 
     def sync(self, policy_version: int) -> SyncReport:
-        """See ``Sampler.sync``.
+        """Bring the engine to the policy's weights, drop its caches and verify the result. See ``Sampler.sync``.
 
         Raises:
-            StaleWeightsError: If the engine does not serve the policy's weights afterwards.
+            StaleWeightsError: The engine does not serve the policy's weights afterwards.
         """
         self._refuse_if_closed()
         started = time.perf_counter()
@@ -191,20 +193,20 @@ class VLLMRollout:
         return SyncReport(self._strategy.name, num_tensors, num_bytes, time.perf_counter() - started, policy_version)
 
     def sleep(self) -> bool:
-        """Give the key-value cache's memory back until the next ``generate``; False where the platform cannot."""
+        """Free the KV cache's memory until the next ``generate``; returns whether the engine sleeps."""
         if self._engine is None or self._asleep:
             return self._asleep
         self._asleep = self._engine.sleep()
         return self._asleep
 
     def wake_up(self) -> None:
-        """Undo ``sleep``; ``generate`` and ``sync`` do it by themselves."""
+        """Undo ``sleep``; ``generate`` and ``sync`` call this by themselves."""
         if self._asleep:
             self._engine.wake_up()
             self._asleep = False
 
     def close(self) -> None:
-        """See ``Sampler.close``: shuts the engine down and gives its memory back; the policy stays usable."""
+        """Shut the engine down and free its memory; the policy stays usable. See ``Sampler.close``."""
         self._closed = True
         self._discard_engine()
 
@@ -213,7 +215,7 @@ class VLLMRollout:
     def _sample(
         self, prompts: Sequence[Prompt], owed: Sequence[tuple[int, int]], sampling: SamplingConfig, seed: int | None
     ) -> Iterator[Draw]:
-        """Completions by the indices of their prompt and their place in its group, each as a request of its own."""
+        """Sample the completions in ``owed``, given as (prompt index, place in its group), each as one request."""
         requests = {index: self._engine.request(prompts[index]) for index in {index for index, _ in owed}}
         for index, position in owed:
             each = None if seed is None else prompt_seed(seed, index) + position
@@ -236,7 +238,7 @@ class VLLMRollout:
                 )
 
     def _ask(self, prompt: Prompt) -> tuple[list[int], list[float]]:
-        """What the probe needs: a few greedy tokens."""
+        """Sample the few greedy tokens that the probe needs; returns ids and log-probabilities."""
         params = self._engine.params(SamplingConfig(max_completion_tokens=NUM_PROBE_TOKENS), None)
         self._engine.submit("probe", self._engine.request(prompt), params)
         (done,) = list(self._engine.finished())
@@ -249,7 +251,7 @@ class VLLMRollout:
             raise RuntimeError("this VLLMRollout is closed; make a new one")
 
     def _refuse_if_stale(self) -> None:
-        """A sync that was forgotten: even where weights are shared, the engine's caches stem from the old ones."""
+        """Raise StaleWeightsError after a forgotten sync: even if weights are shared, caches still hold old results."""
         if self._engine is None or self._independent or num_writes(self._policy) == self._served_writes:
             return
         raise StaleWeightsError(
@@ -258,7 +260,7 @@ class VLLMRollout:
         )
 
     def _ensure_engine(self, prompts: Sequence[Prompt], group_size: int, max_completion_tokens: int) -> None:
-        """Make the engine, or a larger one, so that every prompt with its completion fits."""
+        """Make sure that there is an engine for these prompts with their completions; replace one that is too small."""
         self._refuse_if_closed()
         self._probe.choose(prompts)
         self._max_completion_tokens = max(self._max_completion_tokens, max_completion_tokens)
@@ -309,7 +311,7 @@ class VLLMRollout:
         logger.info("weights reach vLLM by %s: %s", self._strategy.name, reason)
 
     def _choose_strategy(self) -> tuple[SyncStrategy, str]:
-        """The strategy that is wanted, or for ``auto`` the first that works, and why."""
+        """Return the strategy that is asked for, or for ``auto`` the first that works, and the reason for it."""
         engine, wanted = self._engine, self._wanted
         if wanted == "reload":
             return Reload(engine.reload), "as configured"
@@ -324,7 +326,7 @@ class VLLMRollout:
             if wanted != "auto":
                 raise ValueError(f"sync: {wanted} cannot be done here, {obstacle}; use auto or reload")
             if adapts:
-                engine.reload()  # it was loaded without adapters, to see where the weights go
+                engine.reload()  # the first load was without adapters, to record where the weights go
             return Reload(engine.reload), obstacle
         plan.check_values()
         if adapts:
@@ -341,7 +343,7 @@ class VLLMRollout:
         return SharedWeights(plan), f"all {plan.num_tensors} tensors of the policy are views of vLLM's{unused}"
 
     def _discard_engine(self) -> None:
-        """Shut the engine down; parameters that live in its memory stay valid."""
+        """Shut the engine down; the policy's parameters stay valid even if they lie in the engine's memory."""
         engine, strategy = self._engine, self._strategy
         self._engine, self._strategy, self._asleep = None, None, False
         if strategy is not None:
@@ -351,5 +353,5 @@ class VLLMRollout:
 
 
 def num_writes(policy: Policy) -> int:
-    """Writes into the policy's parameters so far, as autograd counts them; it does not see those through ``.data``."""
+    """Count the writes into the policy's parameters with autograd's counters, which miss writes through ``.data``."""
     return sum(parameter._version for parameter in policy.model.parameters())

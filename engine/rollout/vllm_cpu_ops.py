@@ -1,7 +1,8 @@
-"""Operations that vLLM composes of many of torch's on a CPU, though its CPU build has kernels for them.
+"""Makes vLLM use its own CPU kernels for operations that it otherwise composes of many torch operations on a CPU.
 
-A decode step of a small model costs what its number of operations costs. Both ways in are vLLM's own: a further implementation
-of an operation, and a class that takes the place of a layer's. ``vllm_engine`` brings what is vLLM's: it alone imports it.
+The number of operations determines the cost of a small model's decode step. Both changes use interfaces that vLLM
+offers: one registers a further implementation of an operation, and the other a class that replaces a layer's class.
+``vllm_engine``, the only module that imports vLLM, passes vLLM's objects in.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ _NORMS = ("rms_norm", "fused_add_rms_norm")
 
 
 def use_norms(ops: Any) -> dict[str, list[str]]:
-    """Make vLLM's C++ norms implementations of its operations for the CPU.
+    """Register vLLM's C++ norm kernels as implementations of its norm operations on the CPU.
 
     Args:
-        ops: ``vllm.ir.ops``.
+        ops: the module ``vllm.ir.ops``.
 
     Returns:
-        By operation, who is asked to serve it first: vLLM's ``ir_op_priority``. Empty where this build lacks a kernel.
+        The value for vLLM's ``ir_op_priority``: for each operation, its implementations in order of preference. Empty
+        if this build lacks a kernel.
     """
     if not all(hasattr(torch.ops._C, name) for name in _NORMS):
         return {}
@@ -34,7 +36,7 @@ def use_norms(ops: Any) -> dict[str, list[str]]:
     return {name: [_PROVIDER, "native"] for name in _NORMS}
 
 
-# vLLM holds these signatures against its own implementations', names and defaults included.
+# vLLM checks that these signatures, including names and defaults, match those of its own implementations.
 
 
 def _fits(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
@@ -61,13 +63,14 @@ def _add_rms_norm(
 
 
 def use_rotation(layer: Any, replaced: Container[str]) -> None:
-    """Let vLLM's C++ rotation serve every multimodal rotary layer of this process that computes on a CPU.
+    """Use vLLM's C++ rotation for every multimodal rotary layer of this process that computes on a CPU.
 
-    The kernel takes one position a token; three become a table of cosines and sines with a row a token.
+    The kernel takes one position per token. The three positions of each token are therefore turned into a table of
+    cosines and sines with one row per token.
 
     Args:
-        layer: vLLM's ``MRotaryEmbedding``.
-        replaced: names of the layers whose place a class has taken already.
+        layer: vLLM's class ``MRotaryEmbedding``.
+        replaced: names of the layer classes that have already been replaced.
     """
     if layer.__name__ in replaced or not hasattr(torch.ops._C, "rotary_embedding"):
         return
@@ -86,15 +89,15 @@ def use_rotation(layer: Any, replaced: Container[str]) -> None:
 
 
 def _table_of_tokens(cos_sin: Tensor, positions: Tensor, sections: list[int]) -> Tensor:
-    """The row of each token: of every column, the entry at the position along the column's own axis.
+    """Make the table row of each token: every column holds the entry for the token's position on that column's axis.
 
     Args:
-        cos_sin: ``(max_position, rotary_dim)``, cosines and then sines.
-        positions: ``(3, T)``, along time, height and width.
-        sections: columns of each axis; they add up to ``rotary_dim / 2``.
+        cos_sin: table ``(max_position, rotary_dim)`` of cosines followed by sines.
+        positions: positions ``(3, T)`` along time, height and width.
+        sections: number of columns of each axis; these add up to ``rotary_dim / 2``.
 
     Returns:
-        ``(T, rotary_dim)``.
+        The table ``(T, rotary_dim)``.
     """
     axes = [axis for axis, width in enumerate(sections) for _ in range(width)]
     return cos_sin[positions.t()[:, axes + axes], torch.arange(cos_sin.shape[1])]

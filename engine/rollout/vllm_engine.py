@@ -1,4 +1,7 @@
-"""One vLLM engine in this process, over a policy's weights. The only module that imports vllm, and only as one is made."""
+"""Runs a vLLM engine in this process, on a policy's weights.
+
+Only this module imports vllm, and it does so only when an engine is made.
+"""
 
 from __future__ import annotations
 
@@ -43,30 +46,30 @@ _ENVIRONMENT_DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _HARMLESS = {
-    # vLLM's build for CPUs has no use for it
+    # vLLM's build for CPUs does not use Triton
     "vllm.triton_utils.importing": "Triton is installed, but doesn't include CPU backend",
-    # no video is ever sent; vLLM makes one up as it measures its memory
+    # no video is ever sent, but vLLM makes up one when it measures its memory
     "transformers.models.qwen2_vl.video_processing_qwen2_vl": "Qwen2VL video processing does not apply the per-frame pixel cap",
 }
-"""Messages that are left out by their loggers and beginnings, unless the user asks for vLLM's messages (VLLM_LOGGING_LEVEL)."""
+"""Beginnings of messages to suppress, by logger, unless the user asks for vLLM's messages (VLLM_LOGGING_LEVEL)."""
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What an engine has to hold."""
+    """The sizes that an engine is made for."""
 
     max_model_len: int
     """Longest prompt with its completion, in tokens."""
     max_num_seqs: int
-    """Completions that are decoded at once."""
+    """Largest number of completions that are decoded at once."""
     image_size: tuple[int, int] | None
-    """Largest width and height in pixels; None: no images."""
+    """Largest width and height of an image, in pixels; None for no images."""
     kv_cache_bytes: int
-    """Key-value cache."""
+    """Size of the KV cache, in bytes."""
     gpu_memory_utilization: float = 0.4
     """Share of a GPU's memory that vLLM may take."""
     can_sleep: bool = False
-    """Whether the key-value cache can be given back between rollouts; needs CUDA."""
+    """Whether the KV cache's memory can be freed between rollouts; needs CUDA."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,10 @@ class VLLMEngine:
         """Load the engine from the policy's weights as they are now.
 
         Args:
-            policy: What to sample from.
-            limits: What has to fit.
-            plain_weights: Keep the engine's weights as ordinary tensors that can be mapped (``plan``). Otherwise a CPU
-                build repacks them for its own matrix products.
+            policy: The policy to sample from.
+            limits: The sizes that the engine has to hold.
+            plain_weights: Keep the engine's weights as ordinary tensors, which ``plan`` can map. Otherwise a CPU build
+                repacks them for its own matrix products.
         """
         self.limits = limits
         self._policy, self._plain_weights = policy, plain_weights
@@ -108,26 +111,26 @@ class VLLMEngine:
         return self._llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
 
     def plan(self) -> WeightPlan:
-        """Where this engine keeps the policy's parameters, as its own load showed."""
+        """Make the plan of where this engine keeps the policy's parameters, as recorded while it loaded them."""
         return make_plan(self._parameters, self._recorder, self.model)
 
     def computes_from_plain_weights(self) -> bool:
-        """Whether every linear layer reads its weight as it runs, and not a copy packed beforehand."""
+        """Whether every linear layer reads its weight when it runs, and not a copy that was packed before."""
         packed = (getattr(module, "cpu_linear", _plain_linear) for module in self.model.modules())
         return all(each is _plain_linear or each is torch.nn.functional.linear for each in packed)
 
     def reload(self) -> tuple[int, int]:
-        """Let vLLM load all tensors of the policy anew, repacking what it repacks; (tensors, bytes)."""
+        """Make vLLM load all of the policy's tensors again, with any repacking; returns (tensors, bytes)."""
         tensors = _named_tensors(self._policy)
         with _plain_cpu_linear() if self._plain_weights else contextlib.nullcontext():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
         return len(tensors), sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def drop_caches(self) -> None:
-        """Forget prefixes, preprocessed images and image features: all may stem from the old weights.
+        """Clear the caches of prefixes, preprocessed images and image features, which may come from the old weights.
 
         Raises:
-            StaleWeightsError: If one of the caches still holds something afterwards.
+            StaleWeightsError: A cache of prefixes or image features is not empty afterwards.
         """
         engine = self._llm.llm_engine
         engine.reset_prefix_cache()
@@ -139,7 +142,7 @@ class VLLMEngine:
             raise StaleWeightsError(f"vLLM still holds results of the old weights after a sync: {what}")
 
     def cached_entries(self) -> dict[str, int]:
-        """How much the caches that depend on the weights hold."""
+        """Count the entries in each cache whose content depends on the weights."""
         core = self._llm.llm_engine.engine_core.engine_core
         scheduler = core.scheduler
         prefixes = scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block
@@ -152,7 +155,10 @@ class VLLMEngine:
     # --------------------------------------------------------------------------------------------------- requests
 
     def request(self, prompt: Prompt) -> dict[str, Any]:
-        """A prompt with its expanded ids and its preprocessed image, as the trainer sees them; for any number of ``submit``."""
+        """Make a request with a prompt's expanded ids and preprocessed image, as the trainer has them.
+
+        The request can be submitted any number of times.
+        """
         if prompt.image_inputs:
             return self._preprocessed(prompt) or self._raw(prompt)
         return {"type": "token", "prompt_token_ids": prompt.prompt_ids.tolist()}
@@ -162,16 +168,16 @@ class VLLMEngine:
         self._llm.llm_engine.add_request(request_id, request, params)
 
     def params(self, sampling: SamplingConfig, seed: int | None) -> Any:
-        """vLLM's sampling parameters for one completion; greedy where ``seed`` is None."""
+        """Make vLLM's sampling parameters for one completion; it is greedy if ``seed`` is None."""
         return self._params_class(
             temperature=0.0 if seed is None else sampling.temperature,
             max_tokens=sampling.max_completion_tokens,
             stop_token_ids=list(self._policy.eos_token_ids),
-            ignore_eos=True,  # the tokenizer's own end ends nothing, unless it is among the policy's
+            ignore_eos=True,  # the tokenizer's own end token counts only if it is one of the policy's
             stop=list(sampling.stop) or None,
             seed=seed,
             logprobs=0,
-            flat_logprobs=True,  # arrays, not a dictionary of objects for each token
+            flat_logprobs=True,  # arrays instead of a dictionary of objects for each token
             detokenize=bool(sampling.stop),
         )
 
@@ -179,7 +185,7 @@ class VLLMEngine:
         """Run until every queued request is done, yielding each as it ends."""
         engine = self._llm.llm_engine
         while engine.has_unfinished_requests():
-            # Many steps to one saving of the generators: it costs as much as a layer of a small model.
+            # Save the generators once per run of steps: saving them costs as much as a layer of a small model.
             with untouched_random_state(self._policy.device):
                 done: list[Any] = []
                 while not done and engine.has_unfinished_requests():
@@ -187,7 +193,7 @@ class VLLMEngine:
             yield from map(_to_finished, done)
 
     def abort_all(self) -> None:
-        """Forget every request that is not finished."""
+        """Abort every request that is not finished."""
         engine = self._llm.llm_engine
         states = engine.output_processor.request_states
         engine.abort_request(list(states), internal=True)
@@ -195,7 +201,10 @@ class VLLMEngine:
             engine.step()
 
     def _preprocessed(self, prompt: Prompt) -> dict[str, Any] | None:
-        """The trainer's own tensors; None where vLLM cuts this family's images in another way than one run of placeholders."""
+        """Make a request with the trainer's own image tensors.
+
+        Returns None if vLLM does not divide this family's images into one item per run of placeholders.
+        """
         spans = image_spans(prompt.prompt_ids, self._policy.family.image_token_id(self._policy.model.config))
         processor = self._llm.llm_engine.renderer.get_mm_processor()
         length = len(prompt.prompt_ids)
@@ -215,14 +224,17 @@ class VLLMEngine:
         return self._mm.mm_input(prompt.prompt_ids.tolist(), items, {"image": hashes}, {"image": places})
 
     def _raw(self, prompt: Prompt) -> dict[str, Any]:
-        """The image itself and one placeholder, which vLLM preprocesses and expands; the sampler compares the outcome."""
+        """Make a request with the raw image and one placeholder.
+
+        vLLM preprocesses the image and expands the placeholder; the sampler compares the resulting prompt with its own.
+        """
         ids = collapsed(prompt.prompt_ids, self._policy.family.image_token_id(self._policy.model.config))
         return {"prompt_token_ids": ids, "multi_modal_data": {"image": prompt.image}}
 
     # --------------------------------------------------------------------------------------------------- life
 
     def sleep(self) -> bool:
-        """Give the key-value cache's memory back, keep the weights; whether there was anything to give back."""
+        """Free the KV cache's memory but keep the weights; returns whether the memory was freed."""
         if not self.limits.can_sleep:
             return False
         self._llm.sleep(level=0)
@@ -230,17 +242,17 @@ class VLLMEngine:
         return True
 
     def wake_up(self) -> None:
-        """Take the memory again."""
+        """Take the KV cache's memory again."""
         if self.limits.can_sleep:
             self._llm.wake_up(tags=["kv_cache", "scheduling"])
 
     @property
     def owns_weight_memory(self) -> bool:
-        """Whether the weights' memory is unmapped as the engine shuts down, however many tensors still view it."""
+        """Whether shutting the engine down unmaps the weights' memory, even while tensors still view it."""
         return self.limits.can_sleep
 
     def shutdown(self) -> None:
-        """End the engine and give its memory back. Views of its weights stay valid unless ``owns_weight_memory``."""
+        """End the engine and free its memory. Views of its weights stay valid unless ``owns_weight_memory`` is true."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self._llm.llm_engine.engine_core.shutdown()
@@ -249,7 +261,7 @@ class VLLMEngine:
         gc.collect()
 
     def _save_without_weights(self, folder: str) -> None:
-        """All that vLLM reads from a checkpoint folder but the weights, which it gets from memory."""
+        """Write all that vLLM reads from a checkpoint folder, except the weights, which it gets from memory."""
         config = copy.deepcopy(self._policy.model.config)
         config.architectures = [self._architecture]
         if has_split_head(self._policy.stock_model):
@@ -275,9 +287,9 @@ class VLLMEngine:
             from vllm import LLM, EngineArgs
 
             _inspect_in_process(self._architecture, instead_of_vllm(self._policy))
-            # Images come normalised by the policy's processor; newer versions would do that (again) in the model.
             tensors = (_base_tensors if self._plain_weights else _named_tensors)(self._policy)
             known = {field.name for field in fields(EngineArgs)}
+            # The policy's processor already normalises images; newer versions of vLLM would do so again in the model.
             optional: dict[str, Any] = {"mm_device_do_normalize": False} if "mm_device_do_normalize" in known else {}
             if self._policy.device.type == "cpu":
                 optional |= _use_cpu_kernels(known)
@@ -299,7 +311,7 @@ class VLLMEngine:
                     max_num_batched_tokens=max(4096, self.limits.max_model_len),
                     logits_processors=[_ban(self._policy.banned_token_ids)],
                     logprobs_mode="processed_logprobs",
-                    # Sampling defaults of a published checkpoint, such as a repetition penalty, are not the policy's.
+                    # A published checkpoint's sampling defaults, such as a repetition penalty, are not the policy's.
                     generation_config="vllm",
                     kv_cache_memory_bytes=self.limits.kv_cache_bytes,
                     gpu_memory_utilization=self.limits.gpu_memory_utilization,
@@ -311,13 +323,13 @@ class VLLMEngine:
 
 
 def _named_tensors(policy: Policy) -> dict[str, Tensor]:
-    """Every tensor of the policy by the name under which vLLM loads it, adapters merged in."""
+    """Return every tensor of the policy by the name under which vLLM loads it, with adapters merged in."""
     rename = policy.family.published_name
     return {rename(policy.model.config, name): tensor for name, tensor in merged_tensors(policy.stock_model).items()}
 
 
 def _base_tensors(policy: Policy) -> dict[str, Tensor]:
-    """The same without adapters: views of the trainer's own parameters, so that the recorder knows them."""
+    """Return the tensors without adapters, as views of the trainer's own parameters, which the recorder recognises."""
     rename = policy.family.published_name
     named = {served_name(name): tensor.detach() for name, tensor in policy.stock_model.state_dict().items()}
     return {rename(policy.model.config, name): tensor for name, tensor in named.items() if name is not None}
@@ -334,7 +346,7 @@ def _to_finished(output: Any) -> Finished:
 
 
 def _request_types() -> tuple[Any, Any]:
-    """vLLM's sampling parameters, and what a preprocessed request is made of."""
+    """Import what requests are made of: vLLM's sampling parameters, and the types in a preprocessed request."""
     from types import SimpleNamespace
 
     from transformers import BatchFeature
@@ -356,9 +368,9 @@ def _request_types() -> tuple[Any, Any]:
 
 
 def _ban(token_ids: Sequence[int]) -> type:
-    """A vLLM logits processor that makes ``token_ids`` impossible in every request.
+    """Make a vLLM logits processor class that makes ``token_ids`` impossible in every request.
 
-    A logit bias would not do: vLLM clamps it to 100, which a large logit outweighs.
+    A logit bias would not suffice: vLLM clamps a bias to 100, which a large logit outweighs.
     """
     from vllm.v1.sample.logits_processor import LogitsProcessor
 
@@ -373,13 +385,16 @@ def _ban(token_ids: Sequence[int]) -> type:
             return False
 
         def update_state(self, batch_update: Any) -> None:
-            """The ban is the same for all requests."""
+            """Do nothing: the ban is the same for all requests."""
 
     return BannedTokens
 
 
 def _register_memory_loader(tensors: dict[str, Tensor], recorder: CopyRecorder) -> str:
-    """A vLLM load format that takes the weights from memory, and lets the recorder watch: no copy on disk."""
+    """Register a vLLM load format that reads the weights from memory while ``recorder`` watches; returns its name.
+
+    This needs no copy of the weights on disk.
+    """
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
@@ -389,12 +404,12 @@ def _register_memory_loader(tensors: dict[str, Tensor], recorder: CopyRecorder) 
     @register_model_loader(name)
     class MemoryLoader(BaseModelLoader):
         def download_model(self, model_config: Any) -> None:
-            """There is nothing to download."""
+            """Do nothing: there is nothing to download."""
 
         def load_weights(self, model: Any, model_config: Any) -> None:
             with hold.pop("recorder"):
                 model.load_weights(iter(tensors.items()))
-            tensors.clear()  # vLLM's registry keeps this class, and must not keep a policy alive
+            tensors.clear()  # vLLM's registry keeps this class, which must not keep a policy alive
 
     return name
 
@@ -405,9 +420,9 @@ def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 @contextlib.contextmanager
 def _plain_cpu_linear() -> Iterator[None]:
-    """While it lasts, vLLM's CPU backend leaves the weights of linear layers as they are.
+    """Within the context, vLLM's CPU backend leaves the weights of linear layers as they are.
 
-    It would replace each by a copy packed for oneDNN (or for AMX), which nothing but a reload can change.
+    Otherwise it replaces each weight by a copy packed for oneDNN (or for AMX), which only a reload can change.
     """
     from vllm.model_executor.layers import utils
 
@@ -427,7 +442,10 @@ def _plain_cpu_linear() -> Iterator[None]:
 
 
 def _use_cpu_kernels(known_arguments: Container[str]) -> dict[str, Any]:
-    """Have vLLM use more of its own kernels on a CPU; the engine arguments that this takes. Older ones cannot choose norms."""
+    """Make vLLM use more of its own kernels on a CPU, and return the engine arguments that this needs.
+
+    Older versions of vLLM have no such argument, and keep their own norms.
+    """
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
     from vllm.platforms import current_platform
@@ -442,7 +460,7 @@ def _use_cpu_kernels(known_arguments: Container[str]) -> dict[str, Any]:
 
 
 def _inspect_in_process(architecture: str, instead: str) -> None:
-    """Hand vLLM the model class itself: it would start a whole Python process just to look at it."""
+    """Give vLLM the model class itself; otherwise vLLM starts another Python process just to inspect that class."""
     from vllm.model_executor.models.registry import ModelRegistry
 
     if architecture not in ModelRegistry.models:
@@ -454,11 +472,14 @@ def _inspect_in_process(architecture: str, instead: str) -> None:
 
 @contextlib.contextmanager
 def _not_bound_to_the_only_node() -> Iterator[None]:
-    """Binding memory to the only NUMA node there is does nothing, and says so on standard error, past every logger."""
+    """Within the context, vLLM does not bind memory to a NUMA node if there is only one.
+
+    Such a binding has no effect, but writes a message to standard error that no logger can suppress.
+    """
     ops: Any = torch.ops._C
     try:
         is_needless = re.search(r"^Mems_allowed_list:\s*\d+$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    except OSError:  # another system
+    except OSError:  # not Linux
         is_needless = None
     if not is_needless or not hasattr(ops, "init_cpu_memory_env"):
         yield
@@ -473,7 +494,10 @@ def _not_bound_to_the_only_node() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_threads() -> Iterator[None]:
-    """vLLM's CPU worker replaces ``torch.set_num_threads`` by a warning; the trainer keeps the real one."""
+    """Restore ``torch.set_num_threads`` and the number of threads at the end of the context.
+
+    vLLM's CPU worker replaces the function by a warning.
+    """
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     try:
         yield
@@ -485,7 +509,10 @@ def _own_threads() -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched_random_state(device: torch.device) -> Iterator[None]:
-    """vLLM seeds the global generators as it starts, and draws from torch's even for requests with a seed."""
+    """Restore the global random state at the end of the context.
+
+    vLLM seeds the global generators when it starts, and draws from torch's even for requests with a seed.
+    """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:

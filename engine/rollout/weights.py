@@ -1,18 +1,20 @@
-"""One set of weights: where a colocated engine keeps each trainer parameter, and how it gets the new values.
+"""Finds where an engine in this process keeps each trainer parameter, and brings new values there.
 
-The engine's model names, fuses, pads and splits tensors in its own way (q/k/v in one matrix, gate and up in another, rows
-added to the vocabulary). No table of names is kept here. The engine loads the policy's tensors once through its own
-``load_weights``; every copy that it makes is observed (``CopyRecorder``), and source and target of a copy say exactly which
-part of which parameter lives where. The resulting ``WeightPlan`` is then compared with the parameters value by value.
+The engine's model names, fuses, pads and splits tensors in its own way (q/k/v in one matrix, gate and up in another,
+extra rows in the vocabulary). This module keeps no table of names. Instead, the engine loads the policy's tensors once
+through its own ``load_weights``, and ``CopyRecorder`` observes every copy that the engine makes. The source and the
+target of a copy tell exactly which part of which parameter lies where. The resulting ``WeightPlan`` is then compared
+with the parameters value by value.
 
-From the plan follow the strategies, cheapest first:
+The plan decides which of these strategies are possible, cheapest first:
 
-- ``shared``: each trainer parameter becomes a view of the engine's tensor. An optimiser step in place is the sync; nothing
-  is copied, and there is one copy of the weights in memory;
-- ``inplace``: both keep their own weights; a sync is one batched copy into the same views (``torch._foreach_copy_``);
-- ``reload``: the engine loads all tensors anew, where it keeps repacked copies that have no view.
+- ``shared``: each trainer parameter becomes a view of the engine's tensor. An optimiser step in place is the sync;
+  nothing is copied, and memory holds one copy of the weights;
+- ``inplace``: both sides keep their own weights, and a sync is one batched copy into the engine's views
+  (``torch._foreach_copy_``);
+- ``reload``: the engine loads all tensors again; this also serves an engine that keeps repacked copies without views.
 
-Nothing here imports an engine: its model is a plain ``torch.nn.Module``.
+This module does not import an engine: it sees the engine's model as a plain ``torch.nn.Module``.
 """
 
 from __future__ import annotations
@@ -30,50 +32,50 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 _SAMPLES_PER_TENSOR = 64
-"""Elements of each tensor that a sync compares."""
+"""Largest number of elements that a sync compares in each part of a parameter."""
 
 
 UNUSED = "not part of the engine's model"
-"""Of parameters that the engine never reads as it loads: they have no say in what it computes."""
+"""Reason for parameters that the engine never reads while loading; they do not affect what it computes."""
 
 
 class StaleWeightsError(RuntimeError):
-    """The engine does not serve the weights that it was given: what it samples is not the policy's."""
+    """The engine does not serve the weights that it was given, so its samples are not the policy's."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a trainer parameter and the engine's view that holds it."""
+    """A part of a trainer parameter, and the engine's view that holds this part."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
-    """In elements, from the parameter's first."""
+    """Offset of the part from the parameter's first element, in elements."""
     target: Tensor
-    """The engine's view, of the same shape."""
+    """The engine's view of the part, with the same shape."""
 
     def source(self, parameter: Tensor) -> Tensor:
-        """The same part of ``parameter``."""
+        """Return this part of ``parameter`` as a view."""
         return parameter.detach().as_strided(self.shape, self.stride, parameter.storage_offset() + self.offset)
 
     @property
     def numel(self) -> int:
-        """Elements of the part."""
+        """Number of elements in the part."""
         return math.prod(self.shape)
 
 
 class CopyRecorder(TorchDispatchMode):
-    """Observes every ``copy_`` out of some parameters, as an engine loads them.
+    """Records every ``copy_`` that reads one of some parameters while an engine loads them.
 
     Args:
-        parameters: trainer parameters by name, each of them once. They may share storages, but must not overlap.
+        parameters: trainer parameters by name, each of them once. They may share storage, but must not overlap.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         super().__init__()
         self.parts: dict[str, list[Part]] = {name: [] for name in parameters}
         self.transformed: set[str] = set()
-        """Parameters that something other than a plain copy has read."""
+        """Names of parameters that an operation other than a plain copy has read."""
         self._spans: dict[int, list[tuple[int, int, str]]] = {}
         for name, parameter in parameters.items():
             start = int(parameter.storage_offset())
@@ -110,7 +112,7 @@ class CopyRecorder(TorchDispatchMode):
             self.transformed.add(owner[0])
 
     def _owner(self, source: Tensor) -> tuple[str, int] | None:
-        """The parameter that a tensor is a view of, and where that parameter starts in its storage."""
+        """Return the name and the storage offset, in elements, of the parameter that a tensor is a view of."""
         if not source.numel() or source.device.type == "meta":
             return None
         spans = self._spans.get(storage_id(source))
@@ -123,33 +125,33 @@ class CopyRecorder(TorchDispatchMode):
 
 @dataclass
 class WeightPlan:
-    """Where the engine keeps the trainer's parameters."""
+    """The places where the engine keeps the trainer's parameters."""
 
     parameters: dict[str, nn.Parameter]
-    """The trainer's, by name, tied ones once."""
+    """The trainer's parameters by name, with tied ones only once."""
     parts: dict[str, list[Part]]
-    """What of each parameter lives where; only parameters that the engine holds in full."""
+    """The parts of each parameter and their places; only for parameters that the engine holds in full."""
     unserved: dict[str, str]
-    """Parameters that the engine has no tensor for, or none that can be written, and why."""
+    """Parameters for which the engine has no tensor that can be written, by name, with the reason."""
     slots: list[tuple[nn.Module, str, int]] = field(default_factory=list)
-    """Module, attribute and address of every engine tensor that a part lies in."""
+    """Module, attribute and address of every engine tensor that holds a part."""
 
     @property
     def num_tensors(self) -> int:
-        """Parameters that the engine serves."""
+        """Number of parameters that the engine serves."""
         return len(self.parts)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of these parameters, in the trainer's data type."""
+        """Size of the parameters that the engine serves, in bytes, in the trainer's data type."""
         return sum(p.numel() * p.element_size() for p in (self.parameters[name] for name in self.parts))
 
     def alias(self, name: str) -> Tensor | None:
-        """The whole parameter as one view of the engine's tensor; None where it is not so stored."""
+        """Return the whole parameter as one view of the engine's tensor; None if there is no such view."""
         return _alias_of(self.parameters[name], self.parts[name])
 
     def copies(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Targets and sources of a full copy, views on both sides."""
+        """Return the targets and sources of a full copy; all of them are views."""
         targets, sources = [], []
         for name, parts in self.parts.items():
             for part in parts:
@@ -158,10 +160,10 @@ class WeightPlan:
         return targets, sources
 
     def check_storage(self) -> None:
-        """Raise unless every engine tensor of the plan is still the one that the engine computes with.
+        """Check that the engine still computes with every engine tensor of the plan.
 
         Raises:
-            StaleWeightsError: naming the first that was replaced.
+            StaleWeightsError: the engine replaced a tensor; the message names the first one.
         """
         for module, attribute, address in self.slots:
             tensor = module._parameters.get(attribute)
@@ -172,10 +174,10 @@ class WeightPlan:
                 )
 
     def check_values(self) -> None:
-        """Raise unless the engine's views hold the parameters' values, every element.
+        """Check that every element of the engine's views equals the parameter's value.
 
         Raises:
-            StaleWeightsError: naming the first parameter that differs.
+            StaleWeightsError: a value differs; the message names the first parameter that differs.
         """
         for name, parts in self.parts.items():
             for part in parts:
@@ -184,10 +186,10 @@ class WeightPlan:
                     raise StaleWeightsError(f"the engine holds other values than the policy for {name}")
 
     def check_samples(self, seed: int) -> None:
-        """Compare up to ``_SAMPLES_PER_TENSOR`` evenly spaced elements of each part, from a place that ``seed`` chooses.
+        """Compare up to ``_SAMPLES_PER_TENSOR`` evenly spaced elements of each part; ``seed`` chooses the first one.
 
         Raises:
-            StaleWeightsError: naming the first parameter that differs.
+            StaleWeightsError: a value differs; the message names the first parameter that differs.
         """
         draw = random.Random(seed).random()
         pairs = [
@@ -203,12 +205,12 @@ class WeightPlan:
 
 
 def make_plan(parameters: dict[str, nn.Parameter], recorder: CopyRecorder, model: nn.Module) -> WeightPlan:
-    """The plan that follows from an observed load, once the engine's model is ready to run.
+    """Make the plan from an observed load, once the engine's model is ready to run.
 
     Args:
-        parameters: the trainer's, by name, tied ones once; as given to the recorder.
-        recorder: what it saw.
-        model: the engine's model, after whatever it does to its weights past loading.
+        parameters: the trainer's parameters by name, with tied ones only once, as given to the recorder.
+        recorder: the recorder that observed the load.
+        model: the engine's model, after any processing of its weights that follows loading.
     """
     owners: dict[int, list[tuple[nn.Module, str, int]]] = {}
     for module in model.modules():
@@ -237,36 +239,36 @@ def make_plan(parameters: dict[str, nn.Parameter], recorder: CopyRecorder, model
 
 
 def storage_id(tensor: Tensor) -> int:
-    """Address of the memory that a tensor is a view of."""
+    """Return the address of the memory that a tensor is a view of."""
     return tensor.untyped_storage().data_ptr()
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:
-    """Its memory, and where in it the tensor starts."""
+    """Return a tensor's storage address, and its offset in that storage in elements."""
     return storage_id(tensor), int(tensor.storage_offset())
 
 
 class SyncStrategy(Protocol):
-    """How new values reach the engine."""
+    """A way of bringing new parameter values to the engine."""
 
     name: str
 
     def push(self, policy_version: int) -> tuple[int, int]:
-        """Bring the engine to the trainer's present values, and check it; (tensors, bytes copied)."""
+        """Bring the engine to the trainer's present values, and check the result; returns (tensors, bytes copied)."""
         ...
 
     def detach(self, *, copy: bool) -> None:
-        """Let the trainer's parameters outlive the engine; ``copy`` where its memory will be unmapped."""
+        """Let the trainer's parameters outlive the engine; needs ``copy`` if the engine's memory will be unmapped."""
         ...
 
 
 class SharedWeights:
-    """The trainer's parameters are views of the engine's tensors: whatever changes one changes the other."""
+    """Strategy ``shared``: the trainer's parameters are views of the engine's tensors, so both change together."""
 
     name = "shared"
 
     def __init__(self, plan: WeightPlan) -> None:
-        """Move every parameter of the plan into the engine's memory; its old memory is freed."""
+        """Move every parameter of the plan into the engine's memory; the parameter's old memory is freed."""
         self._plan = plan
         aliases = {name: plan.alias(name) for name in plan.parts}
         lacking = [name for name, alias in aliases.items() if alias is None]
@@ -279,7 +281,7 @@ class SharedWeights:
                 self._addresses[name] = alias.data_ptr()
 
     def push(self, policy_version: int) -> tuple[int, int]:
-        """See ``SyncStrategy``: only look whether both sides still use the one memory."""
+        """Check that both sides still use the same memory; nothing is copied. See ``SyncStrategy``."""
         parameters = self._plan.parameters
         for name, address in self._addresses.items():
             if parameters[name].data_ptr() != address:
@@ -291,14 +293,14 @@ class SharedWeights:
         return len(self._addresses), 0
 
     def detach(self, *, copy: bool) -> None:
-        """See ``SyncStrategy``."""
+        """Give the parameters their own memory if ``copy`` asks for it. See ``SyncStrategy``."""
         if copy:
             for name in self._addresses:
                 self._plan.parameters[name].data = self._plan.parameters[name].detach().clone()
 
 
 class InplaceCopy:
-    """Engine and trainer hold weights of their own; one batched copy brings them together."""
+    """Strategy ``inplace``: engine and trainer hold weights of their own; one batched copy updates the engine's."""
 
     name = "inplace"
 
@@ -306,7 +308,7 @@ class InplaceCopy:
         self._plan = plan
 
     def push(self, policy_version: int) -> tuple[int, int]:
-        """See ``SyncStrategy``."""
+        """Copy all parameters into the engine, and compare samples of them. See ``SyncStrategy``."""
         targets, sources = self._plan.copies()
         copy_all(targets, sources)
         self._plan.check_storage()
@@ -314,34 +316,37 @@ class InplaceCopy:
         return self._plan.num_tensors, sum(target.numel() * target.element_size() for target in targets)
 
     def detach(self, *, copy: bool) -> None:
-        """See ``SyncStrategy``: the trainer's parameters never left their own memory."""
+        """Do nothing: the trainer's parameters never left their own memory. See ``SyncStrategy``."""
 
 
 class Reload:
-    """The engine loads every tensor anew, and repacks what it repacks."""
+    """Strategy ``reload``: the engine loads every tensor again, with any repacking."""
 
     name = "reload"
 
     def __init__(self, reload: Callable[[], tuple[int, int]]) -> None:
-        """``reload`` does it, and returns tensors and bytes."""
+        """Use the function ``reload``, which reloads the weights and returns (tensors, bytes)."""
         self._reload = reload
 
     def push(self, policy_version: int) -> tuple[int, int]:
-        """See ``SyncStrategy``. What arrived cannot be read back: the sampler asks the engine a question instead."""
+        """Reload the weights. See ``SyncStrategy``.
+
+        The engine's values cannot be read back, so the sampler verifies them by a probe instead.
+        """
         return self._reload()
 
     def detach(self, *, copy: bool) -> None:
-        """See ``SyncStrategy``: the trainer's parameters never left their own memory."""
+        """Do nothing: the trainer's parameters never left their own memory. See ``SyncStrategy``."""
 
 
 @torch.no_grad()
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """One batched copy, data types and devices converted on the way."""
+    """Copy all sources to their targets in one batched operation, which also converts data types and devices."""
     torch._foreach_copy_(list(targets), list(sources))
 
 
 def why_not_shared(plan: WeightPlan) -> str | None:
-    """The first reason why a plan does not allow ``shared``; None where it does."""
+    """Return the first reason why a plan does not allow ``shared``; None if it does."""
     reason = why_not_inplace(plan)
     if reason:
         return reason
@@ -362,7 +367,7 @@ def why_not_shared(plan: WeightPlan) -> str | None:
 
 
 def why_not_inplace(plan: WeightPlan) -> str | None:
-    """The first reason why a plan does not allow copies into the engine's tensors; None where it does."""
+    """Return the first reason why a plan does not allow copies into the engine's tensors; None if it does."""
     for name, reason in plan.unserved.items():
         if reason != UNUSED:
             return f"{name} is {reason}"
@@ -370,7 +375,7 @@ def why_not_inplace(plan: WeightPlan) -> str | None:
 
 
 def _alias_of(parameter: Tensor, parts: Sequence[Part]) -> Tensor | None:
-    """The parts' targets as one view in the parameter's shape, if they lie as the parameter's own elements do."""
+    """Return the parts' targets as one view in the parameter's shape; None if they are laid out differently from it."""
     first = parts[0]
     if sum(part.numel for part in parts) != parameter.numel() or first.target.dtype != parameter.dtype:
         return None
@@ -386,12 +391,12 @@ def _alias_of(parameter: Tensor, parts: Sequence[Part]) -> Tensor | None:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Elements from the first of a tensor to its last in memory, both included."""
+    """Count the elements of memory from a tensor's first to its last element, both included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _sampled(tensor: Tensor, draw: float) -> Tensor:
-    """Some elements (N,) of a tensor, N <= ``_SAMPLES_PER_TENSOR``: a view, where the tensor is contiguous."""
+    """Return N <= ``_SAMPLES_PER_TENSOR`` elements (N,) of a tensor; they are a view if the tensor is contiguous."""
     count = min(_SAMPLES_PER_TENSOR, tensor.numel())
     step = tensor.numel() // count
     start = int(draw * (tensor.numel() - (count - 1) * step))
@@ -401,7 +406,7 @@ def _sampled(tensor: Tensor, draw: float) -> Tensor:
 
 
 def _at_home(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors on one device and in one data type, those of the first."""
+    """Move all tensors to the device and data type of the first."""
     return [tensor.to(tensors[0].device, tensors[0].dtype) for tensor in tensors]
 
 

@@ -14,7 +14,7 @@ NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 @dataclass(frozen=True)
 class ObjectWords:
-    """What a caption says of one object; ``None`` leaves an attribute unsaid."""
+    """What a caption says about one object; ``None`` leaves an attribute unsaid."""
 
     shape: str
     colour: str | None
@@ -24,22 +24,22 @@ class ObjectWords:
 
     @classmethod
     def of(cls, item: SceneObject) -> ObjectWords:
-        """Everything, truly."""
+        """Return words that state all attributes of an object, as they are."""
         return cls(item.shape, item.colour, item.size, item.fill, item.place)
 
     @property
     def noun_phrase(self) -> str:
-        """Such as ``large striped red circle``, without an article."""
+        """The noun phrase without an article, such as ``large striped red circle``."""
         return " ".join(w for w in (self.size, self.fill, self.colour, self.shape) if w)
 
 
 def with_article(noun_phrase: str) -> str:
-    """The noun phrase after ``a`` or ``an``."""
+    """Return the noun phrase with ``a`` or ``an`` before it."""
     return ("an " if noun_phrase[0] in "aeio" else "a ") + noun_phrase
 
 
 def place_phrase(place: str) -> str:
-    """Such as ``at the top left`` or ``in the center``."""
+    """Return a place with its preposition, such as ``at the top left`` or ``in the center``."""
     preposition = {"center": "in", "left": "on", "right": "on"}.get(place, "at")
     return f"{preposition} the {place}"
 
@@ -49,7 +49,7 @@ def _sentence(text: str) -> str:
 
 
 def opening_sentence(count: int, background: str, rng: np.random.Generator) -> str:
-    """How many shapes there are, and on what background."""
+    """Return a sentence that says how many shapes there are, and on what background."""
     number = NUMBER_WORDS.get(count, str(count))
     forms = (
         f"there are {number} shapes on a {background} background",
@@ -60,7 +60,7 @@ def opening_sentence(count: int, background: str, rng: np.random.Generator) -> s
 
 
 def object_clause(words: ObjectWords, form: int) -> str:
-    """One object, one clause. ``form`` 0 to 3 chooses the construction."""
+    """Return one clause about one object; ``form``, from 0 to 3, chooses the construction."""
     phrase = with_article(words.noun_phrase)
     if words.place is None:
         return (f"there is {phrase}", f"{phrase} can be seen", f"the picture shows {phrase}", f"it has {phrase}")[form]
@@ -71,7 +71,7 @@ def object_clause(words: ObjectWords, form: int) -> str:
 
 
 def object_sentences(objects: Sequence[ObjectWords], rng: np.random.Generator) -> list[str]:
-    """The objects told in order, one or two a sentence, no construction more than twice in a row."""
+    """Describe the objects in order, one or two per sentence, with no construction more than twice in a row."""
     sentences: list[str] = []
     forms: list[int] = []
     rest = list(objects)
@@ -88,14 +88,14 @@ def object_sentences(objects: Sequence[ObjectWords], rng: np.random.Generator) -
 
 
 def relation_sentence(first: ObjectWords, relation: str, second: ObjectWords) -> str:
-    """Such as ``The red circle is to the left of the blue square.``"""
+    """Return a sentence such as ``The red circle is to the left of the blue square.``"""
     words = {"left of": "to the left of", "right of": "to the right of"}.get(relation, relation)
     names = [" ".join(w for w in (o.colour, o.shape) if w) for o in (first, second)]
     return _sentence(f"the {names[0]} is {words} the {names[1]}")
 
 
 def told_relation(scene: Scene) -> tuple[int, str, int] | None:
-    """The relation that references tell: how the first object in reading order lies to the second."""
+    """Return the relation that references state, of the first object in reading order to the second, or None."""
     same_row = PLACES.index(scene.objects[0].place) // 3 == PLACES.index(scene.objects[1].place) // 3
     for relation in ("left of", "above") if same_row else ("above", "left of"):
         if (0, relation, 1) in scene.relations:
@@ -104,7 +104,7 @@ def told_relation(scene: Scene) -> tuple[int, str, int] | None:
 
 
 def clean_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A full, true, well-formed caption; ``rng`` chooses only among ways of saying the same."""
+    """Return a complete, true and well-formed caption; ``rng`` chooses only the wording."""
     objects = [ObjectWords.of(item) for item in scene.objects]
     sentences = [opening_sentence(len(objects), scene.background, rng), *object_sentences(objects, rng)]
     relation = told_relation(scene)
@@ -114,5 +114,5 @@ def clean_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def reference_caption(scene: Scene) -> str:
-    """The scene's reference caption: the same for the same seed."""
+    """Return the scene's reference caption; the same scene always gives the same caption."""
     return clean_caption(scene, np.random.default_rng([0xCA97, scene.seed]))

@@ -1,7 +1,7 @@
-"""The warm-start corpus: captions with stated flaws, for a policy that has something left to learn.
+"""The warm-start corpus: captions with flaws at stated rates, so that the policy has something left to learn.
 
-``flawed_caption`` starts from what a clean caption would say and damages it at the rates of ``FlawRates``, each flaw drawn
-by itself. Nothing else makes the warm start imperfect.
+``flawed_caption`` starts from what a clean caption would say and damages it at the rates of ``FlawRates``; each flaw is
+drawn independently. Nothing else makes the warm start imperfect.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COMMENTARY = (
     "The artist surely wanted to tell a story.",
     "Every detail contributes to the lively atmosphere.",
 )
-"""Sentences that point at nothing."""
+"""Sentences that refer to nothing that can be pointed at."""
 
 CaptionStyle = Literal["labels", "clean", "flawed"]
 
@@ -49,14 +49,14 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class FlawRates:
-    """Probability of each flaw, per caption unless it says otherwise."""
+    """Probability of each flaw, per caption unless stated otherwise."""
 
     wrong_attribute: float = 0.10
-    """Per attribute of an object: replaced by another value."""
+    """Per attribute of an object: the value is replaced by another one."""
     unsaid_attribute: float = 0.15
-    """Per size, fill or place of an object: left out."""
+    """Per size, fill or place of an object: the attribute is left out."""
     omission: float = 0.25
-    """Per object after the first: the caption breaks off before it, and leaves out the rest of the objects."""
+    """Per object after the first: the caption leaves out this object and all that follow."""
     wrong_count_or_background: float = 0.15
     """The opening sentence states another number or background."""
     no_opening: float = 0.30
@@ -64,23 +64,23 @@ class FlawRates:
     no_relation: float = 0.30
     """The relation sentence is left out."""
     wrong_relation: float = 0.05
-    """The relation sentence, where there is one, tells the inverse."""
+    """The relation sentence, if there is one, states the inverse relation."""
     hallucination: float = 0.60
-    """One or two objects that are not there, told after those that are."""
+    """One or two invented objects are described after the real ones."""
     commentary: float = 0.60
-    """One to three sentences that point at nothing."""
+    """One to three sentences of commentary are added."""
     repetition: float = 0.25
-    """One to three sentences said again."""
+    """One to three sentences are repeated."""
     listing: float = 0.20
-    """All objects in one verbless list."""
+    """All objects are given in one list without verbs."""
     too_short: float = 0.06
-    """Nothing but one or two bare noun phrases in a sentence."""
+    """The caption is one sentence that only names one or two objects by colour and shape."""
     too_long: float = 0.06
-    """Padded with commentary and repetition far beyond the reference."""
+    """The caption is padded with commentary and repetition far beyond the reference's length."""
 
 
 def flawed_caption(scene: Scene, rng: np.random.Generator, rates: FlawRates | None = None) -> str:
-    """One caption of the scene with flaws drawn at ``rates``."""
+    """Return one caption of the scene with flaws drawn at ``rates``."""
     rates = rates or FlawRates()
     told = [ObjectWords.of(item) for item in scene.objects]
     kept = [told[0], *itertools.takewhile(lambda _: rng.uniform() >= rates.omission, told[1:])]
@@ -96,13 +96,13 @@ def flawed_caption(scene: Scene, rng: np.random.Generator, rates: FlawRates | No
 
 
 def label_list(scene: Scene) -> str:
-    """Nothing but attribute words in reading order: the densest thing from which to learn to see."""
+    """Return only the attribute words in reading order: the densest text from which to learn to see."""
     items = [f" {o.place} {o.size} {o.fill} {o.colour} {o.shape}" for o in scene.objects]
     return f" {scene.background} background," + ",".join(items) + "."
 
 
 def training_caption(scene: Scene, rng: np.random.Generator, style: CaptionStyle, rates: FlawRates) -> str:
-    """One caption of the scene in the given style."""
+    """Return one caption of the scene in the given style."""
     if style == "labels":
         return label_list(scene)
     return clean_caption(scene, rng) if style == "clean" else flawed_caption(scene, rng, rates)
@@ -156,7 +156,7 @@ def _relation(scene: Scene, told: list[ObjectWords], rates: FlawRates, rng: np.r
 
 
 def _pad(sentences: list[str], rates: FlawRates, rng: np.random.Generator) -> list[str]:
-    """Add repetition and commentary: a little at their own rates, a lot where the caption is to be far too long."""
+    """Add repetition and commentary: a little at their own rates, or a lot if the caption is to be far too long."""
     sentences = list(sentences)
     far = rng.uniform() < rates.too_long
     if far or rng.uniform() < rates.repetition:

@@ -1,4 +1,4 @@
-"""Drawing a scene: each object from its signed distance, so that edges are antialiased without supersampling."""
+"""Draws a scene: each object from its signed distance, so that edges are antialiased without supersampling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from balcaprl.data.scenes.world import BACKGROUNDS, COLOURS, Scene, SceneObject
 
 
 def render(scene: Scene) -> Image.Image:
-    """The scene as an RGB image of ``scene.side`` squared; the same scene always gives the same pixels."""
+    """Return the scene as a square RGB image of ``scene.side`` pixels a side; a scene always gives the same pixels."""
     rng = np.random.default_rng(scene.pixel_seed)
     jitter = scene.config.colour_jitter
     background = np.asarray(BACKGROUNDS[scene.background]) + rng.integers(-jitter, jitter + 1) / 2
@@ -25,7 +25,7 @@ def render(scene: Scene) -> Image.Image:
 
 @lru_cache(maxsize=8)
 def _light(side: int, strength: float) -> np.ndarray:
-    """Light from above and a warm tint from the left: real pictures tell top from bottom, and so do these."""
+    """Return light from above and a warm tint from the left, so that top and bottom differ as in real pictures."""
     ramp = np.linspace(strength, -strength, side, dtype=np.float32)
     light = np.repeat(np.repeat(ramp[:, None, None], side, 1), 3, 2)
     light[..., 0] += ramp[None, :]
@@ -47,7 +47,7 @@ def _draw(canvas: np.ndarray, item: SceneObject, colour: np.ndarray) -> None:
 
 
 def _fill_alpha(item: SceneObject, distance: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """How much of each pixel the object covers, 0 to 1, by its fill."""
+    """Return how much of each pixel the object covers, from 0 to 1, given its fill."""
     inside = np.clip(0.5 - distance, 0, 1)
     if item.fill == "solid":
         return inside
@@ -62,7 +62,7 @@ def _fill_alpha(item: SceneObject, distance: np.ndarray, dx: np.ndarray, dy: np.
 
 
 def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
-    """Distance in pixels to the shape's edge, negative inside, over the grid of offsets from the centre."""
+    """Return the distance in pixels to the shape's edge, negative inside, for a grid of offsets from the centre."""
     if shape == "circle":
         return np.hypot(dx, dy) - np.float32(0.95 * radius)
     return _polygon_distance(_polygon(shape) * np.float32(radius), dx, dy)
@@ -70,7 +70,7 @@ def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) 
 
 @cache
 def _polygon(shape: str) -> np.ndarray:
-    """Vertices (N, 2) of a unit shape, y downwards."""
+    """Return the vertices (N, 2) of a unit shape; y points downwards."""
     if shape == "square":
         return np.array([(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)], np.float32)
     if shape == "diamond":
@@ -104,7 +104,7 @@ def _polygon(shape: str) -> np.ndarray:
 
 
 def _polygon_distance(vertices: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """Signed distance to a simple polygon: nearest edge, with the sign from the even-odd rule."""
+    """Return the signed distance to a simple polygon: to its nearest edge, with the sign from the even-odd rule."""
     start, end = vertices, np.roll(vertices, -1, axis=0)
     edge = end - start
     px = dx[None] - start[:, 0, None, None]

@@ -1,4 +1,4 @@
-"""Scenes as samples of a dataset."""
+"""Provides drawn scenes as samples of a dataset."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from balcaprl.types import Sample
 
 
 def scene_sample(split: Split, index: int, *, instruction: str, config: SceneConfig | None = None) -> Sample:
-    """The ``index``-th scene of a split as a sample; its scene graph is in ``facts``."""
+    """Return the ``index``-th scene of a split as a sample; its scene graph is in ``facts``."""
     scene = make_scene(scene_seed(split, index), config)
     return Sample(
         sample_id=f"{split}-{index}",
@@ -39,5 +39,5 @@ class SceneSource:
 
 
 def scene_samples(split: Split, *, instruction: str, config: SceneConfig | None = None) -> SceneSource:
-    """The scenes of a split, indexable from 0; training and validation share no seed."""
+    """Return the scenes of a split, indexed from 0; training and validation share no seed."""
     return SceneSource(split, instruction, config or SceneConfig())

@@ -1,8 +1,9 @@
 """The scenes world: what can be in a drawn image, and how a seed becomes a scene graph.
 
-A scene is 2 to 6 objects on a plain background. Each object has a shape, a colour, a size, a fill and a place (a cell of
-a 3 x 3 grid). Nothing is random beyond the seed. Some objects are small, partly hidden by a neighbour, or close to the
-background in colour: there, every further claim about them is a risk, which is what makes precision and recall pull apart.
+A scene is 2 to 6 objects on a plain background. Each object has a shape, a colour, a size, a fill and a place (a cell
+of a 3 x 3 grid). The seed determines everything. Some objects are small, partly hidden by a neighbour, or close to the
+background in colour. Every further claim about such an object is a risk, so that precision and recall pull in opposite
+directions.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "brown": (118, 74, 44),
 }
 SIZES: dict[str, float] = {"small": 8.5, "medium": 12.0, "large": 16.5}
-"""Radius in pixels of an image of 112 x 112."""
+"""Radius in pixels, in an image of 112 x 112 pixels."""
 FILLS = ("solid", "striped", "hollow")
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (232, 232, 232),
@@ -57,20 +58,20 @@ _BASE_SIDE = 112
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """What the generator draws. Rates are probabilities."""
+    """Settings of the scene generator; rates are probabilities."""
 
     side: int = _BASE_SIDE
     """Width and height in pixels: 112 to 224, a multiple of 28."""
     count_weights: tuple[float, ...] = (0.34, 0.30, 0.20, 0.10, 0.06)
-    """Probability of 2, 3, 4, 5 and 6 objects."""
+    """Probabilities of 2, 3, 4, 5 and 6 objects."""
     occlusion_rate: float = 0.15
     """Probability that two neighbours are pushed together until one hides part of the other."""
     colour_jitter: int = 10
-    """Largest change of each colour channel, of 255."""
+    """Largest change of each colour channel of an object, on a scale of 255."""
     light: float = 16.0
-    """Strength of the uneven light on the background, of 255."""
+    """Strength of the uneven light on the background, on a scale of 255."""
     noise: float = 3.0
-    """Standard deviation of the pixel noise, of 255."""
+    """Standard deviation of the pixel noise, on a scale of 255."""
 
     def __post_init__(self) -> None:
         if not 112 <= self.side <= 224 or self.side % 28:
@@ -81,7 +82,10 @@ class SceneConfig:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One drawn object. ``x`` and ``y`` are its centre and ``radius`` its half extent, in pixels; ``depth`` orders drawing."""
+    """One drawn object, with its centre ``x`` and ``y`` and its half extent ``radius`` in pixels.
+
+    Objects are drawn in the order of ``depth``.
+    """
 
     shape: str
     colour: str
@@ -94,13 +98,13 @@ class SceneObject:
     depth: int
 
     def value(self, attribute: str) -> str:
-        """The object's true value of one of ``ATTRIBUTES``."""
+        """Return the object's true value of one of ``ATTRIBUTES``."""
         return str(getattr(self, attribute))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene graph: objects in reading order, background, and what follows from them."""
+    """A scene graph: objects in reading order, the background, and the relations that follow from them."""
 
     seed: int
     config: SceneConfig
@@ -115,7 +119,7 @@ class Scene:
 
     @cached_property
     def relations(self) -> frozenset[tuple[int, str, int]]:
-        """Every true (object, relation, object), by index; pairs that are nearly level have none on that axis."""
+        """All true (object index, relation, object index); objects that are nearly level on an axis have none on it."""
         margin = 0.1 * self.side
         true: set[tuple[int, str, int]] = set()
         for i, a in enumerate(self.objects):
@@ -128,14 +132,14 @@ class Scene:
 
 
 def scene_seed(split: Split, index: int) -> int:
-    """Seed of the ``index``-th scene of a split; the two splits share none."""
+    """Return the seed of the ``index``-th scene of a split; the two splits share no seed."""
     if not 0 <= index < SPLIT_SIZE:
         raise IndexError(f"scene index {index} is outside [0, {SPLIT_SIZE})")
     return index if split == "train" else SPLIT_SIZE + index
 
 
 def make_scene(seed: int, config: SceneConfig | None = None) -> Scene:
-    """The scene of a seed: the same seed and config always give the same scene."""
+    """Return the scene of a seed; the same seed and config always give the same scene."""
     config = config or SceneConfig()
     rng = np.random.default_rng([0x5CE7E, seed])
     count = int(rng.choice(5, p=config.count_weights)) + 2
@@ -168,7 +172,7 @@ def make_scene(seed: int, config: SceneConfig | None = None) -> Scene:
 def _place_centres(
     cells: np.ndarray, radii: list[float], config: SceneConfig, rng: np.random.Generator
 ) -> list[tuple[float, float]]:
-    """A centre inside each object's cell; sometimes two neighbours are moved together until they overlap."""
+    """Return a centre inside each object's cell; sometimes two neighbours are moved together until they overlap."""
     cell = config.side / 3
     centres: list[list[float]] = []
     for index, radius in zip(cells, radii, strict=True):
