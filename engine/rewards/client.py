@@ -260,7 +260,7 @@ class JudgeClient:
             self.usage.note_ended(is_cancelled=isinstance(error, asyncio.CancelledError))
             raise
         self._last_valid = self._clock()
-        self._refusals.note_valid(control.call, control.identity)
+        self._refusals.note_control(control.call)
         return url
 
     def _retrying(self) -> Any:

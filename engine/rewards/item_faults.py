@@ -108,7 +108,7 @@ class ItemFaults:
         if case.num_failures < 2 or (is_overload and others_get_on):  # a control would take a place from the others
             return
         server = await self._ask_control(task, identity.key, ask)
-        case.num_answered = self._num_answered[task]  # the control's own answer does not show that others get on
+        case.num_answered = self._num_answered[task]  # only answers from here on show that others get on
         if not server:
             case.num_proofs = 0
         elif server == error.server:

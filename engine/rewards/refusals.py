@@ -337,6 +337,10 @@ class Refusals:
         self.faults.note_answered(call, identity)
         self.memory.note_answered(call.task.name, identity.subject)
 
+    def note_control(self, call: Call) -> None:
+        """Record that an answered call was answered again: the server is up, and no further call was answered."""
+        self._watch.note_valid(call.task.name)
+
     def note_cached(self, call: Call, identity: CallIdentity) -> None:
         """Record that the cache has the reply to a call."""
         self.faults.note_answered(call, identity)

@@ -172,7 +172,7 @@ def test_an_outage_that_passes_leaves_nothing_out(tmp_path):
 
     with Recovering() as server:
         server.refusal = (500, "")
-        judge = judge_of(server, refusals=tmp_path / "r", max_attempts=3, breaker_failures=1000)
+        judge = judge_of(server, refusals=tmp_path / "r", required_share=1.0, max_attempts=3, breaker_failures=1000)
         scores, metrics = run_steps(judge, range(3), SHADES)
     assert metrics["judge/failed_server_error"] > 50
     assert metrics["judge/failing"] == 0
@@ -193,7 +193,7 @@ def test_a_server_that_is_down_beside_one_that_is_up_leaves_nothing_out(tmp_path
     with Failing() as up, Failing() as down:
         up.is_bad, down.is_bad, down.refusal = (lambda asked: False), (lambda asked: True), (500, "")
         servers = [{"url": up.url}, {"url": down.url}]
-        judge = judge_of(up, refusals=tmp_path / "r", servers=servers, breaker_wait_s=0.05)
+        judge = judge_of(up, refusals=tmp_path / "r", servers=servers, required_share=1.0, breaker_wait_s=0.05)
         scores, metrics = run_steps(judge, range(3), SHADES)
     assert down.counts["refused"] > 0
     assert metrics["judge/failing"] == 0
