@@ -1,14 +1,15 @@
 """Compiles every registered Triton kernel for A100, H100 and B200, without a GPU, and reads its machine code.
 
 python bench/compile_report.py                            # compile all, write kernels/compile_report.json and .md
-python bench/compile_report.py --check                    # compile all, compare with the committed table; 1 if it differs
-python bench/compile_report.py --kernel logits --arch 90  # those whose name contains it: printed, nothing written
-python bench/compile_report.py --kernel logits --update   # those anew in the report, the others as they are
-python bench/compile_report.py --kernel logits --arch 90 --sass build/sass    # and their disassembly
+python bench/compile_report.py --check                    # compile all, compare with the committed table
+python bench/compile_report.py --kernel logits --arch 90  # compile kernels named *logits*, print, write nothing
+python bench/compile_report.py --kernel logits --update   # compile kernels named *logits*, replace only their rows
+python bench/compile_report.py --kernel logits --arch 90 --sass build/sass    # also write their disassembly
 
-The kernel, its launch table, and the specialisation of a real launch (aligned pointers, sizes that are multiples of 16) go
-through ``triton.compile``; registers and stack come from the wheel's ``cuobjdump``, instructions from its ``nvdisasm``.
-It must not run under TRITON_INTERPRET: a process interprets or compiles.
+The exit status is 1 if a kernel violates a requirement, or with --check if the committed table differs. Each kernel is
+compiled by ``triton.compile`` with its launch table and the specialisation of a real launch (aligned pointers, sizes
+that are multiples of 16). Registers and stack are read with the ``cuobjdump`` of the triton wheel, instructions with
+its ``nvdisasm``. Do not run this script under TRITON_INTERPRET, because a process can either interpret or compile.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# Before triton is imported: the default of 3.9 warns that it will change. Launches ask for fusion by name as well.
+# Set before triton is imported, because Triton 3.9 warns that the default will change. Launches also request fusion
+# explicitly.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from balcaprl.kernels.launch import ARCHITECTURES, KernelSpec, Work, registered_kernels
@@ -35,18 +37,18 @@ from balcaprl.kernels.launch import ARCHITECTURES, KernelSpec, Work, registered_
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "kernels" / "compile_report.json"
 TENSOR_CORE = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC[A-Z]*MMA"}
-"""The mnemonic of each architecture's tensor-core instruction for half precision, as its assembly shows it."""
+"""Regular expression of each architecture's tensor-core mnemonic for half precision in the disassembly."""
 TENSOR_MEMORY_BITS = 1024
-"""The width by which a bulk copy of the tensor memory accelerator is counted."""
+"""Width in bits that a bulk copy of the tensor memory accelerator counts as."""
 REGISTER_MARGIN = 16
 SHARED_MARGIN = 4096
-"""Registers per thread and bytes by which a newly compiled kernel may differ from the committed table, as another
-version of the compiler makes it; everything else must be equal."""
+"""Registers per thread (REGISTER_MARGIN) and bytes of shared memory (SHARED_MARGIN) by which a newly compiled kernel
+may differ from the committed table, because compiler versions differ in them. Other compared fields must be equal."""
 
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """Limits per streaming multiprocessor: "Technical Specifications per Compute Capability" in NVIDIA's CUDA C++
+    """Limits per streaming multiprocessor, from "Technical Specifications per Compute Capability" in NVIDIA's CUDA C++
     Programming Guide."""
 
     shared_per_block: int
@@ -57,7 +59,7 @@ class Multiprocessor:
 
 
 MULTIPROCESSORS = {
-    # sm_80 offers 163 KiB to a block; its rows also serve sm_86, sm_89 and sm_120, which offer 99 KiB.
+    # sm_80 offers 163 KiB to a block, but its rows also serve sm_86, sm_89 and sm_120, which offer only 99 KiB.
     80: Multiprocessor(shared_per_block=99 << 10, shared_total=164 << 10),
     90: Multiprocessor(shared_per_block=227 << 10, shared_total=228 << 10),
     100: Multiprocessor(shared_per_block=227 << 10, shared_total=228 << 10),
@@ -66,7 +68,7 @@ MULTIPROCESSORS = {
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Published peaks of one GPU: bytes per second of its memory; operations per second, dense, at boost clock."""
+    """Published peaks of one GPU: memory bytes per second, and dense operations per second at boost clock."""
 
     gpu: str
     bytes_per_second: float
@@ -89,7 +91,7 @@ CEILINGS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel variant on one architecture."""
+    """What one kernel variant compiles to on one architecture."""
 
     kernel: str
     arch: int
@@ -97,31 +99,31 @@ class Compiled:
     num_warps: int
     num_stages: int
     registers: int
-    """Per thread."""
+    """Registers per thread."""
     stack_bytes: int
     spills: int
-    """Instructions that load from or store to local memory."""
+    """Number of instructions that load from or store to local memory."""
     shared_bytes: int
-    """Per block."""
+    """Bytes of shared memory per block."""
     blocks_per_sm: int
-    """Upper bound from registers, shared memory and warps."""
+    """Upper bound of resident blocks per streaming multiprocessor, from registers, shared memory and warps."""
     occupancy: float
-    """Upper bound: resident warps over the most that the multiprocessor holds."""
+    """Upper bound of resident warps divided by the most that the streaming multiprocessor holds."""
     load_bits: int
-    """Widest load from global memory, 0 without one."""
+    """Bits of the widest load from global memory; 0 if there is none."""
     store_bits: int
     tensor_core: str
-    """The tensor-core instruction found, or ''."""
+    """The tensor-core instruction in the machine code, or ''."""
     shape: str
     floor_bytes: int
     moved_bytes: int
     operations: int
     predicted_us: tuple[float, float]
-    """From the ceilings: if caches serve every repeated read, and if they serve none."""
+    """Microseconds predicted from the ceilings: if caches serve every repeated read, and if they serve none."""
 
 
 def compile_kernel(spec: KernelSpec, arch: int, sass_folder: Path | None = None) -> Compiled:
-    """Compiles one variant and reads what it became."""
+    """Compiles one variant and reads its machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -164,12 +166,12 @@ def _specs() -> dict[str, KernelSpec]:
 
 
 def _compile_named(case: tuple[str, int], sass_folder: Path | None) -> Compiled:
-    """``compile_kernel`` for another process: a kernel does not travel, its name does."""
+    """Runs ``compile_kernel`` in a worker process. It takes the kernel's name, because a spec cannot be pickled."""
     return compile_kernel(_specs()[case[0]], case[1], sass_folder)
 
 
 def compile_all(cases: Sequence[tuple[str, int]], jobs: int, sass_folder: Path | None = None) -> Iterator[Compiled]:
-    """(name, architecture) pairs, compiled in ``jobs`` processes; results in the order of ``cases``."""
+    """Compiles (name, architecture) pairs in ``jobs`` processes; yields results in the order of ``cases``."""
     compile_one = functools.partial(_compile_named, sass_folder=sass_folder)
     if jobs == 1 or len(cases) == 1:
         yield from map(compile_one, cases)
@@ -179,7 +181,7 @@ def compile_all(cases: Sequence[tuple[str, int]], jobs: int, sass_folder: Path |
 
 
 def _source(spec: KernelSpec, arch: int):
-    """The kernel with the argument types and the specialisation of a real launch."""
+    """The kernel's source with the argument types and the specialisation of a real launch."""
     from triton.compiler import ASTSource
 
     constexprs = {**spec.constexprs, **spec.launch(arch).blocks}
@@ -194,7 +196,7 @@ def _source(spec: KernelSpec, arch: int):
 
 
 def _disassemble(cubin: bytes) -> tuple[int, int, str]:
-    """Registers per thread, stack bytes per thread, and the assembly."""
+    """Registers per thread, stack bytes per thread, and the disassembly."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -213,15 +215,15 @@ def _run(*command: str) -> str:
 
 
 def count_spills(sass: str) -> int:
-    """Instructions that touch local memory; kernels have no other use for it."""
+    """Number of instructions that access local memory, which these kernels use only for spills."""
     return len(re.findall(r"\b(?:LDL|STL)\b", sass))
 
 
 def widest_access(sass: str, *, store: bool) -> int:
-    """Bits of the widest global load or store, asynchronous copies to shared memory counted as loads."""
+    """Bits of the widest global load or store. Asynchronous copies to shared memory count as loads."""
     if re.search(r"\bUTMASTG\b" if store else r"\bUTMALDG\b", sass):
         return TENSOR_MEMORY_BITS
-    # A generic LD or ST names no address space; nothing but global memory is reached that way in these kernels.
+    # A generic LD or ST names no address space. In these kernels it always accesses global memory.
     mnemonics = re.findall(r"\b(?:STG|ST)\.E[\w.]*" if store else r"\b(?:LDG|LDGSTS|LD)\.E[\w.]*", sass)
     return max((_bits(mnemonic.split(".")) for mnemonic in mnemonics), default=0)
 
@@ -236,7 +238,7 @@ def _bits(suffixes: list[str]) -> int:
 
 
 def find_tensor_core(sass: str) -> str:
-    """The newest generation's tensor-core instruction that the assembly contains, or ''."""
+    """The tensor-core instruction of the newest generation that the disassembly contains, or ''."""
     for arch in sorted(TENSOR_CORE, reverse=True):
         found = re.search(rf"\b{TENSOR_CORE[arch]}[\w.]*", sass)
         if found:
@@ -245,8 +247,10 @@ def find_tensor_core(sass: str) -> str:
 
 
 def resident_blocks(arch: int, registers: int, shared: int, warps: int) -> int:
-    """How many blocks fit a multiprocessor. Registers are given to a warp in units of 256, shared memory with 1 KiB for
-    the system."""
+    """Number of blocks that fit one streaming multiprocessor.
+
+    A warp gets registers in units of 256. A block takes 1 KiB of shared memory for the system beyond its own.
+    """
     limit = MULTIPROCESSORS[arch]
     warp_registers = -(-registers * 32 // 256) * 256
     by_registers = limit.registers // max(warp_registers, 1) // warps
@@ -255,7 +259,10 @@ def resident_blocks(arch: int, registers: int, shared: int, warps: int) -> int:
 
 
 def predict_us(work: Work, arch: int) -> tuple[float, float]:
-    """Microseconds by the roofline: the larger of bytes over bandwidth and operations over throughput."""
+    """Microseconds by the roofline model, for the fewest and the most bytes moved.
+
+    Each is the larger of bytes over bandwidth and operations over throughput.
+    """
     ceiling = CEILINGS[arch]
     seconds = work.operations / getattr(ceiling, work.unit)
     low, high = sorted((work.floor_bytes, work.moved_bytes))
@@ -263,7 +270,7 @@ def predict_us(work: Work, arch: int) -> tuple[float, float]:
 
 
 def violations(row: Compiled, spec: KernelSpec) -> list[str]:
-    """What the machine code fails to show, in words; empty if all holds."""
+    """The requirements that the machine code does not meet, as sentences; empty if it meets all."""
     found = []
     if row.spills or row.stack_bytes:
         found.append(f"spills: {row.spills} instructions on {row.stack_bytes} bytes of stack")
@@ -282,9 +289,9 @@ def violations(row: Compiled, spec: KernelSpec) -> list[str]:
 
 
 def differences(row: Compiled, committed: Compiled) -> list[str]:
-    """Where a newly compiled row leaves the committed one by more than the margins."""
+    """The fields in which a newly compiled row differs from the committed one by more than the margins."""
     margins = {"registers": REGISTER_MARGIN, "shared_bytes": SHARED_MARGIN}
-    # They follow from registers and shared memory.
+    # Blocks and occupancy follow from registers and shared memory; ``violations`` checks the tensor-core instruction.
     derived = {"blocks_per_sm", "occupancy", "tensor_core"}
     found = []
     new, old = asdict(row), asdict(committed)
@@ -305,14 +312,14 @@ def read_report(path: Path = REPORT) -> list[Compiled]:
 
 
 def write_report(rows: list[Compiled], path: Path, compiler: str) -> None:
-    """Writes the JSON, one kernel a line, and the tables beside it."""
+    """Writes the JSON, one row per line, and the Markdown tables beside it."""
     lines = ",\n".join("  " + json.dumps(asdict(row)) for row in rows)
     path.write_text(f'{{"compiler": {json.dumps(compiler)}, "kernels": [\n{lines}\n]}}\n', encoding="utf-8")
     path.with_suffix(".md").write_text(render(rows, compiler), encoding="utf-8")
 
 
 def compiler_version() -> str:
-    """Versions of Triton and of the assemblers that it calls."""
+    """The versions of Triton and of the assemblers that it calls."""
     import triton
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -385,7 +392,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Compiles what was asked for; returns 1 where a kernel fails to show what it must, or the table is stale."""
+    """Compiles what the command line asks for; returns 1 if a kernel violates a requirement or the table is stale."""
     arguments = _arguments()
     specs = _specs()
     architectures = [arguments.arch] if arguments.arch else ARCHITECTURES
@@ -416,7 +423,7 @@ def main() -> int:
 
 
 def merged(old: list[Compiled], new: list[Compiled]) -> list[Compiled]:
-    """Rows of both, the new ones where both have one, in the order in which kernels are registered."""
+    """The rows of both lists in the order of registration; a new row replaces the old one of the same kernel."""
     rows = {(row.kernel, row.arch): row for row in [*old, *new]}
     return [rows[name, arch] for name in _specs() for arch in ARCHITECTURES if (name, arch) in rows]
 

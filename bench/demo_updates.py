@@ -1,10 +1,11 @@
-"""The demo's updates with shared and with repeated prompts: the same learning curve, and how long each takes.
+"""Compares the demo's updates with shared and with repeated prompts: differences between the policies, and times.
 
     python bench/demo_updates.py [--steps 20] [--output FILE]
 
-Two policies start from the demo's warm start. At every step the first samples a batch, the scene judge scores it, and both
-are updated from it, each by its own arrangement, one after the other, the order rotating; so the second follows only its own
-earlier updates. One JSON object a step, and one at the end: the largest differences, and the medians of the times.
+Two policies start from the demo's warm start. At every step the policy with shared prompts samples a batch and the
+scene judge scores it. Both policies are then updated from this batch, one after the other in alternating order, each
+with its own arrangement of prompts, so the weights of each follow only from its own updates. The script prints one JSON
+object per step and one at the end with the largest differences and the median times.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ARRANGEMENTS = ("shared", "repeated")
 
 
 def make_update(config: TrainConfig, arrangement: str) -> PolicyUpdate:
-    """A policy of its own, updated with its prompts arranged so."""
+    """An update with its own policy, whose prompts are arranged as ``arrangement`` says."""
     plain = config.model_dump()
     plain["optim"]["prompt_sharing"] = arrangement
     mine = TrainConfig.model_validate(plain)
@@ -45,7 +46,7 @@ def make_update(config: TrainConfig, arrangement: str) -> PolicyUpdate:
 
 
 def scored_batch(config: TrainConfig, sampler: HFRollout, prompts: list[Any], step: int) -> list[RolloutGroup]:
-    """Rollouts with their advantages."""
+    """Rollouts of ``prompts``, scored and with advantages."""
     rollout = config.rollout
     groups = sampler.generate(prompts, rollout.group_size, rollout.sampling, seed=step)
     score_groups(SceneJudge(), groups, config.reward)
@@ -54,13 +55,13 @@ def scored_batch(config: TrainConfig, sampler: HFRollout, prompts: list[Any], st
 
 
 def weight_difference(first: Policy, second: Policy) -> float:
-    """Largest difference of any two weights."""
+    """The largest absolute difference between corresponding weights."""
     pairs = zip(first.model.parameters(), second.model.parameters(), strict=True)
     return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 
 def run(config: TrainConfig, steps: int) -> list[dict[str, Any]]:
-    """One row a step: gradient norms and seconds of both, and how far apart their weights are."""
+    """One row per step: gradient norms and seconds of both policies, and the difference between their weights."""
     updates = {name: make_update(config, name) for name in ARRANGEMENTS}
     policy = updates["shared"].policy
     sampler = HFRollout(policy)
@@ -83,9 +84,9 @@ def run(config: TrainConfig, steps: int) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Over all steps; the first is left out of the times."""
+    """The row over all steps; the times leave out the first step."""
     times = {name: statistics.median(row[f"{name}_s"] for row in rows[1:]) for name in ARRANGEMENTS}
-    # Not of the losses: on-policy they are the mean of the advantages, whatever the policy.
+    # Losses would show no difference: on-policy they are the mean of the advantages, whatever the policy.
     apart = max(abs(row["shared_grad_norm"] - row["repeated_grad_norm"]) for row in rows)
     return {
         "bench": "demo_updates",

@@ -1,14 +1,15 @@
-"""The tensors that are measured on: rewards, ragged log-probabilities, logits, hidden states. Float32 or bfloat16, by seed.
+"""Seeded inputs of the benchmarks: rewards, ragged log-probabilities, logits, hidden states; float32 or bfloat16.
 
-All completions of a batch are equally long, so that the peers, which pad, are not charged for padding. Two variants of
-the head's inputs matter more than random ones:
+All completions of a batch are equally long, so that the peers, which pad, do no work for padding. Two variants of the
+head's inputs matter more than random ones:
 
-- ``peaked``: a captioner's distribution, as sharp as the demo's warm start (``policy_entropy.py``: mean entropy 0.73 nats;
-  a token has 10.7 entries that reach 2^-12; training lowers both). A hidden state is a random mix of 16 rows of the
-  head, drawn by Zipf's law and scattered over the vocabulary, scaled until the mean entropy is that one; targets are
-  sampled from it. At (512, 256, 8192) a token then has 10.5 such entries, and 32 neighbours share 287 columns, where the
-  warm start's share 109.
-- ``zero_fraction``: this share of the completions has advantage 0, and so no gradient.
+- ``peaked`` has a captioner's distribution, as sharp as that of the demo's warm start. ``policy_entropy.py`` measured a
+  mean entropy of 0.73 nats there, and 10.7 vocabulary entries per token whose probability reaches 2^-12; training
+  lowers both. A hidden state is a random mix of 16 rows of the head, drawn by Zipf's law and scattered over the
+  vocabulary, and scaled until the mean entropy is 0.73 nats. Targets are sampled from the resulting distribution. At
+  (512, 256, 8192) a token then has 10.5 such entries, and 32 consecutive tokens have them in 287 columns together,
+  compared with 109 for the warm start.
+- ``zero_fraction`` is the share of completions that have advantage 0, and so no gradient.
 """
 
 from __future__ import annotations
@@ -22,31 +23,32 @@ from torch import Tensor
 
 Inputs = dict[str, Tensor]
 POLICY_ENTROPY = 0.73
-"""Mean entropy in nats of the demo's warm start on its own captions, by ``python bench/policy_entropy.py``."""
+"""Mean entropy in nats of the demo's warm start on its own captions, measured by ``python bench/policy_entropy.py``."""
 _CANDIDATES = 16
 
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs of an op, and what is asked of it."""
+    """One set of inputs of an op, and how to run the op on it."""
 
     sizes: Mapping[str, int]
     dtype: torch.dtype = torch.float32
     what: str = ""
-    """Why these sizes, for the tables."""
+    """The reason for these sizes, shown in the tables."""
     peaked: bool = False
     filter_eps: float | None = None
-    """Passed to our op; the peers and the reference compute the exact gradient."""
+    """Filter threshold passed to our op; the peers and the reference compute the exact gradient."""
     zero_fraction: float = 0.0
     small: bool = False
-    """Also taken by ``pytest bench/``."""
+    """Whether ``pytest bench/`` also runs this case."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     memory_only: bool = False
-    """One call of our own implementations, for its peak memory: too large for anything else."""
+    """Whether to measure only the peak memory of one call of our own implementations, because the case is too large for
+    anything else."""
 
     @property
     def name(self) -> str:
-        """Unique within its op."""
+        """The case's name, unique within its op."""
         parts = ["x".join(str(n) for n in self.sizes.values()), str(self.dtype).removeprefix("torch.")]
         parts += ["peaked"] if self.peaked else []
         parts += [f"eps{self.filter_eps:.3g}"] if self.filter_eps is not None else []
@@ -55,13 +57,13 @@ class Case:
 
 
 def rewards(case: Case, generator: torch.Generator) -> Inputs:
-    """rewards (R, K) in [0, 1]."""
+    """Makes rewards (R, K) in [0, 1]."""
     shape = (case.sizes["groups"] * case.sizes["size"], case.sizes["rewards"])
     return {"rewards": torch.rand(shape, generator=generator)}
 
 
 def loss_batch(case: Case, generator: torch.Generator, num_tokens: int) -> Inputs:
-    """advantages (R,), cu_seqlens (R + 1,), and noise (T,) that stands between two policies."""
+    """Makes advantages (R,), cu_seqlens (R + 1,), and noise (T,), a difference of log-probabilities of two policies."""
     num_rollouts = case.sizes["rollouts"]
     length = num_tokens // num_rollouts
     if length * num_rollouts != num_tokens:
@@ -76,7 +78,7 @@ def loss_batch(case: Case, generator: torch.Generator, num_tokens: int) -> Input
 
 
 def logprobs(case: Case, generator: torch.Generator) -> Inputs:
-    """logprobs and old_logprobs (T,), with ``loss_batch``."""
+    """Makes logprobs and old_logprobs (T,), together with ``loss_batch``."""
     num_tokens = case.sizes["rollouts"] * case.sizes["length"]
     batch = loss_batch(case, generator, num_tokens)
     current = -3.0 * torch.rand(num_tokens, generator=generator)
@@ -84,7 +86,7 @@ def logprobs(case: Case, generator: torch.Generator) -> Inputs:
 
 
 def head(case: Case, generator: torch.Generator) -> Inputs:
-    """hidden (T, D), weight (V, D), targets (T,), upstream (T,)."""
+    """Makes hidden (T, D), weight (V, D), targets (T,), and the upstream gradient (T,)."""
     num_tokens, width, vocabulary = (case.sizes[k] for k in ("tokens", "hidden", "vocabulary"))
     weight = torch.randn(vocabulary, width, generator=generator).div_(math.sqrt(width))
     if case.peaked:
@@ -97,7 +99,7 @@ def head(case: Case, generator: torch.Generator) -> Inputs:
 
 
 def head_loss(case: Case, generator: torch.Generator) -> Inputs:
-    """``head`` and ``loss_batch``, with old_logprobs near the policy's own."""
+    """Makes ``head`` and ``loss_batch``, with old_logprobs near the policy's own."""
     made = head(case, generator)
     batch = loss_batch(case, generator, case.sizes["tokens"])
     made.pop("upstream")
@@ -110,7 +112,7 @@ def head_loss(case: Case, generator: torch.Generator) -> Inputs:
 
 
 def logits_loss(case: Case, generator: torch.Generator) -> Inputs:
-    """logits (T, V), targets (T,), and ``loss_batch``."""
+    """Makes logits (T, V), targets (T,), and ``loss_batch``, with old_logprobs near the policy's own."""
     num_tokens, vocabulary = case.sizes["tokens"], case.sizes["vocabulary"]
     logits = 2.0 * torch.randn(num_tokens, vocabulary, generator=generator)
     targets = torch.randint(0, vocabulary, (num_tokens,), generator=generator)
@@ -121,7 +123,7 @@ def logits_loss(case: Case, generator: torch.Generator) -> Inputs:
 
 
 def _peaked(num_tokens: int, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Hidden states whose distributions have the mean entropy of a captioner, and targets sampled from them."""
+    """Hidden states whose distributions have a mean entropy of ``POLICY_ENTROPY``, and targets sampled from them."""
     vocabulary = weight.shape[0]
     by_rank = torch.arange(1, vocabulary + 1, dtype=torch.float64).reciprocal().cumsum(0)
     drawn = torch.rand(num_tokens, _CANDIDATES, generator=generator, dtype=torch.float64) * by_rank[-1]

@@ -1,13 +1,18 @@
-"""The endpoint judge's throughput against a scripted server on loopback, and the reply cache's.
+"""Measures the throughput of the endpoint judge against a scripted server on loopback, and of the reply cache.
 
     python bench/judge.py [--captions 2000] [--latency 0.2] [--slots 64] [--memory_captions 10000] [--faults] [--output FILE]
 
-The server runs in a process of its own, works on at most ``slots`` requests at once and takes ``latency`` seconds for each.
-The ideal is what it needs if its slots never idle. One JSON object a line: ``throughput`` (seconds over ideal), ``memory``
-(growth of this process over one large step, and over as many captions in steps of a thousand), ``cache`` (lookups a second),
-``overlap`` (share of the judge's time hidden behind sampling that takes longer; ``judge_overlap.py`` measures whole runs), and
-with ``--faults`` each recoverable fault at 20% against none, and what a client that loses no time could reach. Recoverable are
-faults that show within the latency; a time-out takes a place for as long as one allows it, whatever the client does.
+The server runs in its own process, works on at most ``slots`` requests at once and takes ``latency`` seconds for each.
+The ideal time is what the server needs if its slots are never idle. The script prints one JSON object per line:
+
+- ``throughput``: seconds, and their ratio to the ideal time.
+- ``memory``: how much this process grows over one large step, and over the same captions in steps of a thousand.
+- ``cache``: lookups and writes per second of the reply cache.
+- ``overlap``: the share of the judge's time that is hidden behind sampling that takes longer. ``judge_overlap.py``
+  measures whole runs.
+- ``fault at 20%``, only with ``--faults``: throughput with each recoverable fault in 20% of the requests relative to
+  none, and what a client that loses no time could reach. A fault is recoverable if it shows within the latency. A
+  timed-out request is not: it occupies a slot until the time limit, whatever the client does.
 """
 
 from __future__ import annotations
@@ -44,7 +49,7 @@ from balcaprl.types import Sample  # noqa: E402
 REFERENCE = "A red cup stands on a table. A small dog sleeps. The wall is white."
 GROUP = 8
 REFUSALS = ("overloaded", "overloaded_retry_after")
-"""Faults that the server plays at once; all others take the latency first."""
+"""Faults with which the server replies at once; all other faults come after the latency."""
 SLOW = ("timeout", "slow_drip")
 RECOVERABLE = tuple(fault for fault in FAULTS if fault not in SLOW)
 
@@ -69,7 +74,7 @@ def main() -> None:
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All measurements, one after the other."""
+    """Runs all measurements in order and yields one row for each."""
     latency, slots = options.latency, options.slots
     with serving(latency_s=latency, slots=slots) as url:
         seconds, metrics = score(url, options.captions, slots)
@@ -88,7 +93,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def faults(count: int, latency: float, slots: int) -> Iterator[dict[str, Any]]:
-    """Each recoverable fault at 20%, a run without any beside each."""
+    """One row per recoverable fault: a run without faults, then a run with the fault in 20% of the requests."""
     for fault in RECOVERABLE:
         with serving(latency_s=latency, slots=slots) as url:
             clean, _ = score(url, count, slots)
@@ -103,7 +108,7 @@ def faults(count: int, latency: float, slots: int) -> Iterator[dict[str, Any]]:
 
 
 def fastest(count: int, slots: int, latency: float, share: float, fault_latency: float) -> float:
-    """Seconds, in the mean over draws, of a client that tries again at once, and before anything new."""
+    """Seconds, averaged over 20 draws, of a client that retries each failed request at once, before new ones."""
     means = []
     for seed in range(20):
         draw, ends, waiting, now = random.Random(seed), [], count, 0.0
@@ -120,7 +125,7 @@ def fastest(count: int, slots: int, latency: float, share: float, fault_latency:
 
 @contextmanager
 def serving(**settings: Any) -> Iterator[str]:
-    """A scripted server in a process of its own; yields its address."""
+    """Starts a scripted server in its own process, yields its address, and stops it at the end."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=serve, args=(there, settings), daemon=True)
@@ -135,14 +140,14 @@ def serving(**settings: Any) -> Iterator[str]:
 
 
 def serve(connection: Any, settings: dict[str, Any]) -> None:
-    """Runs in the server's process until told to stop."""
+    """Runs the server in its process until told to stop."""
     with ScriptedServer(**settings) as server:
         connection.send(server.url)
         connection.recv()
 
 
 def make_judge(url: str, slots: int, **endpoint: Any) -> EndpointJudge:
-    """One combined call a caption, units prepared: as many requests as captions."""
+    """A judge that sends one request per caption: calls are combined, and the reference units are already stored."""
     reward = RewardConfig.model_validate({"judge": "endpoint", "protocol": {"model": "m", "calls": "combined"}})
     servers = [{"url": url, "max_concurrency": slots}]
     settings = {
@@ -161,18 +166,18 @@ def make_judge(url: str, slots: int, **endpoint: Any) -> EndpointJudge:
 
 
 def sample(index: int) -> Sample:
-    """A picture of its own for each group."""
+    """A sample with a different image for each ``index``."""
     pixels = np.random.default_rng(index).integers(0, 255, (112, 112, 3), dtype=np.uint8)
     return Sample(f"s{index}", lambda: Image.fromarray(pixels), REFERENCE, "?")
 
 
 def captions(index: int) -> list[str]:
-    """Captions of one group, like no others."""
+    """The captions of one group, which differ from those of all other groups."""
     return [f"A red cup {index} stands beside dog number {j}, in front of a white wall." for j in range(GROUP)]
 
 
 def score(url: str, count: int, slots: int) -> tuple[float, dict[str, float]]:
-    """Seconds from the first caption handed over to the last score."""
+    """Seconds from the first submitted caption to the last score, and the judge's metrics."""
     judge = make_judge(url, slots)
     batch = judge.open_batch()
     started = time.perf_counter()
@@ -186,7 +191,7 @@ def score(url: str, count: int, slots: int) -> tuple[float, dict[str, float]]:
 
 
 def memory(url: str, count: int, slots: int) -> dict[str, Any]:
-    """Growth of this process while so many captions are scored: in steps of a thousand, then in one; after a warm-up."""
+    """Growth of this process, after a warm-up, while it scores ``count`` captions in steps of a thousand and in one."""
     score(url, 2000, slots)
     row: dict[str, Any] = {"what": "memory", "captions": count}
     for name, per_step in (("growth_in_steps_mib", 1000), ("growth_mib", count)):
@@ -205,7 +210,7 @@ def memory(url: str, count: int, slots: int) -> dict[str, Any]:
 
 
 def cache(count: int) -> dict[str, Any]:
-    """Lookups a second in a warm cache of replies of ordinary size."""
+    """Lookups and writes per second in a warm cache of replies of ordinary size."""
     with tempfile.TemporaryDirectory() as folder:
         store = ReplyCache(Path(folder) / "cache.db", 1 << 30)
         keys = [i.to_bytes(32, "big") for i in range(count)]
@@ -222,14 +227,14 @@ def cache(count: int) -> dict[str, Any]:
 
 
 def overlap(url: str, slots: int, latency: float) -> dict[str, Any]:
-    """A sampler that hands over a group every ``latency`` seconds: how much of the judge's time does a step still wait for?"""
+    """Measures how much of the judge's time is hidden if a sampler submits a group every ``latency`` seconds."""
     alone, _ = score(url, 8 * GROUP, slots)
     judge = make_judge(url, slots)
     batch = judge.open_batch()
     for i in range(8):
         time.sleep(latency)
         batch.submit(sample(100 + i), captions(100 + i))
-    time.sleep(latency)  # the rest of the step's sampling: its longest completion
+    time.sleep(latency)  # stands for the step's longest completion, which is still being sampled
     started = time.perf_counter()
     batch.results()
     waited = time.perf_counter() - started

@@ -1,11 +1,12 @@
-"""How much of the judge's time a training run hides, as its own log of phases tells it.
+"""Measures how much of the judge's time a training run hides behind sampling, from the run's own log of phases.
 
     python bench/judge_overlap.py [--steps 6] [--latency 0.03] [--slots 64] [--sampler vllm] [--threads 1]
 
-An on-policy run of the demo's policy against a scripted judge on loopback. ``score_s`` is what a step still waits for scores
-once it is sampled, ``judge_alone_s`` what the same groups take if they are scored afterwards with nothing else to do;
-``hidden`` is 1 - the one over the other, over all steps but the first. Completions are handed over as they end, so those that
-end last are never hidden. A real judge computes on another machine, the scripted one here: ``--threads`` leaves it a core.
+The script trains the demo's policy on-policy against a scripted judge on loopback. ``score_s`` is how long a step still
+waits for scores after sampling. ``judge_alone_s`` is how long the same groups take if they are scored afterwards with
+no other work. Both are medians. ``hidden`` is 1 minus the ratio of their sums over all steps but the first. The run
+submits each completion as soon as it ends, so the judge's time for the last completions is never hidden. A real judge
+computes on another machine, but the scripted one computes on this one: use ``--threads`` to leave it a core.
 """
 
 from __future__ import annotations
@@ -43,16 +44,16 @@ def main() -> None:
 
 
 class KeepsGroups(Trainer):
-    """Keeps each step's groups."""
+    """A trainer that keeps each step's groups in ``kept``."""
 
     def score_groups(self, sampled: SampledStep) -> ScoreStats:
-        """As the trainer's."""
+        """Keeps the groups, then scores them as ``Trainer`` does."""
         self.kept: list[list[RolloutGroup]] = [*getattr(self, "kept", []), sampled.groups]
         return super().score_groups(sampled)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """One run, and its groups scored again by a judge that knows nothing of them."""
+    """Runs the training, then scores its groups again with a new judge that has no cache; returns the row."""
     with tempfile.TemporaryDirectory() as folder, serving(latency_s=options.latency, slots=options.slots) as url:
         config = run_config(folder, url, options)
         trainer = KeepsGroups(config)
@@ -72,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def seconds_alone(config: TrainConfig, groups: list[RolloutGroup]) -> float:
-    """Scoring these groups with nothing else to do."""
+    """Seconds to score these groups with no other work."""
     judge = EndpointJudge.from_config(config.reward, config.endpoint, data_path=None, run_dir=None)
     started = time.perf_counter()
     score_groups(judge, groups, config.reward)
@@ -82,7 +83,7 @@ def seconds_alone(config: TrainConfig, groups: list[RolloutGroup]) -> float:
 
 
 def run_config(folder: str, url: str, options: argparse.Namespace) -> TrainConfig:
-    """The demo's policy, a few steps, every caption judged anew."""
+    """The configuration of the run: the demo's policy, a few steps, and no cache, so that every caption is judged."""
     return TrainConfig.model_validate(
         {
             "output_dir": folder,

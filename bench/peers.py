@@ -1,16 +1,17 @@
-"""What our ops are compared with: the trainers' and kernel libraries' own code, called as they call it.
+"""The code that our ops are compared with: that of other trainers and kernel libraries, called as they call it.
 
 =====================  ===============================================================================================
-TRL 1.16               ``_ChunkedLogProbFunction``, its head. Its advantages and its losses stand inside two methods of
-                       ``GRPOTrainer``: the statements are taken from the installed source and run as they are, so
-                       that no model, accelerator or data set is needed, and nothing is copied
-NVlabs/GDPO            the trainer published with GDPO (a fork of TRL 0.18) is not on any registry; its formula, written
-                       anew from ``trl-GDPO/trl-0.18.0-gdpo/trl/trainer/grpo_trainer.py`` (commit 41f74c5)
+TRL 1.16               ``ChunkedLogProbFunction`` is its head. Its advantages and its losses are inside two methods of
+                       ``GRPOTrainer``. This module takes those statements from the installed source and runs them
+                       unchanged, so no model, accelerator or data set is needed, and no code is copied
+NVlabs/GDPO            the trainer published with GDPO (a fork of TRL 0.18) is not on any registry. Its formula is
+                       rewritten here from ``trl-GDPO/trl-0.18.0-gdpo/trl/trainer/grpo_trainer.py`` (commit 41f74c5)
 Liger 0.8.5            ``LigerFusedLinearGRPOLoss`` from hidden states; ``triton_grpo_loss`` from logits, on a GPU
 =====================  ===============================================================================================
 
-They hold completions as padded (R, L) tensors, we hold one ragged (T,): ``pad_ragged`` makes the one from the other.
-The packages are imported where they are used; a missing one is an ImportError, which callers turn into a stated reason.
+TRL and Liger hold completions as padded (R, L) tensors, and we hold one ragged (T,) tensor: ``pad_ragged`` makes the
+former from the latter. Packages are imported where they are used. A missing one raises an ImportError, which callers
+report as the reason for leaving out a provider.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from torch import Tensor
 from balcaprl.extras import install_extra
 from balcaprl.torchvision_compat import ensure_importable
 
-TRL_VOCABULARY_CHUNK = 32_768  # what TRL's trainer passes to its head
+TRL_VOCABULARY_CHUNK = 32_768  # the chunk size that TRL's trainer passes to its head
 
 
 def completion_mask(cu_seqlens: Tensor) -> Tensor:
-    """(R, L) float32, 1 where a completion has a token; L is the longest one's length."""
+    """Mask (R, L) float32 that is 1 where a completion has a token; L is the length of the longest completion."""
     lengths_R = cu_seqlens.diff()
     positions_L = torch.arange(int(lengths_R.max()), device=cu_seqlens.device)
     return (positions_L < lengths_R[:, None]).float()
 
 
 def pad_ragged(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(T, ...) to (R, L, ...), zeros where there is no token; differentiable."""
+    """Pads ragged values (T, ...) to (R, L, ...) with zeros where there is no token; differentiable."""
     mask = completion_mask(cu_seqlens).bool()
     padded = values.new_zeros(*mask.shape, *values.shape[1:])
     return padded.index_put(mask.nonzero(as_tuple=True), values)
@@ -57,8 +58,8 @@ def trl_grouped_advantages(
 
     Args:
         rewards: (R, K) floating; groups are contiguous.
-        group_size: rollouts per group.
-        weights: K numbers; None: all 1.
+        group_size: number of rollouts per group.
+        weights: K numbers, the weight of each reward; None means that all are 1.
         aggregation: ``normalize_then_sum`` (our ``gdpo``) or ``sum_then_normalize`` (our ``grpo``).
     """
     num_rewards = rewards.shape[1]
@@ -84,17 +85,17 @@ def trl_policy_loss(
     kl_coef: float = 0.0,
     max_length: int | None = None,
 ) -> Tensor:
-    """TRL's own ``_compute_loss`` on log-probabilities that are already there.
+    """The loss of TRL's own ``_compute_loss`` on log-probabilities that are already computed.
 
     Args:
-        logprobs: (R, L), differentiable.
+        logprobs: (R, L) log-probabilities, differentiable.
         mask: (R, L), 1 for tokens of a completion.
-        advantages: (R,).
+        advantages: (R,) advantages.
         loss_type: ``grpo``, ``dapo``, ``bnpo`` or ``dr_grpo``.
-        old_logprobs: (R, L); None: on-policy.
-        reference_logprobs: (R, L), needed above ``kl_coef`` 0.
+        old_logprobs: (R, L) log-probabilities of the old policy; None means on-policy.
+        reference_logprobs: (R, L) log-probabilities of the reference, needed if ``kl_coef`` is above 0.
         sampling_ratio: (R, L), the truncated importance ratio, as TRL keeps it beside a batch sampled by vLLM.
-        clip: low and high.
+        clip: lower and upper clip range.
         kl_coef: TRL's ``beta``.
         max_length: the denominator of ``dr_grpo``.
     """
@@ -118,13 +119,13 @@ def trl_policy_loss(
 def trl_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, outputs: tuple[str, ...] = ("entropy",)
 ) -> tuple[Tensor, Tensor | None]:
-    """TRL's head: log-probabilities and, where ``outputs`` names it, entropy; both (T,)."""
+    """The outputs of TRL's head: log-probabilities and, if ``outputs`` names it, entropy; both (T,)."""
     function = _trl_head()
     return function.apply(hidden, weight, None, targets, temperature, TRL_VOCABULARY_CHUNK, None, 1.0, outputs)[:2]
 
 
 def trl_logprobs_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """TRL's log-probabilities, (T,), of logits (T, V) that are there: its Triton kernel on a GPU, torch elsewhere."""
+    """TRL's log-probabilities (T,) of given logits (T, V): its Triton kernel on a GPU, torch elsewhere."""
     ensure_importable()
     from trl.trainer.utils import selective_log_softmax
 
@@ -135,7 +136,7 @@ def trl_logprobs_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
 def _trl_head() -> type[torch.autograd.Function]:
     ensure_importable()
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-    from trl.trainer.utils import maybe_gather_lm_head_ctx  # noqa: F401 (its backward imports it: not to be timed)
+    from trl.trainer.utils import maybe_gather_lm_head_ctx  # noqa: F401 (imported early, outside of its timed backward)
 
     return ChunkedLogProbFunction
 
@@ -143,7 +144,7 @@ def _trl_head() -> type[torch.autograd.Function]:
 def _trl_trainer(
     loss_type: str, clip: tuple[float, float], kl_coef: float, max_length: int | None, *, corrects: bool
 ) -> Any:
-    """The part of a trainer that ``_compute_loss`` looks at: one process, one accumulation step, TRL's defaults."""
+    """The trainer's attributes that ``_compute_loss`` reads: one process, one accumulation step, TRL's defaults."""
     return SimpleNamespace(
         loss_type=loss_type,
         epsilon_low=clip[0],
@@ -187,13 +188,13 @@ def _trl_definition(module: str, name: str) -> ast.FunctionDef:
 
 @functools.cache
 def _trl_method(name: str) -> Callable[..., Any]:
-    """A method of TRL's ``GRPOTrainer`` as a function."""
+    """A method of TRL's ``GRPOTrainer``, compiled as a function."""
     return _compiled([_trl_definition("grpo_trainer", name)], name)
 
 
 @functools.cache
 def _trl_advantage_statements() -> Callable[..., Tensor]:
-    """The statements of ``_generate_and_score_completions`` that make advantages of rewards, as a function."""
+    """The statements of ``_generate_and_score_completions`` that compute advantages from rewards, as a function."""
     body = _trl_definition("grpo_trainer", "_generate_and_score_completions").body
     targets = [ast.unparse(n.targets[0]) if isinstance(n, ast.Assign) else "" for n in body]
     begin = targets.index("unscorable_mask")
@@ -206,7 +207,7 @@ def _trl_advantage_statements() -> Callable[..., Tensor]:
 
 
 def _compiled(definitions: list[ast.FunctionDef], name: str) -> Callable[..., Any]:
-    """Compiles functions of TRL's trainer beside the three helpers that they call."""
+    """Compiles functions of TRL's trainer with the three helpers that they call; returns the one called ``name``."""
     helpers = [_trl_definition("utils", helper) for helper in ("nanstd", "nanmin", "nanmax")]
     module = ast.fix_missing_locations(ast.Module(body=[*helpers, *definitions], type_ignores=[]))
     namespace: dict[str, Any] = {"torch": torch}
@@ -218,10 +219,11 @@ def _compiled(definitions: list[ast.FunctionDef], name: str) -> Callable[..., An
 
 
 def nvlabs_grouped_advantages(rewards: Tensor, group_size: int, weights: Sequence[float] | None = None) -> Tensor:
-    """The advantages of NVlabs' trainer with ``apply_gdpo``, (R,), from at least two rewards (R, K).
+    """The advantages (R,) of NVlabs' trainer with ``apply_gdpo``, from at least two rewards (R, K).
 
-    Each reward is normalised in its group by mean and std (ddof 1, 1e-4 added), the weighted sum over the whole batch
-    likewise. A missing score counts as 0 and is part of the statistics. (With one reward it falls back to plain GRPO.)
+    Each reward is normalised within its group by mean and std (ddof 1, 1e-4 added). Their weighted sum is then
+    normalised over the whole batch in the same way. A missing score counts as 0 and is part of the statistics. (With
+    one reward, NVlabs' trainer falls back to plain GRPO.)
     """
     groups = rewards.nan_to_num().view(-1, group_size, rewards.shape[1])
     std, mean = torch.std_mean(groups, dim=1, keepdim=True)
@@ -251,9 +253,10 @@ def liger_linear_policy_loss(
     chunk_size: int = 1,
     compiled: bool = False,
 ) -> Tensor:
-    """Liger's fused linear GRPO loss: hidden (R, L, D), targets and mask (R, L); else as ``trl_policy_loss``.
+    """Liger's fused linear GRPO loss of hidden (R, L, D), with targets and mask (R, L).
 
-    ``chunk_size`` is completions per chunk (Liger's default is 1); each chunk adds its gradient to the weight's.
+    The other arguments are those of ``trl_policy_loss``. ``chunk_size`` is the number of completions per chunk (Liger's
+    default is 1); each chunk adds its gradient to that of the weight.
     """
     ensure_importable()
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
@@ -293,7 +296,7 @@ def liger_logits_policy_loss(
     temperature: float = 1.0,
     inplace: bool = False,
 ) -> Tensor:
-    """Liger's Triton GRPO loss, CUDA only: logits (R, L + 1, V), whose last position it leaves out."""
+    """Liger's Triton GRPO loss of logits (R, L + 1, V), of which it ignores the last position. CUDA only."""
     ensure_importable()
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 

@@ -1,10 +1,11 @@
-"""How peaked is a captioner's distribution? Measured on a model's own sampled captions, at temperature 1.
+"""Measures how peaked a captioner's distribution is, on a model's own sampled captions at temperature 1.
 
     python bench/policy_entropy.py [--model FOLDER] [--prompts 32] [--group_size 4]
 
-Prints one JSON object: the mean entropy in nats, the share of (token, vocabulary entry) pairs whose probability reaches
-2^-12, the share of vocabulary entries that reach it anywhere in 32 (or 128, 512) tokens that follow each other, and how
-the chosen tokens spread over the vocabulary. ``inputs.py`` builds its peaked inputs with the entropy of the demo's warm start.
+The script prints one JSON object: the mean entropy in nats, the share of (token, vocabulary entry) pairs whose
+probability reaches 2^-12, the share of vocabulary entries that reach it for at least one of 32 (or 128, 512)
+consecutive tokens, and the share of sampled tokens that are among the 100 most frequent ones. ``inputs.py`` gives its
+peaked inputs the entropy of the demo's warm start.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ EPS = 2.0**-12
 
 
 def profile(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> dict[str, object]:
-    """The figures of T tokens: hidden (T, D), weight (V, D), targets (T,)."""
+    """The figures of T tokens, from hidden (T, D), weight (V, D) and targets (T,)."""
     logprobs = (hidden @ weight.T).log_softmax(dim=-1)
     reaches = logprobs >= math.log(EPS)
     counts = torch.bincount(targets, minlength=weight.shape[0]).sort(descending=True).values
@@ -45,7 +46,7 @@ def profile(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -
 
 
 def group_of(sampled: RolloutGroup) -> Group:
-    """A sampled group as the policy takes it."""
+    """A sampled group in the form that the policy takes."""
     completions = [torch.as_tensor(rollout.completion.token_ids) for rollout in sampled.rollouts]
     return Group(sampled.prompt.prompt_ids, completions, sampled.prompt.image_inputs)
 

@@ -1,9 +1,10 @@
-"""What is measured: ops x cases x providers. A new op adds one entry to ``OPS``.
+"""The registry of what is measured: ops x cases x providers. A new op adds one entry to ``OPS``.
 
-A provider computes what the op computes, from the same tensors: each of our implementations, the plain formulation that
-a trainer would write (``eager``), that under ``torch.compile``, and the peers' own code (``peers.py``). The cases that ours
-lose stay in. Two things are no peers but ceilings: ``gemms``, the bare matrix products of the language-model head (one
-forward, two more for the gradients), and, for ops that only stream memory, the bandwidth of a copy.
+A provider computes the op from the same tensors as all others. The providers are each of our implementations, the plain
+formulation that a trainer would write (``eager``), the same under ``torch.compile`` (``compile``), and the peers' own
+code (``peers.py``). Cases that ours lose are kept. Two things are ceilings and not peers: ``gemms``, the bare
+matrix products of the language-model head (one in the forward, two more for the gradients), and, for ops that only
+stream memory, the bandwidth of a copy.
 """
 
 from __future__ import annotations
@@ -36,21 +37,22 @@ class Provider:
     """One way to compute an op."""
 
     run: Callable[[Inputs, Case], Tensor]
-    """Returns the differentiable output."""
+    """Computes the differentiable output."""
     gradients: Callable[[Inputs, Case], tuple[Tensor, ...]] | None = None
-    """Forward and gradients by other means than autograd."""
+    """Computes output and gradients in another way than autograd; None means autograd."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     needs: str | None = None
-    """A package that may be missing."""
+    """A package that the provider needs and that may be missing."""
     ours: bool = False
     ceiling: bool = False
-    """Does the op's irreducible work, not the op: its result is not compared."""
+    """Whether the provider does only the op's irreducible work and not the op, so that its result is not compared."""
     every_token: bool = False
-    """Ours with a gradient for every token, in cases where some have none: what leaving those out is measured against, in the
-    same rounds. Its result is another one, and is not compared."""
+    """Whether this is our code with a gradient for every token, in a case where some tokens have none. It is timed in
+    the same rounds to show what leaving out those tokens saves. Its result differs from the op's, so it is not compared
+    with the reference."""
 
     def unavailable(self, device: torch.device) -> str | None:
-        """Why it cannot run on ``device``; None where it can."""
+        """The reason why the provider cannot run on ``device``, or None if it can."""
         if device.type not in self.devices:
             return f"runs on {' and '.join(self.devices)} only"
         if self.needs is not None and find_spec(self.needs) is None:
@@ -60,29 +62,31 @@ class Provider:
 
 @dataclass(frozen=True)
 class Op:
-    """One op, everything that competes on it, and the least that any of them can do."""
+    """One op with its cases, its providers, and the least work that any of them can do."""
 
     name: str
     cases: tuple[Case, ...]
     make_inputs: Callable[[Case, torch.Generator], Inputs]
-    """On torch's default device, which is the generator's."""
+    """Makes a case's inputs on torch's default device, which is also the generator's."""
     providers: Mapping[str, Provider]
     exact: Callable[[Inputs, Case], Tensor]
-    """The reference, on float64 inputs: what every provider is held to before it is timed."""
+    """Computes the reference, usually from float64 inputs; every provider is compared with it before it is timed."""
     differentiable: tuple[str, ...] = ()
-    """Inputs with a gradient; empty where there is no backward."""
+    """Names of the inputs that get a gradient; empty if the op has no backward."""
     floor_bytes: Callable[[Case], tuple[int, int]] = lambda case: (0, 0)
-    """Bytes that a forward, and a forward with gradients, must read and write at least, each once."""
+    """The fewest bytes that a forward, and a forward with gradients, must read and write, each value once."""
     floor_flops: Callable[[Case], tuple[int, int]] = lambda case: (0, 0)
-    """Multiplications and additions that both need at least, where matrix products bound them."""
+    """The fewest multiplications and additions of a forward, and of a forward with gradients, if matrix products bound
+    them."""
     tolerance: Mapping[torch.dtype, float] = field(
         default_factory=lambda: {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
     )
-    """Largest error against ``exact`` by dtype: of outputs relative to the largest, of gradients in the 2-norm."""
+    """Largest allowed error against ``exact`` by dtype: of outputs, relative to the largest value; of gradients, in the
+    2-norm."""
 
 
 def _impls(op: str, run: Callable[[Inputs, Case, str], Tensor]) -> dict[str, Provider]:
-    """Our implementations of an op. ``native`` is for the CPU, ``triton`` for CUDA."""
+    """Providers of our implementations of an op. ``native`` runs on the CPU, ``triton`` on CUDA."""
     function = getattr(kernels, op)
     devices = {"native": ("cpu",), "triton": ("cuda",)}
     found = {}
@@ -96,12 +100,13 @@ def _impls(op: str, run: Callable[[Inputs, Case, str], Tensor]) -> dict[str, Pro
             ours=True,
         )
         found[impl] = provider
-    # The strongest first: it heads the tables.
+    # The fastest implementations come first, so that they lead the tables.
     return {name: found[name] for name in ("native", "triton", "reference") if name in found}
 
 
 def _plain(eager: Callable[[Inputs, Case], Tensor]) -> dict[str, Provider]:
-    """A plain formulation, as it is and under ``torch.compile``, for any shape, as batches of varying length need it."""
+    """Providers of a plain formulation: as it is, and under ``torch.compile`` with dynamic shapes, as batches of
+    varying length need them."""
 
     @functools.cache
     def compiled() -> Callable[[Inputs, Case], Tensor]:
@@ -111,13 +116,13 @@ def _plain(eager: Callable[[Inputs, Case], Tensor]) -> dict[str, Provider]:
 
 
 def _padded(made: Inputs, names: tuple[str, ...]) -> list[Tensor]:
-    """(T, ...) tensors as (R, L, ...): views, since all completions are equally long."""
+    """Views of the named (T, ...) inputs as (R, L, ...); possible because all completions are equally long."""
     num_rollouts = made["advantages"].shape[0]
     return [made[name].unflatten(0, (num_rollouts, -1)) for name in names]
 
 
 def _trl_loss(logprobs: Tensor, made: Inputs) -> Tensor:
-    """TRL's ``dapo`` loss, our default, of (T,) log-probabilities."""
+    """TRL's ``dapo`` loss of (T,) log-probabilities; it is the same as our default loss."""
     (old,) = _padded(made, ("old_logprobs",))
     shaped = logprobs.view_as(old)
     mask = torch.ones_like(old)
@@ -125,7 +130,7 @@ def _trl_loss(logprobs: Tensor, made: Inputs) -> Tensor:
 
 
 def _plain_loss(logprobs: Tensor, made: Inputs) -> Tensor:
-    """The token-mean loss as it is written in a trainer's step."""
+    """The token-mean loss as a trainer's step would write it."""
     num_tokens = logprobs.shape[0]
     lengths = made["cu_seqlens"].diff()
     advantages = made["advantages"].repeat_interleave(lengths, output_size=num_tokens)
@@ -133,11 +138,12 @@ def _plain_loss(logprobs: Tensor, made: Inputs) -> Tensor:
     return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
 
 
-# grouped_advantages. All by the rule of ``gdpo``, which is TRL's.
+# grouped_advantages. All providers use the method ``gdpo``, which is also TRL's.
 
 
 def _advantages_eager(made: Inputs, case: Case) -> Tensor:
-    """Statistics that leave out missing scores, as trainers write them: no mask, no care for tiny spreads."""
+    """Advantages as trainers write them: statistics leave out missing scores, and there is no length mask and no care
+    for tiny spreads."""
     groups = made["rewards"].view(-1, case.sizes["size"], case.sizes["rewards"])
     centred = groups - groups.nanmean(dim=1, keepdim=True)
     count = (~centred.isnan()).sum(dim=1, keepdim=True)
@@ -169,7 +175,7 @@ GROUPED_ADVANTAGES = Op(
         "nvlabs": Provider(lambda made, case: peers.nvlabs_grouped_advantages(made["rewards"], case.sizes["size"])),
     },
     exact=lambda made, case: grouped_advantages_reference(made["rewards"], case.sizes["size"], method="gdpo"),
-    # Rewards in, advantages out, float32.
+    # Reads the rewards and writes the advantages, in float32.
     floor_bytes=lambda case: (4 * case.sizes["groups"] * case.sizes["size"] * (case.sizes["rewards"] + 1), 0),
 )
 
@@ -177,7 +183,7 @@ GROUPED_ADVANTAGES = Op(
 
 
 def _loss_bytes(case: Case) -> tuple[int, int]:
-    """Two log-probabilities in; with a gradient, one value out as well; per token, float32."""
+    """Bytes for float32 values: per token two log-probabilities read, and with gradients also one value written."""
     num_tokens = case.sizes["rollouts"] * case.sizes["length"]
     return 8 * num_tokens, 12 * num_tokens
 
@@ -203,7 +209,7 @@ POLICY_LOSS = Op(
     differentiable=("logprobs",),
 )
 
-# The language-model head: logprobs, and the fused loss.
+# The language-model head: log-probabilities, and the fused loss.
 
 _HEAD_SHAPES: tuple[tuple[dict[str, int], torch.dtype, str], ...] = (
     ({"tokens": 1024, "hidden": 256, "vocabulary": 8192}, torch.float32, "small head"),
@@ -219,7 +225,7 @@ _GPU_SHAPES = tuple(
 
 
 def _head_cases(**more: int) -> tuple[Case, ...]:
-    """The head's shapes; ``more`` are sizes that the op has beside the head's."""
+    """Cases of the head's shapes; ``more`` are sizes that the op has in addition to the head's."""
     cpu = [
         Case({**sizes, **more}, dtype, what, small=sizes["hidden"] <= 256, devices=("cpu",))
         for sizes, dtype, what in _HEAD_SHAPES
@@ -241,13 +247,13 @@ def _gemm_forward(made: Inputs, case: Case) -> Tensor:
 
 
 def _gemm_gradients(made: Inputs, case: Case) -> tuple[Tensor, ...]:
-    """Three products: logits into a buffer that is kept, gradients into fresh tensors, as every provider returns them."""
+    """The three matrix products. Logits go into a reused buffer, gradients into new tensors, as with every provider."""
     logits = _gemm_forward(made, case)
     return logits, logits @ made["weight"], logits.T @ made["hidden"]
 
 
 def _logits_buffer(made: Inputs) -> Tensor:
-    """(T, V), made at the first call and kept beside the inputs."""
+    """A buffer (T, V) for logits, made at the first call and kept with the inputs."""
     if "_logits" not in made:
         made["_logits"] = made["hidden"].new_empty(made["hidden"].shape[0], made["weight"].shape[0])
     return made["_logits"]
@@ -257,7 +263,7 @@ _GEMMS = Provider(_gemm_forward, _gemm_gradients, ceiling=True)
 
 
 def _eager_logprobs(made: Inputs) -> Tensor:
-    """All logits, in float32 as trainers cast them."""
+    """Log-probabilities from all logits, cast to float32 as trainers do."""
     logits = (made["hidden"] @ made["weight"].T).float()
     return logits.log_softmax(dim=-1).gather(1, made["targets"][:, None])[:, 0]
 
@@ -314,7 +320,7 @@ def _head_loss_liger(made: Inputs, case: Case, *, whole: bool) -> Tensor:
         loss_type="dapo",
         old_logprobs=old,
         chunk_size=hidden.shape[0] if whole else 1,
-        compiled=hidden.is_cuda,  # as it comes; the CPU figures are of its plain code
+        compiled=hidden.is_cuda,  # Liger's default; the CPU figures are of its uncompiled code
     )
 
 
@@ -343,7 +349,8 @@ LINEAR_POLICY_LOSS = Op(
         "gemms": _GEMMS,
         **_plain(lambda made, case: _plain_loss(_eager_logprobs(made), made)),
         "trl": Provider(_head_loss_trl, needs="trl"),
-        # As it comes (a chunk is one completion), and with all completions in one chunk, which is faster on a CPU.
+        # ``liger`` is Liger's default, one completion per chunk; ``liger-whole`` puts all completions into one chunk,
+        # which is faster on a CPU.
         "liger": Provider(lambda made, case: _head_loss_liger(made, case, whole=False), needs="liger_kernel"),
         "liger-whole": Provider(lambda made, case: _head_loss_liger(made, case, whole=True), needs="liger_kernel"),
     },
@@ -374,7 +381,8 @@ def _eager_logits_loss(made: Inputs, case: Case) -> Tensor:
 
 
 def _logits_liger(made: Inputs, case: Case) -> Tensor:
-    """Liger wants one position more per completion than it scores: it gets logits of its own, made at the first call."""
+    """Liger's loss. Liger requires one more position per completion than it scores, so it gets its own padded logits,
+    made at the first call."""
     targets, old = _padded(made, ("targets", "old_logprobs"))
     if "_longer" not in made:
         logits = made["logits"].detach().unflatten(0, (targets.shape[0], -1))
@@ -391,7 +399,7 @@ def _logits_liger_gradients(made: Inputs, case: Case) -> tuple[Tensor, ...]:
 
 
 def _logits_bytes(case: Case) -> tuple[int, int]:
-    """One read of the logits; with a gradient, one more and one write."""
+    """Bytes of one read of the logits, and with gradients of another read and one write."""
     logits = case.sizes["tokens"] * case.sizes["vocabulary"] * case.dtype.itemsize
     return logits, 3 * logits
 
@@ -428,8 +436,10 @@ OPS: dict[str, Op] = {
 
 
 def measure_inputs(op: Op, case: Case, device: torch.device) -> Inputs:
-    """The op's inputs for one case, the same at every call; the differentiable ones require a gradient. Made on the device:
-    the logits of the largest cases take minutes on a CPU."""
+    """The op's inputs for one case, the same at every call; the differentiable ones require a gradient.
+
+    They are made on ``device``, because making the logits of the largest cases takes minutes on a CPU.
+    """
     with torch.device(device):
         moved = op.make_inputs(case, torch.Generator(device).manual_seed(0))
     for name in op.differentiable:
@@ -445,7 +455,7 @@ def applicable(op: Op, case: Case) -> dict[str, Provider]:
 
 
 def sizes_row(case: Case) -> dict[str, Any]:
-    """A case as flat fields of a result row."""
+    """The fields of a result row that describe a case."""
     return {
         "case": case.name,
         "what": case.what,

@@ -1,11 +1,11 @@
-"""Writes the READMEs' tables and the plots from the committed results; nothing in them is typed by hand.
+"""Writes the READMEs' tables and the plots from the committed results, so that nothing in them is typed by hand.
 
 python bench/report.py            # rewrite the blocks between the markers, and the plots of bench/plots/
-python bench/report.py --check    # 1 if a README or a plot is not what the results say
+python bench/report.py --check    # exit status 1 if a README or a plot does not agree with the results
 
-A block is what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``. Of several rows for the same thing the
-last counts. Where a goal leaves little room for noise, ``bench/results/repeats/`` has further runs of its case on the same
-sources, and the goal is held against the median of all runs::
+A block is the text between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``. If several rows measure the same
+thing, the last one counts. Where a goal leaves little room for noise, ``bench/results/repeats/`` has further runs of
+its case on the same sources, and the goal applies to the median of all runs::
 
     python bench/run.py --op linear_policy_loss --case "1024x256x8192x8 float32" --provider native --provider gemms \
         --repeat 5 --output bench/results/repeats/cpu.jsonl
@@ -42,7 +42,7 @@ Key = tuple[str, str, str, str, str]
 
 
 class Results:
-    """Rows by device, op, case, provider and pass."""
+    """The measured rows by device, op, case, provider and pass."""
 
     def __init__(self, rows: Iterable[Row], repeats: Iterable[Row] = ()) -> None:
         self.rows: dict[Key, Row] = {_key(row): row for row in rows}
@@ -50,7 +50,7 @@ class Results:
 
     @classmethod
     def load(cls, folder: Path = RESULTS) -> Results:
-        """All ``*.jsonl`` of a folder, and of its ``repeats``."""
+        """The results in all ``*.jsonl`` files of a folder, and of its subfolder ``repeats``."""
         return cls(_read_rows(folder), _read_rows(folder / "repeats"))
 
     @property
@@ -58,14 +58,14 @@ class Results:
         return sorted({key[0] for key in self.rows})
 
     def ops(self, device: str) -> list[str]:
-        """In the order of the file, as ``cases`` and ``providers``."""
+        """The ops measured on a device, in the order of the file."""
         return list(dict.fromkeys(key[1] for key in self.rows if key[0] == device))
 
     def cases(self, device: str, op: str) -> list[str]:
         return list(dict.fromkeys(key[2] for key in self.rows if key[:2] == (device, op)))
 
     def providers(self, device: str, op: str) -> list[str]:
-        """Those that were timed at least once."""
+        """The providers that were timed at least once on an op, in the order of ``PROVIDERS``."""
         timed = {key[3] for key in self.rows if key[:2] == (device, op) and key[4] != "skipped"}
         return [name for name in PROVIDERS if name in timed]
 
@@ -73,7 +73,8 @@ class Results:
         return self.rows.get((device, op, case, provider, direction))
 
     def ratios(self, device: str, op: str, case: str, part: str, whole: str) -> list[float]:
-        """``part``'s time over ``whole``'s, one for each run on the sources of the last: there, and in the repeats."""
+        """Ratios of ``part``'s time to ``whole``'s: one for each run, repeats included, on the same sources, device and
+        threads as the last row."""
         last = self.get(device, op, case, part, "both")
         if last is None or self.get(device, op, case, whole, "both") is None:
             return []
@@ -85,7 +86,7 @@ class Results:
         return [run[part] / run[whole] for run in runs.values() if part in run and whole in run]
 
     def best(self, device: str, op: str, case: str, providers: Iterable[str], direction: str = "both") -> Row | None:
-        """The fastest of some providers."""
+        """The row of the fastest of ``providers``, or None if there is no row."""
         rows = [r for name in providers if (r := self.get(device, op, case, name, direction)) is not None]
         return min(rows, key=lambda row: row["median_ms"], default=None)
 
@@ -99,21 +100,21 @@ def _read_rows(folder: Path) -> list[Row]:
     return [json.loads(line) for line in lines if line.strip()]
 
 
-# Text.
+# The text of the tables.
 
 
 def milliseconds(value: float) -> str:
-    """Three significant digits."""
+    """Formats ``value`` with three significant digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def total_direction(results: Results, device: str, op: str) -> str:
-    """``both`` where the op has gradients, else ``forward``."""
+    """The pass that the tables show: ``both`` if the op has gradients, otherwise ``forward``."""
     return "both" if any(k[:2] == (device, op) and k[4] == "both" for k in results.rows) else "forward"
 
 
 def provenance(results: Results, device: str) -> str:
-    """One sentence on where the figures come from."""
+    """One or two sentences on the machine, packages and commits that the figures come from."""
     rows = [row for key, row in results.rows.items() if key[0] == device]
     first = rows[0]
     names = ("torch", "trl", "liger-kernel") if device == "cpu" else ("torch", "triton", "trl", "liger-kernel")
@@ -128,7 +129,7 @@ def provenance(results: Results, device: str) -> str:
 
 
 def op_table(results: Results, device: str, op: str) -> list[str]:
-    """One op: a row per case, a column per provider."""
+    """The table of one op: a row per case, a column per provider."""
     direction = total_direction(results, device, op)
     providers = results.providers(device, op)
     ceiling = "gemms" in providers
@@ -169,7 +170,7 @@ def case_label(row: Row) -> str:
 
 
 def tables(results: Results) -> str:
-    """Every op on every device, and the providers that could not run."""
+    """The tables of every op on every device, and the providers that could not run."""
     if not results.rows:
         return UNMEASURED
     parts: list[str] = []
@@ -196,7 +197,7 @@ def first_row(results: Results, device: str, op: str) -> Row:
 
 
 def headline(results: Results) -> str:
-    """The fused loss on real heads, for the main README."""
+    """The table of the fused loss beside its peers, for the main README."""
     op = "linear_policy_loss"
     lines: list[str] = []
     for device in results.devices:
@@ -220,7 +221,7 @@ def headline(results: Results) -> str:
     return "\n".join(lines).strip() or UNMEASURED
 
 
-# What the kernels were asked to reach, on two cores.
+# The goals of the kernels, on two cores.
 
 _SMALL = "1024x256x8192x8 float32"
 _MIDDLE = "512x896x32768x8 float32"
@@ -229,7 +230,7 @@ _FILTERED = "512x896x32768x8 float32 peaked eps0.000244"
 
 
 def goals(results: Results) -> list[tuple[str, float, str, float]]:
-    """(what, value, "at most" or "at least", bound) of each goal whose rows are there."""
+    """(what, value, "at most" or "at least", bound) of each goal that was measured."""
     found: list[tuple[str, float, str, float]] = []
 
     def get(op: str, case: str, provider: str, name: str = "median_ms", direction: str = "both") -> float | None:
@@ -250,7 +251,8 @@ def goals(results: Results) -> list[tuple[str, float, str, float]]:
             what = f"`{head}`, {case}: time over the bare GEMMs'" + several * (len(ratios) > 1)
             add(what, statistics.median(ratios), 1.0, "at most", limit)
         add(f"`{head}`, {case}: Liger's time over ours", liger, ours, "at least", factor)
-        # Not its default, and not asked for: it must not beat ours, and is shown for what it is.
+        # This goal compares with the faster of Liger's two chunk sizes. It was not asked for, and one of the sizes is
+        # not Liger's default, but Liger must not beat ours with either.
         add(
             f"`{head}`, {case}: Liger's with its best chunk over ours",
             best and best["median_ms"],
@@ -278,7 +280,7 @@ def goals(results: Results) -> list[tuple[str, float, str, float]]:
 
 
 def acceptance(results: Results) -> str:
-    """The goals with what was measured; those that are missed stay in."""
+    """The table of goals and measured values, including the goals that are missed."""
     rows = goals(results)
     if not rows:
         return UNMEASURED
@@ -289,7 +291,7 @@ def acceptance(results: Results) -> str:
     return "\n".join(lines)
 
 
-# Files.
+# The files that are written.
 
 BLOCKS: dict[tuple[str, str], Callable[[Results], str]] = {
     ("README.md", "headline"): headline,
@@ -302,7 +304,7 @@ def with_block(text: str, name: str, content: str) -> str:
     """``text`` with a block's content replaced.
 
     Raises:
-        ValueError: the markers are not there exactly once, in order.
+        ValueError: ``text`` does not have each marker exactly once and in order.
     """
     begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
@@ -313,7 +315,7 @@ def with_block(text: str, name: str, content: str) -> str:
 
 
 def rendered(results: Results, root: Path = ROOT) -> dict[Path, str]:
-    """Every README as it should be."""
+    """The text that every README should have."""
     texts: dict[Path, str] = {}
     for (file, name), render in BLOCKS.items():
         path = root / file
@@ -337,13 +339,13 @@ def updates_measured() -> UpdateResults:
 
 
 def update_plot_path(device: str) -> Path:
-    """Of one processor or GPU, by its name."""
+    """The plot's path for one processor or GPU, by its name."""
     name = "".join(c if c.isalnum() else "_" for c in device.lower())
     return ROOT / "bench" / "plots" / f"update_step_{name}.png"
 
 
 def drawn_rows(results: Results, device: str) -> list[tuple[str, str, float, float, float]]:
-    """(case, provider, low, median, high) of the fused loss, as multiples of the bare GEMMs' median."""
+    """The plot's rows (case, provider, low, median, high) of the fused loss, as multiples of the bare GEMMs' median."""
     op, found = "linear_policy_loss", []
     for case in results.cases(device, op):
         gemms = results.get(device, op, case, "gemms", "both")
@@ -364,7 +366,7 @@ def plot_path(device: str) -> Path:
 
 
 def draw(results: Results, device: str) -> None:
-    """Bars of the fused loss relative to the bare GEMMs, quartiles as whiskers."""
+    """Draws bars of the fused loss relative to the bare GEMMs, with quartiles as whiskers."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -394,7 +396,7 @@ def draw(results: Results, device: str) -> None:
 
 
 def differences(results: Results, root: Path = ROOT) -> list[str]:
-    """What does not agree with the results, a sentence each."""
+    """One sentence for each README and plot that does not agree with the results."""
     found = [
         f"{path.relative_to(root)}: not what bench/results says; run python bench/report.py"
         for path, text in rendered(results, root).items()

@@ -1,8 +1,9 @@
-"""Are the demo's three rewards three signals? Correlations over the warm start's own rollouts.
+"""Correlates the demo's three rewards over a model's own rollouts, to see whether they are three different signals.
 
     python bench/reward_balance.py [--model FOLDER] [--prompts 64] [--group_size 8]
 
-Prints one JSON object: mean rewards, b-CapScore, the mean within-group correlation of each pair of rewards, and examples.
+The model is the demo's warm start by default. The script prints one JSON object: mean rewards, b-CapScore, the mean
+within-group correlation of each pair of rewards, and as many examples as ``--examples`` asks for.
 """
 
 from __future__ import annotations

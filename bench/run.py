@@ -1,12 +1,12 @@
-"""Measures ops and prints one JSON object a line, provenance included.
+"""Measures ops and prints one JSON object per line, with its provenance.
 
 python bench/run.py                                                   # every op and case, to bench/results/<device>.jsonl
 python bench/run.py --op linear_policy_loss --output -                # one op, printed only
 python bench/run.py --op linear_policy_loss --case peaked --provider native --provider gemms --output -
 python bench/run.py --quick --output -                                # the small cases, few rounds: does it run?
 
-Rows are appended case by case. A second run with the same sources, machine and threads goes on where the first one stopped;
-``--fresh`` starts anew. ``bench/report.py`` makes the tables and plots of the READMEs from the file.
+Rows are appended case by case. A second run with the same sources, machine and threads continues where the first one
+stopped; ``--fresh`` measures everything again. ``bench/report.py`` makes the READMEs' tables and plots from the file.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ SOURCES = (
     "bench/peers.py",
 )
 SAME = ("sources", "device", "threads", "simd", *PACKAGES)
-"""Fields that must agree for a row of an earlier run to count as measured."""
+"""Fields that must agree with the current run for a row of an earlier run to count as measured."""
 
 
 def provenance(device: torch.device) -> dict[str, object]:
-    """Where, with what, and on which sources the figures were taken."""
+    """The machine, packages, settings and sources with which figures are measured."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "kernels", "bench/*.py")),
@@ -63,7 +63,7 @@ def provenance(device: torch.device) -> dict[str, object]:
 
 
 def sources_digest(patterns: Iterable[str] = SOURCES) -> str:
-    """A short hash of everything that the figures depend on; unlike a commit, it survives committing the results."""
+    """A short hash of the sources behind the figures; unlike the commit, it does not change when results are added."""
     digest = hashlib.sha256()
     for path in sorted({p for pattern in patterns for p in ROOT.glob(pattern) if p.is_file() and p.suffix != ".so"}):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
@@ -71,7 +71,7 @@ def sources_digest(patterns: Iterable[str] = SOURCES) -> str:
 
 
 def case_rows(op: Op, case: Case, measured: Measurement, device: torch.device, bandwidth: float) -> Iterator[dict]:
-    """Rows of one case: one per provider and pass, and one per provider that was left out."""
+    """The rows of one case: one per provider and pass, and one per provider that was left out."""
     common = {"op": op.name, "device_type": device.type, **sizes_row(case), "bfloat16_error": measured.bfloat16_error}
     ceilings = {t.direction: t.median_ms for t in measured.timings if op.providers[t.provider].ceiling}
     floors = dict(zip(("forward", "both"), op.floor_bytes(case), strict=True))
@@ -83,7 +83,7 @@ def case_rows(op: Op, case: Case, measured: Measurement, device: torch.device, b
             **asdict(timing),
             "ceiling": "gemms" if ceilings else "copy",
             "ceiling_ms": ceiling_ms,
-            # What doing only the irreducible work takes, in parts of what this took.
+            # The time of the irreducible work, as a percentage of this provider's time.
             "percent_of_ceiling": None if not ceiling_ms else 100.0 * ceiling_ms / timing.median_ms,
         }
     for name, reason in measured.skipped.items():
@@ -91,7 +91,8 @@ def case_rows(op: Op, case: Case, measured: Measurement, device: torch.device, b
 
 
 def expected_seconds(op: Op, case: Case, device: torch.device, budget: float, bandwidth: float) -> float:
-    """A guess of what a case takes: its floor, times the providers and calls, and the budget of the timed rounds."""
+    """An estimate of the seconds that a case takes, from its floor, the number of providers, and the budget of the
+    timed rounds."""
     flops = op.floor_flops(case)[1]
     floor = flops / gemm_rate(case.dtype, device) if flops else op.floor_bytes(case)[0] / bandwidth
     if case.memory_only:
@@ -102,7 +103,7 @@ def expected_seconds(op: Op, case: Case, device: torch.device, budget: float, ba
 
 
 def measured_already(path: Path, where: dict[str, object]) -> set[tuple[str, str]]:
-    """(op, case) of earlier rows that were taken as this run would take them."""
+    """The (op, case) of earlier rows that were measured under the same conditions as this run."""
     if not path.is_file():
         return set()
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -110,7 +111,7 @@ def measured_already(path: Path, where: dict[str, object]) -> set[tuple[str, str
 
 
 def selected(arguments: argparse.Namespace) -> list[tuple[Op, Case]]:
-    """What the command line asks for, in the order of the registry."""
+    """The ops and cases that the command line selects, in the order of the registry."""
     found = []
     for name in arguments.op or OPS:
         op = OPS[name]
@@ -120,7 +121,7 @@ def selected(arguments: argparse.Namespace) -> list[tuple[Op, Case]]:
         for case in op.cases:
             if arguments.device.type not in case.devices or (arguments.quick and not case.small):
                 continue
-            # A whole name means that case alone, though others may begin with it.
+            # A complete name selects only that case, even if other names contain it.
             if all(part == case.name if part in names else part in case.name for part in arguments.case or ()):
                 found.append((op, case))
     return found
@@ -146,7 +147,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures what is asked for; prints every row, and appends the rows of a case when it is complete."""
+    """Measures the selected cases, prints every row, and appends the rows of each case when the case is complete."""
     arguments = parse_arguments()
     device = arguments.device
     if arguments.threads:
@@ -174,7 +175,7 @@ def main() -> None:
 
 
 def write(rows: list[dict[str, object]], output: Path | None) -> None:
-    """Prints rows and appends them to a file, in one write."""
+    """Prints rows and appends them to a file in one write."""
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     print(lines, end="", flush=True)
     if output is not None:
@@ -184,7 +185,7 @@ def write(rows: list[dict[str, object]], output: Path | None) -> None:
 
 
 def _simd_level() -> str | None:
-    """The instruction set of the native library: the best of this machine, or what ``BALCAPRL_SIMD`` asks for."""
+    """The instruction set of the native library: the best of this machine, or the one that ``BALCAPRL_SIMD`` names."""
     return native.set_simd_level(os.environ.get("BALCAPRL_SIMD")) if native.is_available() else None
 
 
@@ -196,7 +197,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command; None outside a checkout."""
+    """The output of a git command; None outside a checkout."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -205,7 +206,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """Model name of the processor."""
+    """The model name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Tables of ``sync.py``'s and ``train_step.py``'s results; ``report.py`` puts them into the README."""
+"""Tables of the results of ``sync.py`` and ``train_step.py``; ``report.py`` puts them into the README."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ UNMEASURED = {
     for name in ("sync", "train_step")
 }
 MANY = 400e6
-"""Parameters from which on a sync must reach ``LEAST_PERCENT`` of a copy's speed."""
+"""The number of parameters from which on an ``inplace`` sync must reach ``LEAST_PERCENT`` of a copy's speed, and
+``shared`` may hold at most ``MOST_COPIES`` copies of the weights."""
 MOST_MS, LEAST_PERCENT, MOST_COPIES = 2.0, 60.0, 1.5
 LARGE_IMAGE, LEAST_RATIO = 448, 3.0
 
@@ -34,14 +35,15 @@ def load_rows(folder: Path) -> list[Row]:
 
 
 class Table:
-    """Rows by device and two more fields; of several for the same thing the last counts."""
+    """Rows by device and the values of two fields; if several rows measure the same thing, the last one counts."""
 
     def __init__(self, rows: Iterable[Row], across: str, down: str) -> None:
         self.rows = {(row["device"], row[across], row[down]): row for row in rows}
 
     @classmethod
     def load(cls, folder: Path, across: str, down: str) -> Table:
-        """All ``*.jsonl`` of a folder, but for rows in another data type than float32: they have no table yet."""
+        """The rows of all ``*.jsonl`` files of a folder. Rows of other dtypes than float32 are left out, because they
+        have no table yet."""
         rows = (row for row in load_rows(folder) if row.get("dtype", "float32") == "float32")
         return cls(rows, across, down)
 
@@ -50,11 +52,11 @@ class Table:
         return list(dict.fromkeys(key[0] for key in self.rows))
 
     def lines(self, device: str) -> list[Any]:
-        """Values of the first field."""
+        """The values of the first field on a device."""
         return list(dict.fromkeys(key[1] for key in self.rows if key[0] == device))
 
     def measured(self, device: str, line: Any) -> dict[str, Row]:
-        """Rows of one value of the first field by the second, without failures."""
+        """The rows with value ``line`` of the first field, by the second field, without failures."""
         return {k[2]: r for k, r in self.rows.items() if k[:2] == (device, line) and "failed" not in r}
 
     def failures(self, device: str) -> list[str]:
@@ -73,14 +75,14 @@ class Table:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, never in powers of ten."""
+    """Formats ``value`` with three significant digits, and large values without powers of ten."""
     if value is None:
         return ""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """A table whose first column is text."""
+    """The lines of a Markdown table whose first column is text."""
     return [
         "| " + " | ".join(heads) + " |",
         "|---|" + "---:|" * (len(heads) - 1),
@@ -89,7 +91,7 @@ def markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def goal_lines(goals: list[Goal]) -> list[str]:
-    """What was asked for and what was measured; what is missed stays in."""
+    """The table of goals and measured values, including the goals that are missed."""
     found = []
     for what, value, relation, bound in goals:
         holds = value <= bound if relation == "at most" else value >= bound
@@ -101,7 +103,8 @@ def goal_lines(goals: list[Goal]) -> list[str]:
 
 
 def sync_goals(table: Table) -> list[Goal]:
-    """Of each device: the slowest shared sync, its bytes, its copies of large weights; the copy's speed on them."""
+    """The goals of each device: the slowest shared sync, the bytes that shared syncs copy, and for large models the
+    copies of the weights that ``shared`` holds and the speed of ``inplace``."""
     goals: list[Goal] = []
     for device in table.devices:
         shared = [r for k, r in table.rows.items() if k[0] == device and k[2] == "shared" and "failed" not in r]
@@ -125,12 +128,13 @@ def millions(row: Row) -> str:
 
 
 def sync_time(row: Row) -> str:
-    """The whole sync; of a reload also the weights alone, as that is all that vLLM's own call does."""
+    """The time of the whole sync; for ``reload`` also, in brackets, the time of the weights only, because vLLM's own
+    call does no more than that."""
     return number(row["median_ms"]) + (f" ({number(row['push_ms'])})" if row["way"] == "reload" else "")
 
 
 def sync_block(table: Table) -> str:
-    """Goals, and for each size what each way takes and holds."""
+    """The README block of syncs: the goals, and for each size the time and the copies of the weights of each way."""
     if not table.rows:
         return UNMEASURED["sync"]
     parts = [*goal_lines(sync_goals(table)), ""]
@@ -155,7 +159,7 @@ def sync_block(table: Table) -> str:
 
 
 def step_goals(table: Table) -> list[Goal]:
-    """Of each image size: completions per second of ours over TRL's, whichever of its ways is faster."""
+    """The goal of each image size: our completions per second over those of the faster of TRL's two ways."""
     goals: list[Goal] = []
     for device in table.devices:
         for pixels in table.lines(device):
@@ -169,7 +173,7 @@ def step_goals(table: Table) -> list[Goal]:
 
 
 def step_block(table: Table) -> str:
-    """Goals, and the phases of every step."""
+    """The README block of training steps: the goals, and the phases of each provider's step."""
     if not table.rows:
         return UNMEASURED["train_step"]
     parts = [*goal_lines(step_goals(table)), ""]
@@ -184,7 +188,7 @@ def step_block(table: Table) -> str:
 
 
 def step_cells(row: Row, label: str) -> list[str]:
-    """One line of the phase table; the rest is what no phase accounts for."""
+    """One line of the phase table; its ``rest`` column is the time outside of all phases."""
     phases = row["phases_s"]
     rest = max(0.0, row["median_s"] - sum(phases.get(name, 0.0) for name in PHASES))
     times = [number(phases.get(name)) for name in PHASES]

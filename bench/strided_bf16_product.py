@@ -1,11 +1,14 @@
-"""Does torch's bfloat16 product on this CPU read beside its first operand? ``python bench/strided_bf16_product.py``
+"""Checks whether torch's bfloat16 product on this CPU reads outside of a strided first operand.
 
-Needs torch alone: it is the report to torch and oneDNN. Seen with torch 2.13.0 (CPU build) on an Intel Xeon with AMX; not with
-``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16``, not in float16 or float32, and not for columns that are multiples of 32. A matrix
-of ones is written into the first columns of a wider one that is NaN, as unwritten memory may be; every sum should be the
-number of columns. ``balcaprl.kernels.products`` keeps the project's own products out of this.
+    python bench/strided_bf16_product.py
 
-Exit status: 1 if a product of a strided operand is not what that of a contiguous one is, else 0.
+The script needs only torch, because it is meant as a bug report to torch and oneDNN. The fault was seen with torch
+2.13.0 (CPU build) on an Intel Xeon with AMX. It was not seen with ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16``, in float16
+or float32, or for numbers of columns that are multiples of 32. The script writes a matrix of ones into the first
+columns of a wider matrix of NaN, which unwritten memory may also hold; every sum should be the number of columns. The
+project's own products avoid the fault with ``balcaprl.kernels.products``.
+
+The exit status is 1 if any product is wrong, otherwise 0.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ COLUMNS = (7, 8, 15, 16, 31, 32, 33, 34, 48, 49, 63, 64, 79, 80, 96, 97, 129, 10
 
 
 def verdict(first: torch.Tensor) -> str:
-    """What becomes of the product of a matrix of ones with another."""
+    """The verdict on the product of ``first``, a matrix of ones, with a second one: right, wrong or not finite."""
     product = torch.mm(first, torch.ones(first.shape[1], OUTPUTS, dtype=first.dtype)).float()
     if not product.isfinite().all():
         return f"{int((~product.isfinite()).sum())} not finite"
@@ -26,7 +29,7 @@ def verdict(first: torch.Tensor) -> str:
 
 
 def main() -> int:
-    """Prints a line for each dtype and number of columns that is not right, and a summary."""
+    """Prints each dtype and number of columns with a wrong product, and a summary; returns the exit status."""
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     print(next((line.strip() for line in torch.__config__.show().splitlines() if "MKL-DNN" in line), "no oneDNN"))
     num_faults = 0

@@ -1,16 +1,19 @@
-"""How long new weights take to reach a colocated vLLM, and how many copies of them the process holds.
+"""Measures how long new weights take to reach a colocated vLLM, and how many copies of them the process holds.
 
 python bench/sync.py                                            # all sizes and ways, to bench/results/sync/<device>.jsonl
 python bench/sync.py --size 30m --way shared --way trl --output -
 
-Ways: our strategies ``shared``, ``inplace`` and ``reload`` (vLLM's own reload_weights, repacking included), and ``trl``: a call
-of ``load_weights`` per parameter, as TRL 1.16's colocated sync makes them (``sync_weights`` of trl.generation), on
-weights that are not repacked, as it fails on others. Each runs in a process of its own, on a random Qwen2.5-VL; between two
-syncs every weight changes, and after the last the engine must serve the policy's. ``median_ms`` is the whole sync, its checks
-and the dropping of caches included (and for ``reload`` the few tokens that it always asks for); ``push_ms`` is the weights
-alone. A first sync, with its probe, is not counted. Between the syncs a plain copy is timed; bytes count once read and once
-written. ``weight_copies`` is what trainer and engine hold in memory beyond a process that has run a small engine before, over
-the weights' own bytes.
+The ways are our strategies ``shared``, ``inplace`` and ``reload`` (vLLM's own reload_weights, including repacking), and
+``trl``: one call of ``load_weights`` per parameter, as TRL 1.16's colocated sync does (``sync_weights`` of
+trl.generation). The way ``trl`` runs on weights that are not repacked, because it fails on repacked ones. Each way runs
+in its own process, on a random Qwen2.5-VL. Every weight changes between two syncs, and after the last sync the engine
+must serve the policy's weights.
+
+``median_ms`` is the time of the whole sync, including its checks, the dropping of caches, and for ``reload`` the few
+tokens that it always generates. ``push_ms`` is the time of the weights only. The first sync, with its probe, is not
+counted. A plain copy is timed between the syncs; its bytes count once as read and once as written. ``weight_copies`` is
+the memory that trainer and engine hold beyond that of a process that has already run a small engine, divided by the
+weights' own bytes.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ _CORPUS = ["A large red circle is above a small blue square.", "Describe the ima
 
 
 def measure(folder: Path, way: str, dtype: str, rounds: int) -> dict[str, Any]:
-    """One way on one model, in this process."""
+    """Measures one way on one model in this process, and returns the row."""
     import torch
 
     from balcaprl.policy import Policy
@@ -91,7 +94,8 @@ def measure(folder: Path, way: str, dtype: str, rounds: int) -> dict[str, Any]:
 def timed_syncs(
     sampler: Any, policy: Any, way: str, rounds: int, plain: tuple[Any, Any]
 ) -> tuple[dict[str, list[float]], Any]:
-    """Seconds of whole syncs, of their pushes of weights, and of copies of ``plain``, in turns; the last sync's report."""
+    """Runs syncs and copies of ``plain`` in turns. Returns the seconds of whole syncs, of their pushes of weights and
+    of the copies, and the last sync's report."""
     import torch
 
     seconds: dict[str, list[float]] = {"sync": [], "push": [], "copy": []}
@@ -109,7 +113,7 @@ def timed_syncs(
 
 
 def start(policy: Any, strategy: str) -> Any:
-    """A sampler whose engine runs."""
+    """A sampler with the given sync strategy whose engine is running."""
     import numpy as np
     from PIL import Image
 
@@ -125,7 +129,7 @@ def start(policy: Any, strategy: str) -> Any:
 
 
 def warm_up(root: Path) -> None:
-    """Run and close a small engine: vLLM's code and first-use buffers are no part of the weights' memory."""
+    """Runs and closes a small engine, so that vLLM's code and first-use buffers do not count as the weights' memory."""
     from balcaprl.policy import Policy
 
     folder = root / "1m"
@@ -133,7 +137,7 @@ def warm_up(root: Path) -> None:
 
 
 def clocked(call: Any, seconds: list[float]) -> Any:
-    """``call``, whose seconds are appended."""
+    """Wraps ``call`` so that each call appends its seconds to ``seconds``."""
 
     def timed(*arguments: Any) -> Any:
         started = time.perf_counter()
@@ -145,7 +149,7 @@ def clocked(call: Any, seconds: list[float]) -> Any:
 
 
 def sync_as_trl(sampler: Any, policy: Any, pushes: list[float]) -> Any:
-    """One call per parameter, then the prefix cache: what TRL does; its other caches are left stale."""
+    """Syncs as TRL does: one call per parameter, then a reset of the prefix cache. vLLM's other caches stay stale."""
     from balcaprl.types import SyncReport
 
     parameters = {
@@ -163,7 +167,7 @@ def sync_as_trl(sampler: Any, policy: Any, pushes: list[float]) -> Any:
 
 
 def resident_bytes() -> int:
-    """Of this process, without what the allocator keeps for later."""
+    """Resident memory of this process in bytes, without the free memory that the allocator keeps."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
@@ -171,7 +175,7 @@ def resident_bytes() -> int:
 
 
 def stamp(sources: tuple[str, ...], device: str = "cpu") -> dict[str, Any]:
-    """Where, when, with what and on which sources a row was taken."""
+    """The machine, time, packages and sources with which a row is measured."""
     import torch
     from run import _version, provenance, sources_digest
 
@@ -181,7 +185,7 @@ def stamp(sources: tuple[str, ...], device: str = "cpu") -> dict[str, Any]:
 
 
 def build(size: str, folder: Path) -> Path:
-    """A random model of about that many parameters; its vocabulary is small, so that layers are what counts."""
+    """Builds a random model of about ``size`` parameters. Its vocabulary is small, so most weights are in layers."""
     from balcaprl.policy.tiny import build_tiny_qwen
 
     return build_tiny_qwen(folder / size, _CORPUS, num_kv_heads=2, vision_depth=2, **SIZES[size])
@@ -200,7 +204,7 @@ def main() -> None:
         folder, way = options.worker
         row = measure(Path(folder), way, options.dtype, options.rounds)
         print(json.dumps(row), flush=True)
-        os._exit(0)  # the row is out: a slow end of the interpreter must not count as a failure
+        os._exit(0)  # the row is printed, so a slow interpreter shutdown must not count as a failure
     with tempfile.TemporaryDirectory(prefix="balcaprl-bench-") as root:
         for size in options.size or SIZES:
             folder = build(size, Path(root))
@@ -208,12 +212,12 @@ def main() -> None:
                 worker = [sys.executable, __file__, "--worker", str(folder), way]
                 worker += ["--dtype", options.dtype, "--rounds", str(options.rounds)]
                 emit(worker, {"size": size, "way": way, "dtype": options.dtype}, options.output, "sync")
-            if size != "1m":  # every worker warms up on that one
+            if size != "1m":  # every worker warms up on that model
                 shutil.rmtree(folder)
 
 
 def emit(worker: list[str], more: dict[str, Any], output: Path | None, name: str) -> None:
-    """Run a worker, and print and append the row that it prints last; a failure is a row, too."""
+    """Runs a worker, and prints and appends the row that it prints last; a failure also becomes a row."""
     done = subprocess.run(worker, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     row = json.loads(lines[-1]) if done.returncode == 0 and lines else failure(name, done.stderr, done.returncode)
@@ -221,13 +225,13 @@ def emit(worker: list[str], more: dict[str, Any], output: Path | None, name: str
 
 
 def failure(name: str, stderr: str, returncode: int | None) -> dict[str, Any]:
-    """The row of a worker that ended without one: the last line that it wrote to its errors."""
+    """The row for a worker that ended without one; it has the last line of the worker's standard error."""
     reason = (stderr.strip().splitlines() or [f"exit status {returncode}"])[-1]
     return {"bench": name, "failed": reason, **stamp(())}
 
 
 def append(row: dict[str, Any], output: Path | None, name: str) -> None:
-    """Print a row, and add it to the results of this machine's processor, or to ``output``; ``-`` is neither."""
+    """Prints a row and appends it to ``output``, by default the results of this processor; ``-`` only prints it."""
     print(json.dumps(row), flush=True)
     if output is not None and str(output) == "-":
         return

@@ -1,7 +1,7 @@
 """The small cases under pytest-benchmark: ``pytest bench/ --benchmark-only``. All cases: ``python bench/run.py``.
 
-Timing is ``timing.measure``'s, here as there: the first test of a case measures all its providers, interleaved, and each
-provider's test replays its own samples into pytest-benchmark, through a clock that tells the times that were measured.
+Both use ``timing.measure``. Here the first test of a case measures all its providers, interleaved. Each provider's test
+then replays its own samples into pytest-benchmark through a clock that shows the measured times.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# As for `python bench/run.py`: the registry stands beside this file and is no part of the package.
+# Makes the registry importable: it is beside this file and not part of the package.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from registry import OPS, applicable
 from timing import Measurement, Pass, measure
@@ -30,7 +30,7 @@ CASES = [
 
 
 class ReplayClock:
-    """Tells, call by call, the begin and end of samples that were taken before."""
+    """A clock that returns, call by call, the begin and the end of each of the loaded samples."""
 
     def __init__(self) -> None:
         self.samples: Iterator[float] = iter(())
@@ -52,7 +52,7 @@ CLOCK = ReplayClock()
 
 @pytest.fixture(scope="module")
 def measured() -> dict[tuple[str, str], Measurement]:
-    """What was measured so far, by op and case."""
+    """The measurements so far, by op and case."""
     return {}
 
 

@@ -1,18 +1,20 @@
-"""The one timing protocol, for ``run.py`` and for ``pytest bench/``.
+"""The timing protocol of ``run.py`` and of ``pytest bench/``.
 
-1. Every provider is checked first: outputs and gradients against the reference, in float64 where that is affordable.
-   Ours being wrong stops the run; a peer that is wrong, missing, or fails is left out, with the reason in the results.
-2. All providers get the same tensors. In every round each of them runs once, the order rotating, so that a change of the
-   machine's speed hits all alike. Where slow ones leave time for few rounds, the others have some more, without
-   them. A sample is the mean of enough calls to last ``MIN_SAMPLE_SECONDS``.
-3. ``forward`` runs without gradients being asked for. ``both`` runs forward and gradients. ``backward`` is, round by round,
-   what ``both`` takes beyond ``forward``: fair to ops that make their gradients in the forward. Medians and quartiles
-   are over rounds.
-4. Peak memory is what one call takes beyond what was there before and beyond the tensors that it returns (outputs and
-   gradients). On a GPU it is the allocator's peak. On a CPU it is the peak of the process's resident memory, which sees
-   native code too: the heap is trimmed, the kernel's high-water mark is reset through ``/proc/self/clear_refs``, and read
-   as ``VmHWM`` after the call; it is null where the system has neither. Scratch that a peer's library keeps from an
-   earlier call is not counted; ours is given back before, and is.
+1. Every provider is checked first: its outputs and gradients are compared with the reference, in float64 where that is
+   affordable. If ours is wrong, the run stops. A peer that is wrong, missing or fails is left out, and the results give
+   the reason.
+2. All providers get the same tensors. In every round each provider runs once, in rotating order, so that a change of
+   the machine's speed affects all alike. If slow providers leave time for only a few rounds, the others get more rounds
+   without them. A sample is the mean of as many calls as take ``MIN_SAMPLE_SECONDS``.
+3. ``forward`` runs without gradients. ``both`` runs forward and gradients. ``backward`` is the time of ``both`` minus
+   the time of ``forward`` in the same round, which is fair to ops that compute their gradients in the forward. Medians
+   and quartiles are over rounds.
+4. Peak memory is what one call takes beyond the memory in use before and beyond the tensors that it returns (outputs
+   and gradients). On a GPU it is the allocator's peak. On a CPU it is the peak of the process's resident memory, which
+   includes native code: the heap is trimmed, the operating system's high-water mark is reset through
+   ``/proc/self/clear_refs`` and read as ``VmHWM`` after the call. It is null on systems without these. Scratch memory
+   that a peer's library keeps from an earlier call is not counted. Our own scratch memory is released before the call,
+   so it is counted.
 """
 
 from __future__ import annotations
@@ -40,14 +42,14 @@ MIN_SAMPLE_SECONDS = 5e-3
 MAX_CALLS = 200
 MIN_ROUNDS, MAX_ROUNDS = 3, 31
 ENOUGH_ROUNDS, SLOW_FACTOR = 15, 2
-"""Providers that take at most one part in ``SLOW_FACTOR`` of the slowest's time get ``ENOUGH_ROUNDS`` at least."""
+"""Providers that take at most 1 / ``SLOW_FACTOR`` of the slowest one's time get at least ``ENOUGH_ROUNDS`` rounds."""
 EXACT_FLOPS = 5e10
-"""Work above which the yardstick is computed in float32 for half-precision inputs."""
+"""Operations above which the reference is computed in float32 instead of float64 for half-precision inputs."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One provider on one case and pass; times in milliseconds per call."""
+    """The result of one provider on one case and pass; times are in milliseconds per call."""
 
     provider: str
     direction: Pass
@@ -58,26 +60,27 @@ class Timing:
     calls_per_round: int
     peak_bytes: int | None
     output_error: float | None
-    """Largest error relative to the largest exact value; None where nothing is compared."""
+    """Largest error relative to the largest exact value; None if the result is not compared."""
     gradient_error: float | None
-    """2-norm of the error relative to the exact gradient's, the worst of the gradients."""
+    """2-norm of the error relative to that of the exact gradient, for the worst gradient; None if not compared."""
 
 
 @dataclass
 class Measurement:
-    """What ``measure`` found: timings, the samples that they come from, and who was left out."""
+    """The result of ``measure``: timings, the samples that they come from, and the providers that were left out."""
 
     timings: list[Timing] = field(default_factory=list)
     samples: dict[tuple[str, Pass], list[float]] = field(default_factory=dict)
-    """Seconds per call, a value per round."""
+    """Seconds per call, one value per round, by provider and pass."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Provider to reason."""
+    """The reason for each provider that was left out."""
     bfloat16_error: float | None = None
-    """Of a filtered case: the gradient error of the reference in bfloat16 on the same inputs, which bounds the filter's."""
+    """In a filtered case, the gradient error of the reference in bfloat16 on the same inputs, which bounds the filter's
+    error; otherwise None."""
 
 
 class WrongResult(AssertionError):
-    """A provider's result is not the reference's; it is not timed."""
+    """A provider's result differs from the reference, so the provider is not timed."""
 
 
 @dataclass
@@ -93,16 +96,16 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Yardstick:
-    """What providers are held to."""
+    """The reference results, and the errors that providers may have."""
 
     results: tuple[Tensor, ...]
-    """Exact output and gradients."""
+    """The exact output and gradients."""
     allowed_output: float
     allowed_gradient: float
 
 
 def passes_of(op: Op) -> tuple[Pass, ...]:
-    """The passes that are reported."""
+    """The passes that are reported for an op."""
     return ("forward", "backward", "both") if op.differentiable else ("forward",)
 
 
@@ -110,13 +113,13 @@ def measure(op: Op, case: Case, device: torch.device, seconds: float = 30.0) -> 
     """Checks and times every provider of ``op`` on one case.
 
     Args:
-        op: from the registry.
-        case: one of the op's.
-        device: where it runs.
-        seconds: about what the timed rounds may take; there are ``MIN_ROUNDS`` at least.
+        op: an op of the registry.
+        case: one of the op's cases.
+        device: the device to run on.
+        seconds: approximate time limit of the timed rounds; there are always at least ``MIN_ROUNDS`` rounds.
 
     Raises:
-        WrongResult: an implementation of ours is wrong.
+        WrongResult: one of our implementations is wrong.
     """
     made = measure_inputs(op, case, device)
     result = Measurement()
@@ -135,7 +138,7 @@ def measure(op: Op, case: Case, device: torch.device, seconds: float = 30.0) -> 
 
 
 def _entries(op: Op, case: Case, made: Inputs, device: torch.device, result: Measurement) -> dict[str, _Entry]:
-    """The providers that can run and are right; the others go to ``result.skipped``."""
+    """The providers that can run and give right results; the reasons of the others go to ``result.skipped``."""
     entries: dict[str, _Entry] = {}
     exact = None if case.memory_only else _reference(op, case, made, _exact_dtype(op, case))
     if exact is not None and case.filter_eps is not None:
@@ -161,7 +164,7 @@ def _entries(op: Op, case: Case, made: Inputs, device: torch.device, result: Mea
 
 
 def _calls(op: Op, provider: Provider, made: Inputs, case: Case) -> dict[Pass, Call]:
-    """The passes as functions without arguments; each returns all that it made."""
+    """The passes as functions without arguments; each returns all tensors that it computes."""
     gradients_of = [made[name] for name in op.differentiable]
     detached = {name: tensor.detach() for name, tensor in made.items()}
 
@@ -179,13 +182,13 @@ def _calls(op: Op, provider: Provider, made: Inputs, case: Case) -> dict[Pass, C
 
 
 def _exact_dtype(op: Op, case: Case) -> torch.dtype:
-    """Float64, or float32 for half-precision inputs of a large case."""
+    """The dtype of the reference: float64, or float32 for half-precision inputs of a large case."""
     large = op.floor_flops(case)[1] > EXACT_FLOPS
     return torch.float32 if large and case.dtype != torch.float32 else torch.float64
 
 
 def _reference(op: Op, case: Case, made: Inputs, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Output and gradients of the reference in some dtype."""
+    """Output and gradients of the reference, computed in ``dtype``."""
     cast = {n: t.detach().to(dtype) if t.is_floating_point() else t for n, t in made.items()}
     gradients_of = [cast[name].requires_grad_() for name in op.differentiable]
     output = op.exact(cast, case)
@@ -198,8 +201,11 @@ def _reference(op: Op, case: Case, made: Inputs, dtype: torch.dtype) -> tuple[Te
 def _allowed_errors(
     op: Op, case: Case, made: Inputs, exact: tuple[Tensor, ...], bfloat16_error: float | None
 ) -> tuple[float, float]:
-    """Largest errors of output and gradients. In half precision the plain version's own error is doubled where it is
-    more than the op's tolerance: a ratio that the rounding moves across the clip changes a token's whole gradient."""
+    """Largest allowed errors of output and gradients.
+
+    In half precision, gradients may also have up to twice the error of the plain version, because a ratio that rounding
+    moves across a clip bound changes a token's whole gradient. A given ``bfloat16_error`` is the bound of gradients.
+    """
     tolerance = op.tolerance[case.dtype]
     if bfloat16_error is not None:
         return tolerance, bfloat16_error
@@ -216,10 +222,10 @@ def _check(
     calls: dict[Pass, Call],
     yardstick: _Yardstick,
 ) -> tuple[float | None, float | None]:
-    """Errors of output and gradients; runs every call once, which also warms it up.
+    """The errors of output and gradients. Runs every call once, which also warms it up.
 
     Raises:
-        WrongResult: an error exceeds the op's tolerance.
+        WrongResult: an error exceeds the allowed error.
     """
     (forward_output,) = calls["forward"]()
     outputs = calls["both"]() if "both" in calls else (forward_output,)
@@ -237,18 +243,19 @@ def _check(
 
 
 def _largest_error(actual: Tensor, exact: Tensor) -> float:
-    # A loss is a mean of terms of both signs and may be near 0 by chance: 0.1 is the least that it is measured by.
+    # A loss is a mean of terms of both signs and may be near 0 by chance, so its error is relative to at least 0.1.
     largest = max(float(exact.abs().max()), 1e-30 if exact.dim() else 0.1)
     return float((actual.detach().to(exact.dtype) - exact).abs().max()) / largest
 
 
 def _gradient_error(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float | None:
-    """The worst relative error of the gradients, which follow the output; None without any."""
+    """The worst relative error of the gradients, which are all results after the first; None if there are none."""
     return max((_norm_error(a, e) for a, e in zip(actual[1:], exact[1:], strict=True)), default=None)
 
 
 def _norm_error(actual: Tensor, exact: Tensor) -> float:
-    """In slices: a vocabulary's gradient in float64 is the largest tensor here."""
+    """The 2-norm of the error over that of ``exact``. It works in slices, because the gradient of the head's weight in
+    float64 would be the largest tensor here."""
     actual, exact = actual.reshape(exact.shape).flatten(), exact.flatten()
     difference = total = 0.0
     for a, e in zip(actual.split(1 << 24), exact.split(1 << 24), strict=True):
@@ -258,9 +265,11 @@ def _norm_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def _measure_memory(op: Op, entries: dict[str, _Entry], device: torch.device, result: Measurement) -> Measurement:
-    """Peak memory of one forward with gradients, unchecked: other cases hold the same code to the reference.
+    """Measures the peak memory of one forward with gradients. Its results are not checked, because other cases check
+    the same code against the reference.
 
-    A first call on the op's first case loads what a process loads once, 150 MiB of code and tables among it.
+    Before the measured call, a call on the op's first case loads what a process loads only once, such as 150 MiB of
+    code and tables.
     """
     first = op.cases[0]
     made = measure_inputs(op, first, device)
@@ -276,13 +285,14 @@ def _measure_memory(op: Op, entries: dict[str, _Entry], device: torch.device, re
 def _run_rounds(
     entries: dict[str, _Entry], measured: tuple[Pass, ...], device: torch.device, seconds: float, result: Measurement
 ) -> None:
-    """Interleaves the providers until the time is spent, within the bounds on rounds; then those that are not slow go on."""
+    """Runs rounds of all providers until the time is spent, within the bounds on rounds; providers that are not slow
+    then continue up to ``ENOUGH_ROUNDS``."""
     result.samples = {(name, direction): [] for name in entries for direction in measured}
     begin, done = time.perf_counter(), 0
     while entries and done < MAX_ROUNDS and (done < MIN_ROUNDS or time.perf_counter() - begin < seconds):
         _run_round(entries, list(entries), measured, device, done, result)
         done += 1
-    # A few rounds are too few for a ratio of medians that are close.
+    # A few rounds are not enough to compare medians that are close.
     longest = {name: max(result.samples[name, direction][-1] for direction in measured) for name in entries}
     quick = [name for name, longest_s in longest.items() if SLOW_FACTOR * longest_s <= max(longest.values())]
     for further in range(done, ENOUGH_ROUNDS if quick else done):
@@ -301,7 +311,7 @@ def _run_round(
     index: int,
     result: Measurement,
 ) -> None:
-    """Each of ``names`` once, another one first in every round."""
+    """Samples each of ``names`` once; each round starts with another provider."""
     turn = index % len(names)
     for name in names[turn:] + names[:turn]:
         for direction in measured:
@@ -319,7 +329,7 @@ def _timing(name: str, entry: _Entry, direction: Pass, result: Measurement) -> T
 
 
 def _sample(call: Call, count: int, device: torch.device) -> float:
-    """Mean seconds of ``count`` calls."""
+    """The mean seconds per call over ``count`` calls."""
     _synchronize(device)
     begin = time.perf_counter()
     for _ in range(count):
@@ -329,7 +339,7 @@ def _sample(call: Call, count: int, device: torch.device) -> float:
 
 
 def _calls_needed(call: Call, device: torch.device) -> int:
-    """How many calls make one sample; two calls are made to find out, fewer where one is long."""
+    """The number of calls per sample, estimated from two calls, or from one call if it is long."""
     seconds = _sample(call, 1, device)
     if seconds < 0.5:
         seconds = min(seconds, _sample(call, 1, device))
@@ -337,7 +347,7 @@ def _calls_needed(call: Call, device: torch.device) -> int:
 
 
 def copy_bandwidth(device: torch.device, megabytes: int = 64, rounds: int = 9) -> float:
-    """Bytes per second of a large device copy, read and write counted: the measured ceiling of memory-bound ops."""
+    """Bytes per second, read and written, of a large copy on the device: the measured ceiling of memory-bound ops."""
     source = torch.ones(megabytes << 18, device=device)
     target = torch.empty_like(source)
     seconds = [_sample(lambda: (target.copy_(source),), 1, device) for _ in range(rounds)]
@@ -345,14 +355,14 @@ def copy_bandwidth(device: torch.device, megabytes: int = 64, rounds: int = 9) -
 
 
 def gemm_rate(dtype: torch.dtype, device: torch.device, size: int = 768) -> float:
-    """Operations per second of a square matrix product: what the cost of a case is guessed with."""
+    """Operations per second of a square matrix product, used to estimate the time of a case."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = [_sample(lambda: (a @ b,), 1, device) for _ in range(5)]
     return 2 * size**3 / statistics.median(seconds)
 
 
 def _peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Bytes that one call takes beyond what it returns."""
+    """Peak bytes that one call takes beyond the tensors that it returns; None if the system cannot tell."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -372,7 +382,8 @@ def _bytes_of(tensors: tuple[Tensor, ...]) -> int:
 
 
 def _reset_high_water_mark() -> bool:
-    """Gives free memory back to the system, then makes the peak of resident memory what it is now. False: not here."""
+    """Returns free memory to the system, then resets the peak of resident memory to its present value. The result is
+    False on systems that cannot do this."""
     native_head.release_scratch()
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -383,7 +394,7 @@ def _reset_high_water_mark() -> bool:
 
 
 def _resident(field_name: str) -> int:
-    """A field of ``/proc/self/status`` in bytes."""
+    """The value in bytes of a field of ``/proc/self/status``."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     found = re.search(rf"{field_name}:\s+(\d+) kB", status)
     assert found is not None

@@ -1,14 +1,17 @@
-"""Whole training steps (sample, score, update, sync): ours and TRL 1.16's GRPO, same model, images, rewards and lengths.
+"""Times whole training steps (sample, score, update, sync) of ours and of TRL 1.16's GRPO on equal terms.
 
 python bench/train_step.py                              # both, 112 and 448 px, to bench/results/train_step/<device>.jsonl
 python bench/train_step.py --provider ours --pixels 112 --steps 4 --output -
 
-The model is a random Qwen2.5-VL, so that completions reach their limit on both sides; images are noise in PNG files, decoded
-by either side itself; the rewards are cheap formulas of the text. TRL samples with transformers' generate: its colocated vLLM
-fails on a CPU build (it calls ``load_weights`` on repacked weights), and its paged generation wants CUDA. Its batch is taken
-whole and in four accumulated parts; the faster counts. The first steps are warm-up. Each provider runs in a process of its own;
-they take turns, a step each, as a machine's speed wanders from minute to minute. A step of ours lasts a whole turn, logging
-included; of TRL's, the loading of images, which comes before its own begins, is not counted.
+Both sides have the same model, images, rewards and lengths. The model is a random Qwen2.5-VL, so that completions reach
+their limit on both sides. Images are noise in PNG files, and each side decodes them itself. The rewards are cheap
+formulas of the text. TRL samples with transformers' generate, because its colocated vLLM fails on a CPU build (it calls
+``load_weights`` on repacked weights) and its paged generation requires CUDA. TRL runs once with the whole batch and
+once with the batch in four accumulated parts; the faster one counts.
+
+The first steps are warm-up. Each provider runs in its own process. The providers take turns of one step each, because a
+machine's speed changes from minute to minute. Our step includes everything in its turn, with logging. TRL's step does
+not include the loading of images, which TRL does before the step begins.
 """
 
 from __future__ import annotations
@@ -34,25 +37,25 @@ _CORPUS = ["There are two shapes on a white background. A large solid red circle
 
 
 def rewards_of(text: str) -> tuple[float, float, float]:
-    """Three cheap rewards in [0, 1] that differ from text to text."""
+    """Three cheap rewards in [0, 1] that depend on the length of the text."""
     length = len(text)
     return (length % 97) / 96, (length % 31) / 30, min(1.0, length / 400)
 
 
 class Turn:
-    """A worker's own: it computes between two calls of ``next``, and the others wait."""
+    """A worker's side of taking turns: it computes between two calls of ``next`` while the other workers wait."""
 
     began = 0.0
 
     def next(self) -> None:
-        """Give the turn away, and return when it comes round again."""
+        """Ends this worker's turn, and returns when its next turn begins."""
         print(WAITING, flush=True)
         sys.stdin.readline()
         self.began = time.perf_counter()
 
 
 def measure_ours(folder: Path, options: argparse.Namespace, turn: Turn, sampler: str) -> dict[str, Any]:
-    """Our trainer; phases as its own log tells them."""
+    """Measures our trainer, with the phases from its own log; returns the row."""
     from balcaprl.config import TrainConfig
     from balcaprl.metrics import read_jsonl
     from balcaprl.trainer import Trainer
@@ -83,7 +86,7 @@ def measure_ours(folder: Path, options: argparse.Namespace, turn: Turn, sampler:
         }
     )
     trainer = Trainer(config, judge=FormulaJudge())
-    trainer.save = lambda: config.output_dir  # type: ignore[method-assign]  # the step is measured, not the disk
+    trainer.save = lambda: config.output_dir  # type: ignore[method-assign]  # the disk is not measured
     seconds: list[float] = []
 
     def end_step() -> None:
@@ -107,7 +110,8 @@ def measure_ours(folder: Path, options: argparse.Namespace, turn: Turn, sampler:
 
 
 def measure_trl(folder: Path, options: argparse.Namespace, turn: Turn, accumulation: int) -> dict[str, Any]:
-    """TRL's trainer; sampling and scoring are timed around its own methods, the rest of a step is the update."""
+    """Measures TRL's trainer; returns the row. Sampling and scoring are timed around its own methods, and the rest of a
+    step counts as the update."""
     from balcaprl.torchvision_compat import ensure_importable
 
     ensure_importable()
@@ -167,7 +171,8 @@ def measure_trl(folder: Path, options: argparse.Namespace, turn: Turn, accumulat
 
 
 def clocked(method: Any, times: list[float], lengths: list[int] | None) -> Any:
-    """``method``, its seconds added to the last of ``times``; the number of tokens that it sampled to ``lengths``."""
+    """Wraps ``method``: each call adds its seconds to the last of ``times`` and appends the number of sampled tokens to
+    ``lengths``, unless that is None."""
 
     def call(*arguments: Any, **keywords: Any) -> Any:
         started = time.perf_counter()
@@ -182,7 +187,7 @@ def clocked(method: Any, times: list[float], lengths: list[int] | None) -> Any:
 
 
 def row(seconds: list[float], options: argparse.Namespace) -> dict[str, Any]:
-    """What both sides report."""
+    """The fields of a row that both sides report."""
     import psutil
 
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
@@ -203,7 +208,7 @@ def row(seconds: list[float], options: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak_resident_bytes() -> int | None:
-    """Of this process, where the system tells."""
+    """Peak resident memory of this process in bytes; None if the system does not report it."""
     try:
         import resource
     except ImportError:
@@ -212,7 +217,7 @@ def peak_resident_bytes() -> int | None:
 
 
 def prepare(folder: Path, pixels: int, count: int) -> None:
-    """The model and as many noise images as are needed."""
+    """Writes the model, ``count`` noise images, and the file of captions into ``folder``."""
     import numpy as np
     from PIL import Image
 
@@ -250,7 +255,7 @@ def main() -> None:
         else:
             result = measure_ours(folder, options, Turn(), "hf" if provider == "ours-hf" else "vllm")
         print(json.dumps(result), flush=True)
-        os._exit(0)  # the row is out: a slow end of the interpreter must not count as a failure
+        os._exit(0)  # the row is printed, so a slow interpreter shutdown must not count as a failure
     for pixels in options.pixels or (112, 448):
         with tempfile.TemporaryDirectory(prefix="balcaprl-bench-") as root:
             prepare(Path(root), pixels, options.prompts * (WARMUP + options.steps))
@@ -259,7 +264,7 @@ def main() -> None:
 
 
 def in_turns(root: Path, options: argparse.Namespace, pixels: int) -> dict[str, dict[str, Any]]:
-    """Start a worker for each provider, and let them do a step each, round after round; their rows."""
+    """Starts a worker for each provider, lets each do one step per round until all are done, and returns their rows."""
     workers = {}
     for provider in options.provider or PROVIDERS:
         command = [sys.executable, __file__, "--worker", str(root), provider, "--pixels", str(pixels)]
@@ -273,10 +278,10 @@ def in_turns(root: Path, options: argparse.Namespace, pixels: int) -> dict[str, 
 
 
 class Worker:
-    """A provider's process."""
+    """The process of one provider."""
 
     def __init__(self, command: list[str], errors: Path) -> None:
-        """Start it, and wait until it is ready for its first step."""
+        """Starts the process, and waits until it is ready for its first step."""
         self._errors = errors
         self.row: dict[str, Any] = {}
         with errors.open("w") as file:
@@ -284,7 +289,7 @@ class Worker:
         self._running = self._wait()
 
     def take_turn(self) -> bool:
-        """Let it do a step; whether there is one more."""
+        """Lets the process do a step; returns whether it has another one."""
         if self._running:
             assert self._process.stdin is not None
             self._process.stdin.write("\n")
@@ -293,12 +298,15 @@ class Worker:
         return self._running
 
     def _wait(self) -> bool:
-        """Read what it prints until its turn, or it, is over; then its row is there, of a failure, too."""
+        """Reads the process's output until its turn or the process itself ends; returns whether the process still runs.
+
+        When the process has ended, ``row`` is its result or describes its failure.
+        """
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith(WAITING):
                 return True
-            if line.startswith('{"'):  # TRL prints dictionaries of Python's
+            if line.startswith('{"'):  # TRL also prints Python dictionaries, which begin with {'
                 self.row = json.loads(line)
         if self._process.wait() or not self.row:
             self.row = failure("train_step", self._errors.read_text(), self._process.returncode)

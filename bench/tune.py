@@ -1,11 +1,12 @@
-"""Times rows of the launch tables on this machine's GPU, the present row first: what ``launch.TABLES`` is chosen by.
+"""Times rows for the launch tables on this machine's GPU: first the present rows, then the candidates.
 
 python bench/tune.py                                     # every kernel that has candidates, to standard output
 python bench/tune.py --kernel _head_stats_kernel         # one; may be repeated
 python bench/tune.py --screen 90                         # no GPU: compile the candidates, show registers, spills, shared memory
 
-A worker process takes the candidates of one number, of all kernels of an op, so that all compile at once; a lock lets one of
-them measure at a time. A figure is the median time of the kernel alone, by CUDA events around its launches within the op.
+``launch.TABLES`` is chosen by these times. Each worker process takes the candidates with the same index of all kernels
+of an op, so that candidates compile in parallel. A lock lets only one worker measure at a time. Each figure is the
+median time of only the kernel, measured by CUDA events around its launches within the op.
 """
 
 from __future__ import annotations
@@ -92,11 +93,11 @@ CANDIDATES: dict[str, list[Launch]] = {
 }  # fmt: skip
 
 
-# Work: an op at a real size, whose kernels are timed.
+# The work that is timed: forward and backward of an op at a real size.
 
 
 def _head_work() -> Work:
-    """Qwen2.5-VL-7B's head, 8192 tokens."""
+    """The fused loss on Qwen2.5-VL-7B's head with 8192 tokens."""
     tokens, width, vocabulary = 8192, 3584, 152_064
     hidden = torch.randn(tokens, width, device="cuda").bfloat16().requires_grad_()
     weight = torch.randn(vocabulary, width, device="cuda").bfloat16().mul_(width**-0.5).requires_grad_()
@@ -111,7 +112,7 @@ def _head_work() -> Work:
 
 
 def _logits_work() -> Work:
-    """Logits of 4096 tokens over Qwen2.5-VL-3B's vocabulary."""
+    """The loss on logits of 4096 tokens over Qwen2.5-VL-3B's vocabulary."""
     tokens, vocabulary = 4096, 151_936
     logits = torch.randn(tokens, vocabulary, device="cuda", dtype=torch.bfloat16).requires_grad_()
     targets = torch.randint(0, vocabulary, (tokens,), device="cuda")
@@ -125,7 +126,7 @@ def _logits_work() -> Work:
 
 
 def _attention_work() -> Work:
-    """Heads of Qwen2.5-VL-7B: 8 prompts of 1049 tokens, 8 completions of 256 each."""
+    """The attention with Qwen2.5-VL-7B's heads on 8 prompts of 1049 tokens with 8 completions of 256 tokens each."""
     layout = kernels.SharedPrefixLayout.from_lengths([1049] * 8, [[256] * 8] * 8, device="cuda")
     query, upstream = (torch.randn(layout.num_tokens, 28, 128, device="cuda").bfloat16() for _ in range(2))
     key, value = (torch.randn(layout.num_tokens, 4, 128, device="cuda").bfloat16() for _ in range(2))
@@ -138,11 +139,11 @@ def _attention_work() -> Work:
 
 
 WORK = {"_head": _head_work, "_logits": _logits_work, "_shared_prefix": _attention_work}
-"""By the prefix of the kernel's name."""
+"""The work for each prefix of kernel names."""
 
 
 class _Stopwatch:
-    """Times every Triton launch by events, by the kernel's name."""
+    """Times every Triton launch with CUDA events and keeps the events by the kernel's name."""
 
     def __init__(self) -> None:
         from triton.runtime.jit import JITFunction
@@ -161,14 +162,16 @@ class _Stopwatch:
         JITFunction.run = timed
 
     def milliseconds(self, kernel: str) -> float:
-        """Of all launches since ``launches`` was cleared, together."""
+        """Total milliseconds of a kernel's launches since ``launches`` was last cleared."""
         torch.cuda.synchronize()
         return sum(begin.elapsed_time(end) for begin, end in self.launches[kernel])
 
 
 def measure(prefix: str, index: int | None, chosen: list[str], lock: str) -> list[dict[str, Any]]:
-    """Milliseconds of each kernel of one piece of work within a forward and backward, all at their candidates number
-    ``index``; None: as the tables are."""
+    """Times each chosen kernel of one piece of work within a forward and backward; returns one row per kernel.
+
+    Every kernel uses its candidate number ``index``, or with None its row of the launch tables.
+    """
     names = [k for k in chosen if k.startswith(prefix)]
     if index is not None:
         names = [k for k in names if index < len(CANDIDATES[k])]
@@ -181,7 +184,7 @@ def measure(prefix: str, index: int | None, chosen: list[str], lock: str) -> lis
         )
     try:
         with open(lock, "w") as file:
-            # The first call compiles, and runs: not while another process measures.
+            # The first call compiles and runs under a shared lock, so that it does not disturb a process that measures.
             fcntl.flock(file, fcntl.LOCK_SH)
             torch.manual_seed(0)
             run, watch = WORK[prefix](), _Stopwatch()
@@ -203,7 +206,7 @@ def measure(prefix: str, index: int | None, chosen: list[str], lock: str) -> lis
 
 
 def screen(kernels_: list[str], arch: int) -> None:
-    """Compiles every candidate for ``arch`` and prints what it takes."""
+    """Compiles every candidate for ``arch`` and prints its registers, spills and shared memory."""
     import compile_report
 
     for spec in launch.registered_kernels():

@@ -1,23 +1,24 @@
-"""The ways from the same rollouts to the same gradients that ``update_step.py`` compares.
+"""The providers that ``update_step.py`` compares: different ways from the same rollouts to the same gradients.
 
 ==================  ==================================================================================================
-ours                the prompt once per group, the last layer and the head at predicting positions, fused small layers,
-                    ``linear_policy_loss``
-repeated            stock transformers, its own layers included: a padded row per completion, each with its own image
-                    through the tower; our loss
-repeated-one-tower  our layout for models that cannot share: padded rows, the tower once per image; our fused layers
-trl                 TRL 1.16's ``_compute_loss`` and ``_get_per_token_logps_and_entropies``, taken from its source and run
-                    as they are, on a model with TRL's own fused head. Off Triton devices that head scores every
-                    position of every row, prompts included; so it does for TRL's users there
+ours                computes the prompt once per group, and the last layer and the head only at predicting positions;
+                    fused small layers, ``linear_policy_loss``
+repeated            stock transformers with its own layers: a padded row per completion, each with its own image
+                    through the vision tower; our loss
+repeated-one-tower  our layout for models that cannot share prompts: padded rows, each image through the vision tower
+                    once; our fused layers
+trl                 TRL 1.16's ``_compute_loss`` and ``_get_per_token_logps_and_entropies``, taken from its source and
+                    run unchanged, on a model with TRL's own fused head. On devices without Triton, that head scores
+                    every position of every row, prompts included, as it does for TRL's users
 prefix-grouper      the formulation of verl's prefix grouping (``prefix_grouper_utils.pg_forward`` of verl, class
-                    ``PrefixGrouper`` of johncaged/PrefixGrouper, arXiv 2506.05433), stated anew: one padded row per group;
-                    in each layer the prompt attends causally, and each completion attends to a *copy* of the
-                    prompt's keys and values before its own, under a mask; logits of all positions. verl groups text
-                    only; here the image's features are put in first, by our code, as if it did images
+                    ``PrefixGrouper`` of johncaged/PrefixGrouper, arXiv 2506.05433), rewritten here: one padded row
+                    per group. In each layer the prompt attends causally, and each completion attends under a mask to
+                    a *copy* of the prompt's keys and values before its own. Logits are computed at all positions.
+                    verl groups text only; here our code inserts the image features first, as if verl grouped images
 ==================  ==================================================================================================
 
-What is timed: zeroed gradients, from rollouts to gradients of all parameters, packing included where the provider packs.
-TRL's padded inputs are made beforehand: it makes them while it samples.
+The timed part starts from zeroed gradients and goes from rollouts to the gradients of all parameters. It includes
+packing if the provider packs. TRL's padded inputs are made beforehand, because TRL makes them while it samples.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from balcaprl.policy.layers import stock_layers
 
 PREFIX_GROUPER = "bench_prefix_grouper"
 TEXT_TOKENS = 25
-"""Of each prompt, beside its image."""
+"""Number of text tokens of each prompt, in addition to its image tokens."""
 _VISION_START, _VISION_END, _IMAGE, _FIRST_WORD = 3, 4, 5, 10
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -51,38 +52,38 @@ SIZES: dict[str, dict[str, Any]] = {
     "3b": {"hidden": 2048, "inner": 11008, "layers": 36, "heads": 16, "kv": 2, "vocabulary": 151_936, "tower": 1280,
            "blocks": 32},
 }  # fmt: skip
-"""Qwen2.5-VL of about so many parameters, tied embeddings, windowed attention in most of the tower. 3b is Qwen2.5-VL-3B's
-own shape with heads of 128; the others have heads of 64."""
+"""Shapes of Qwen2.5-VL models by approximate number of parameters, with tied embeddings and windowed attention in most
+of the vision tower. 3b is the shape of Qwen2.5-VL-3B with heads of 128; the others have heads of 64."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One batch of rollouts."""
+    """The shape of one batch of rollouts, and the size of the model."""
 
     size: str
     group_size: int
     image_tokens: int
     completion: int
-    """Mean length."""
+    """Mean number of tokens per completion."""
     ragged: bool = True
-    """Lengths from half of the mean to one and a half; else all alike."""
+    """Whether lengths vary from half of the mean to one and a half times the mean; otherwise all are equal."""
     groups: int = 1
 
     @property
     def prompt(self) -> int:
-        """Prompt tokens."""
+        """Number of prompt tokens, image tokens included."""
         return self.image_tokens + TEXT_TOKENS
 
     @property
     def name(self) -> str:
-        """As rows and tables show it."""
+        """The shape's name in result rows and tables."""
         kind = "~" if self.ragged else ""
         return (
             f"{self.size} B{self.groups} G{self.group_size} image{self.image_tokens} completion{kind}{self.completion}"
         )
 
     def lengths(self) -> list[list[int]]:
-        """Of each group's completions."""
+        """The completion lengths of each group."""
         if not self.ragged:
             return [[self.completion] * self.group_size] * self.groups
         generator = torch.Generator().manual_seed(0)
@@ -131,20 +132,20 @@ def build_policy(size: str, device: torch.device, dtype: torch.dtype) -> Policy:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What every provider is given."""
+    """The rollouts that every provider gets."""
 
     groups: list[Group]
     advantages: Tensor
-    """(R,) float32."""
+    """(R,) float32 advantages, one per completion."""
 
     @property
     def rows(self) -> list[tuple[Group, Tensor]]:
-        """(group, completion), one after the other."""
+        """One (group, completion) per rollout, in order."""
         return [(group, completion) for group in self.groups for completion in group.completions]
 
 
 def make_rollouts(shape: Shape, policy: Policy) -> Rollouts:
-    """Random images, words and advantages."""
+    """Rollouts with random images and words, and with evenly spaced advantages from -1 to 1."""
     generator = torch.Generator().manual_seed(1)
     vocabulary = policy.lm_head_weight.shape[0]
     edge = round(shape.image_tokens**0.5)
@@ -169,18 +170,18 @@ def make_rollouts(shape: Shape, policy: Policy) -> Rollouts:
     return Rollouts(groups, advantages.to(policy.device))
 
 
-# Providers: each takes policy and rollouts once, and returns the forward: a function that computes the loss.
+# Providers. Each is called once with policy and rollouts, and returns a forward function that computes the loss.
 
 Forward = Callable[[], Tensor]
 
 
 def ours(policy: Policy, rollouts: Rollouts) -> Forward:
-    """See the module."""
+    """The provider ``ours`` of the module's table."""
     return lambda: _packed_loss(policy, rollouts, "shared")
 
 
 def repeated_one_tower(policy: Policy, rollouts: Rollouts) -> Forward:
-    """See the module."""
+    """The provider ``repeated-one-tower`` of the module's table."""
     return lambda: _packed_loss(policy, rollouts, "repeated")
 
 
@@ -196,7 +197,7 @@ def _head_loss(policy: Policy, rollouts: Rollouts, hidden: Tensor, targets: Tens
 
 
 def repeated(policy: Policy, rollouts: Rollouts) -> Forward:
-    """See the module."""
+    """The provider ``repeated`` of the module's table."""
 
     def forward() -> Tensor:
         batch = _padded_rows(policy, rollouts)
@@ -215,7 +216,7 @@ def repeated(policy: Policy, rollouts: Rollouts) -> Forward:
 
 
 def _padded_rows(policy: Policy, rollouts: Rollouts) -> dict[str, Tensor]:
-    """Right-padded rows, every row with its own copy of the image."""
+    """The model's inputs as right-padded rows, each with its own copy of the image."""
     rows = [torch.cat([group.prompt_ids, completion]) for group, completion in rollouts.rows]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(policy.device)
     lengths = torch.tensor([len(row) for row in rows], device=policy.device)
@@ -233,7 +234,7 @@ def _repeated_images(rollouts: Rollouts) -> dict[str, Tensor]:
 
 
 def trl(policy: Policy, rollouts: Rollouts) -> Forward:
-    """See the module.
+    """The provider ``trl`` of the module's table.
 
     Raises:
         ImportError: TRL is not installed.
@@ -250,7 +251,7 @@ def trl(policy: Policy, rollouts: Rollouts) -> Forward:
     trainer = peers._trl_trainer("dapo", (0.2, 0.2), 0.0, None, corrects=False)
     trainer.accelerator.autocast = nullcontext
     definition = copy.copy(peers._trl_definition("grpo_trainer", "_get_per_token_logps_and_entropies"))
-    definition.decorator_list = []  # it logs how long a call took
+    definition.decorator_list = []  # drops the decorator, which logs how long a call takes
     score = peers._compiled([definition], definition.name)
     trainer._get_per_token_logps_and_entropies = lambda *arguments, **more: score(trainer, *arguments, **more)
     compute = peers._trl_method("_compute_loss")
@@ -258,7 +259,8 @@ def trl(policy: Policy, rollouts: Rollouts) -> Forward:
 
 
 def _trl_inputs(policy: Policy, rollouts: Rollouts) -> dict[str, Any]:
-    """As ``_generate_and_score_completions`` leaves them: prompts padded left, completions right, an image per row."""
+    """TRL's inputs as ``_generate_and_score_completions`` returns them: prompts padded on the left, completions on the
+    right, and an image per row."""
     device = policy.device
     prompts, completions = [group.prompt_ids for group, _ in rollouts.rows], [c for _, c in rollouts.rows]
     prompt_ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
@@ -284,7 +286,7 @@ def _trl_inputs(policy: Policy, rollouts: Rollouts) -> dict[str, Any]:
 
 
 def prefix_grouper(policy: Policy, rollouts: Rollouts) -> Forward:
-    """See the module."""
+    """The provider ``prefix-grouper`` of the module's table."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(PREFIX_GROUPER, _grouped_attention)
@@ -293,20 +295,20 @@ def prefix_grouper(policy: Policy, rollouts: Rollouts) -> Forward:
 
 @dataclass(frozen=True)
 class _Grouping:
-    """Which tokens of the padded rows of groups are prompts and completions, as padded indices with their masks."""
+    """The prompts and completions in the padded rows of groups, as padded indices with masks."""
 
     prompt_index: Tensor
-    """(B, P): into the flattened rows."""
+    """(B, P) indices of each prompt's tokens in the flattened rows."""
     prompt_mask: Tensor
-    """(B, P) bool."""
+    """(B, P) bool, False at padding of ``prompt_index``."""
     completion_index: Tensor
-    """(R, L)."""
+    """(R, L) indices of each completion's tokens in the flattened rows."""
     completion_mask: Tensor
-    """(R, L) bool."""
+    """(R, L) bool, False at padding of ``completion_index``."""
     group_of: Tensor
-    """(R,)."""
+    """(R,) index of each completion's group."""
     keys_seen: Tensor
-    """(R, 1, L, P + L) bool: what each token of a completion sees of [its prompt | itself]."""
+    """(R, 1, L, P + L) bool: which keys of [its prompt | its completion] each token of a completion sees."""
 
 
 def _grouping(rollouts: Rollouts, width: int, device: torch.device) -> _Grouping:
@@ -336,7 +338,7 @@ def _grouping(rollouts: Rollouts, width: int, device: torch.device) -> _Grouping
 def _grouped_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, grouping: _Grouping, **options: Any
 ) -> tuple[Tensor, None]:
-    """(B, H, W, head_dim) rows of groups in, (B, W, H, head_dim) out."""
+    """Attention over rows of groups: takes (B, H, W, head_dim), returns (B, W, H, head_dim)."""
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     scale = options.get("scaling")
     (qp, kp, vp), (qc, kc, vc) = (
@@ -373,7 +375,7 @@ def _grouped_loss(policy: Policy, rollouts: Rollouts) -> Tensor:
             grouping=grouping,
         ).last_hidden_state
     logits = policy.model.get_output_embeddings()(hidden)
-    # Each completion's first token is predicted by the prompt's last.
+    # The prompt's last token predicts the first token of each of its completions.
     last = torch.stack(
         [index[mask][-1] for index, mask in zip(grouping.prompt_index, grouping.prompt_mask, strict=True)]
     )
@@ -387,7 +389,7 @@ def _grouped_loss(policy: Policy, rollouts: Rollouts) -> Tensor:
 
 
 def _grouped_positions(policy: Policy, groups: Sequence[Group], width: int) -> Tensor:
-    """(3, B, W): completions go on from their prompt."""
+    """Position ids (3, B, W), in which each completion continues from its prompt."""
     positions = torch.zeros(3, len(groups), width, dtype=torch.long)
     for row, group in enumerate(groups):
         of_prompt = policy.prompt_positions(group.prompt_ids, group.image_inputs)
@@ -405,7 +407,7 @@ Provider = Callable[[Policy, Rollouts], Forward]
 
 
 def _on_stock_layers(provider: Provider) -> Provider:
-    """Without our fused layers, which its users do not have."""
+    """Wraps a provider so that it runs without our fused layers, which the provider's users do not have."""
 
     def prepare(policy: Policy, rollouts: Rollouts) -> Forward:
         with stock_layers(policy.model):

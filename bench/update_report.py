@@ -1,4 +1,4 @@
-"""Tables, goals and plot of ``update_step.py``'s results; ``report.py`` puts them into the README."""
+"""Tables, goals and plots of the results of ``update_step.py``; ``report.py`` puts them into the README."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ UNMEASURED = "*Not measured yet: `python bench/update_step.py`, then `python ben
 SWEPT = {"group_size": "completions per prompt", "image_tokens": "image tokens", "completion": "tokens per completion"}
 _BASE = {"size": "8m", "groups": 1, "group_size": 8, "image_tokens": 256, "completion": 64, "ragged": True}
 WORTH_PREDICTING = 2.0
-"""From this predicted ratio on, sharing must reach ``LEAST_SHARE`` of it."""
+"""Above this predicted ratio, the measured ratio must reach ``LEAST_SHARE`` of the predicted one."""
 LEAST_SHARE = 0.9
 
 
 class UpdateResults:
-    """Rows by device, case and provider; of several for the same thing the last counts."""
+    """Rows by device, case and provider; if several rows measure the same thing, the last one counts."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self.rows: dict[tuple[str, str, str], Row] = {}
         for row in rows:
-            # Taken out first: the order is that of the last measurement.
+            # Removing the key first keeps rows in the order of their last measurement.
             key = (row["device"], row["case"], row["provider"])
             self.rows.pop(key, None)
             self.rows[key] = row
 
     @classmethod
     def load(cls, folder: Path) -> UpdateResults:
-        """All ``*.jsonl`` of a folder."""
+        """The results in all ``*.jsonl`` files of a folder."""
         return cls(load_rows(folder))
 
     @property
@@ -48,20 +48,20 @@ class UpdateResults:
         return list(dict.fromkeys(key[1] for key in self.rows if key[0] == device))
 
     def timed(self, device: str, case: str) -> dict[str, Row]:
-        """Provider to row, without those that were left out."""
+        """The rows of a case by provider, without providers that were left out."""
         rows = {key[2]: row for key, row in self.rows.items() if key[:2] == (device, case)}
         return {name: rows[name] for name in LABELS if name in rows and "skipped" not in rows[name]}
 
 
 def ratio(rows: dict[str, Row], slower: str, faster: str, field: str = "median_s") -> float | None:
-    """How many times as much one provider takes as another."""
+    """How many times as much of ``field`` one provider takes as another; None if it was not measured for both."""
     if slower not in rows or faster not in rows or not rows[faster].get(field) or rows[slower].get(field) is None:
         return None
     return rows[slower][field] / rows[faster][field]
 
 
 def table(results: UpdateResults) -> str:
-    """A row for each case: times, the ratio that was predicted and the one that was measured, peak memory."""
+    """A table for each device with a row per case: times, measured and predicted ratio, and peak memory."""
     if not results.rows:
         return UNMEASURED
     parts: list[str] = []
@@ -106,7 +106,7 @@ def _provenance(results: UpdateResults, device: str) -> str:
 
 
 def goals(results: UpdateResults) -> list[tuple[str, float, str, float]]:
-    """(what, value, "at most" or "at least", bound) of each goal whose rows are there."""
+    """(what, value, "at most" or "at least", bound) of each goal that was measured."""
     found: list[tuple[str, float, str, float]] = []
     for device in results.devices:
         goals_here: list[tuple[str, float, str, float]] = []
@@ -140,7 +140,7 @@ def _acceptance(rows: dict[str, Row], case: str) -> list[tuple[str, float, str, 
 
 
 def _choices(results: UpdateResults, device: str) -> list[tuple[str, float, str, float]]:
-    """What the layout that ``auto`` chooses takes over the faster of the two, at worst."""
+    """The goal for ``auto``: the worst ratio of the time of the layout that it chooses to that of the faster layout."""
     worst: tuple[float, str] | None = None
     for case in results.cases(device):
         rows = results.timed(device, case)
@@ -158,7 +158,7 @@ def _choices(results: UpdateResults, device: str) -> list[tuple[str, float, str,
 
 
 def acceptance(results: UpdateResults) -> str:
-    """The goals with what was measured; those that are missed stay in."""
+    """The table of goals and measured values, including the goals that are missed."""
     rows = goals(results)
     if not rows:
         return UNMEASURED
@@ -170,7 +170,7 @@ def acceptance(results: UpdateResults) -> str:
 
 
 def block(results: UpdateResults, plots: Iterable[str]) -> str:
-    """All of it: goals, plots (their links), and the table behind a fold."""
+    """The README block: the goals, links to the plots, and the tables in a collapsed section."""
     if not results.rows:
         return UNMEASURED
     images = [f"![one update: ours beside the others]({link})" for link in plots]
@@ -182,7 +182,10 @@ def block(results: UpdateResults, plots: Iterable[str]) -> str:
 
 
 def drawn_points(results: UpdateResults, device: str) -> list[tuple[str, str, float, float]]:
-    """(what is swept, line, its value, times faster than the repeated batch), the prediction as a line of its own."""
+    """The plot's points: (what is swept, line, its value, times faster than the repeated batch), sorted.
+
+    A line is a provider's name or ``predicted``.
+    """
     found: list[tuple[str, str, float, float]] = []
     for swept in SWEPT:
         for case in results.cases(device):
@@ -200,12 +203,12 @@ def drawn_points(results: UpdateResults, device: str) -> list[tuple[str, str, fl
 
 
 def swept_devices(results: UpdateResults) -> list[str]:
-    """Those with something to draw."""
+    """The devices that have something to draw."""
     return [device for device in results.devices if drawn_points(results, device)]
 
 
 def draw(results: UpdateResults, device: str, path: Path, metadata: dict[str, str]) -> None:
-    """One panel for each thing that is swept: times faster than the repeated batch."""
+    """Draws how many times faster than the repeated batch each provider is, in one panel for each swept quantity."""
     import matplotlib
 
     matplotlib.use("Agg")

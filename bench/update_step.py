@@ -1,17 +1,22 @@
-"""From the same rollouts to the same gradients: ours, the repeated batch, TRL, prefix grouping; times, memory, prediction.
+"""Measures time and memory of one update, from the same rollouts to the same gradients, by ours and by other ways.
 
 python bench/update_step.py                                     # the sweep, to bench/results/update_step/<device>.jsonl
 python bench/update_step.py --case "33m" --provider ours --provider repeated --output -
 python bench/update_step.py --list                              # what would be measured, and about how long it takes
 python bench/update_step.py --quick --output -                  # one tiny case: does it run?
 
-Every provider's gradients are compared with the stock model's on the repeated batch first; ours being wrong stops the run, a
-peer that fails is left out, with the reason. In every round each provider runs once, the order rotating; medians and
-quartiles are over rounds. ``peak_bytes`` is what one call takes beyond weights and gradients. ``predicted_ratio`` is the
-repeated batch's floating-point operations over the provider's: matrix products as the model's own layers are called
-(counted from the shapes that go through them), attention over the pairs of tokens that see each other, and the head at the
-positions that predict (TRL's and prefix grouping's: wherever they compute it). Rows are appended case by case; a second run on
-the same sources, machine and threads goes on where the first one stopped.
+The other ways are the repeated batch, TRL and prefix grouping (see ``update_providers.py``). First, every provider's
+gradients are compared with those of the stock model on the repeated batch. If ours are wrong, the run stops; a peer
+that fails is left out, and its row gives the reason. In every round each provider runs once, in rotating order. Medians
+and quartiles are over rounds. ``peak_bytes`` is what one call takes beyond weights and gradients.
+
+``predicted_ratio`` is the repeated batch's number of floating-point operations divided by the provider's. The number
+includes the matrix products of the model's own layers (counted from the shapes that go through them), attention over
+the pairs of tokens that see each other, and the head at the positions that predict, or for TRL and prefix grouping
+wherever they compute it.
+
+Rows are appended case by case. A second run with the same sources, machine and threads continues where the first one
+stopped.
 """
 
 from __future__ import annotations
@@ -45,13 +50,13 @@ CASES = [
     *(Shape("8m", 8, image_tokens, 64) for image_tokens in (16, 64, 576, 1024)),
     *(Shape("8m", 8, 256, completion) for completion in (32, 128, 256, 512)),
     Shape("8m", 8, 256, 64, groups=4),
-    # Where sharing has little to save.
+    # In these cases sharing the prompt saves little.
     Shape("8m", 2, 16, 64),
     Shape("8m", 2, 16, 512),
     Shape("8m", 4, 16, 128, groups=4),
 ]
 GPU_CASES = [ACCEPTANCE, Shape("3b", 8, 256, 128), Shape("3b", 8, 256, 512), Shape("3b", 8, 576, 64)]
-"""Within 80 GB without recomputation, the repeated batch's activations included."""
+"""Cases that fit 80 GB without gradient checkpointing, including the repeated batch's activations."""
 QUICK = Shape("3m", 3, 16, 8)
 SOURCES = (
     "kernels/ops/*.py",
@@ -63,15 +68,15 @@ SOURCES = (
 )
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
-"""Largest 2-norm of the difference over the 2-norm of the stock model's gradient. In bfloat16 both are rounded: 5.4e-2 apart on
-an H200 with 3 billion random weights."""
+"""Largest allowed 2-norm of the difference over the 2-norm of the stock model's gradient. In bfloat16 both gradients
+are rounded: they were 5.4e-2 apart on an H200 with 3 billion random weights."""
 
 
 # Floating-point operations.
 
 
 class _LayerCounter:
-    """Counts the products of ``nn.Linear`` and of convolutions that go through a model's forward."""
+    """Counts the operations of ``nn.Linear`` and convolutions during a model's forward, except the head's."""
 
     def __init__(self, model: nn.Module) -> None:
         self.flops = 0
@@ -94,7 +99,7 @@ class _LayerCounter:
 
 
 def forward_flops(name: str, policy: Policy, shape: Shape, layer_flops: int) -> int:
-    """Of one forward: the model's layers as counted, attention and head by formula."""
+    """Floating-point operations of one forward: layers as counted while it ran, attention and head by formula."""
     hidden = policy.lm_head_weight.shape[1]
     lengths = [n for group in shape.lengths() for n in group]
     return layer_flops + _attention_flops(name, shape, lengths) + _head_flops(name, policy, shape, lengths, hidden)
@@ -130,7 +135,8 @@ def _head_flops(name: str, policy: Policy, shape: Shape, lengths: list[int], hid
 
 
 def gradients_of(policy: Policy, forward: Forward) -> tuple[Tensor, ...]:
-    """One update's forward and backward; the gradients of all parameters, which are left empty behind."""
+    """Runs one update's forward and backward and returns the gradients of all parameters. The parameters' own ``grad``
+    is None afterwards."""
     policy.model.zero_grad(set_to_none=True)
     forward().backward()
     parameters = list(policy.model.parameters())
@@ -140,16 +146,17 @@ def gradients_of(policy: Policy, forward: Forward) -> tuple[Tensor, ...]:
 
 
 def difference(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
-    """2-norm of the difference of all gradients together, over the 2-norm of the exact ones."""
+    """The 2-norm of the difference of all gradients together, over the 2-norm of the exact gradients."""
     apart = sum(float((a.double() - e.double()).square().sum()) for a, e in zip(actual, exact, strict=True))
     return (apart / max(sum(float(e.double().square().sum()) for e in exact), 1e-60)) ** 0.5
 
 
 def prepare(shape: Shape, policy: Policy, rollouts: Rollouts, names: list[str]) -> Iterator[dict[str, Any]]:
-    """Providers that can run and are right, with their forward, operations and gradient error; others with a reason.
+    """Yields providers that can run and are right with their forward, operations and gradient error, and others with
+    the reason.
 
     Raises:
-        AssertionError: ours is wrong.
+        AssertionError: the gradient of ``ours`` or ``repeated-one-tower`` is wrong.
     """
     exact: tuple[Tensor, ...] | None = None
     for name in ["repeated", *(each for each in names if each != "repeated")]:
@@ -175,7 +182,7 @@ def prepare(shape: Shape, policy: Policy, rollouts: Rollouts, names: list[str]) 
 
 
 def measure(shape: Shape, names: list[str], device: torch.device, dtype: torch.dtype, seconds: float) -> list[dict]:
-    """One row for each provider on one shape."""
+    """Measures the providers on one shape; returns one row for each."""
     policy = build_policy(shape.size, device, dtype)
     rollouts = make_rollouts(shape, policy)
     prepared = list(prepare(shape, policy, rollouts, names))
@@ -207,7 +214,7 @@ def measure(shape: Shape, names: list[str], device: torch.device, dtype: torch.d
 
 
 def interleaved(calls: dict[str, Any], device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each call, one for each round; the order rotates."""
+    """Runs rounds of all calls in rotating order; returns the seconds of each call, one value per round."""
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
     begin = time.perf_counter()
@@ -221,7 +228,7 @@ def interleaved(calls: dict[str, Any], device: torch.device, seconds: float) -> 
 
 
 def shape_row(shape: Shape) -> dict[str, Any]:
-    """The fields of a shape in a row."""
+    """The fields of a row that describe a shape."""
     return {
         "case": shape.name,
         "size": shape.size,
@@ -239,7 +246,7 @@ def shape_row(shape: Shape) -> dict[str, Any]:
 
 
 def expected_seconds(shape: Shape, names: list[str], rate: float, seconds: float) -> float:
-    """A guess: 6 operations for each parameter and token, seen as often as the protocol calls each provider."""
+    """An estimate of a case's seconds: 6 operations per parameter and token, times the calls of each provider."""
     millions = float(shape.size[:-1]) * {"m": 1, "b": 1000}[shape.size[-1]]
     tokens = {True: shape.groups * shape.prompt, False: shape.groups * shape.group_size * shape.prompt}
     completions = shape.groups * shape.group_size * shape.completion
@@ -249,7 +256,7 @@ def expected_seconds(shape: Shape, names: list[str], rate: float, seconds: float
 
 
 def measured_already(path: Path | None, where: dict[str, Any]) -> set[tuple[str, str]]:
-    """(case, provider) of earlier rows that were taken as this run would take them."""
+    """The (case, provider) of earlier rows that were measured under the same conditions as this run."""
     if path is None or not path.is_file():
         return set()
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -258,7 +265,7 @@ def measured_already(path: Path | None, where: dict[str, Any]) -> set[tuple[str,
 
 
 def sources_digest() -> str:
-    """A short hash of everything that the figures depend on."""
+    """A short hash of all sources that the figures depend on."""
     digest = hashlib.sha256()
     for path in sorted({p for pattern in SOURCES for p in ROOT.glob(pattern) if p.is_file() and p.suffix != ".so"}):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
@@ -282,7 +289,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures what is asked for and not there yet."""
+    """Measures the selected cases that the output file does not have yet."""
     options = parse_arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -296,7 +303,7 @@ def main() -> None:
     names, total = options.provider or list(PROVIDERS), 0.0
     cases = GPU_CASES if options.device.type == "cuda" else CASES
     for shape in [QUICK] if options.quick else cases:
-        # All or none of a case: ratios are of one interleaved run.
+        # A case is measured with all its providers or skipped, because ratios must come from one interleaved run.
         if all((shape.name, name) in done for name in names):
             continue
         if not all(part in shape.name for part in options.case or ()):
@@ -318,7 +325,7 @@ def main() -> None:
 
 
 def write(row: dict[str, Any], target: Path | None) -> None:
-    """Prints a row, and appends it."""
+    """Prints a row and appends it to the target file, if there is one."""
     line = json.dumps(row)
     print(line, flush=True)
     if target is not None:

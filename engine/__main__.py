@@ -1,4 +1,4 @@
-"""``python -m balcaprl``: the command line, as ``balcaprl`` starts it."""
+"""``python -m balcaprl``: starts the same command line as ``balcaprl``."""
 
 import sys
 

@@ -1,7 +1,8 @@
-"""Charts of a run as inline SVG that follows the page's colours, light or dark.
+"""Charts of a run as inline SVG in the page's colours, for light and dark mode.
 
-matplotlib draws; colours are stand-ins (``COLOURS``) that become CSS variables in the SVG, so that one picture serves
-both colour schemes. The legend is the page's business: :attr:`Chart.legend` says what the colours mean.
+matplotlib draws each chart in placeholder colours, one for each name in ``COLOURS``. The placeholders become CSS
+variables in the SVG, so that one picture serves both colour schemes. The page draws the legend from
+:attr:`Chart.legend`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ _PART_COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
 COLOURS = (*_REWARD_COLOURS, *_PART_COLOURS, "ink", "muted", "line", "band")
 """Names of the page's CSS variables that a series may take its colour from."""
 MAX_POINTS = 1000
-"""Longer series are averaged down to so many points; a chart is no wider in pixels."""
+"""Most points drawn for one series. Longer series are averaged down, because a chart is no wider than this in
+pixels."""
 
 _STAND_IN = {name: f"#0a0b{16 + i:02x}" for i, name in enumerate(COLOURS)}
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text, in the page's font
+    "svg.fonttype": "none",  # keeps text as text, in the page's font
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": _STAND_IN["muted"],
@@ -46,29 +48,30 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Series:
-    """One line or one set of marks. NaN is a gap."""
+    """One line or one set of marks over the steps. NaN leaves a gap."""
 
     label: str
     steps: np.ndarray
     values: np.ndarray
     colour: str
     kind: str = "line"
-    """``line``; ``raw``: thin and pale, behind; ``filled`` or ``hollow``: marks, joined where there are three."""
+    """``line``: a solid line. ``raw``: a thin, pale line for the background. ``filled`` or ``hollow``: marks, joined by
+    a dotted line if there are at least three."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn chart: SVG text and what its colours mean."""
+    """A drawn chart: its SVG text and what its colours mean."""
 
     title: str
     svg: str
     legend: list[tuple[str, str, str]] = field(default_factory=list)
-    """Label, colour name and kind of each entry."""
+    """One (label, colour name, kind) tuple for each entry of the legend."""
     note: str = ""
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last ``window`` values at each place, finite ones only; NaN where none of them is finite."""
+    """Mean of the finite values among the last ``window`` at each position; NaN if none is finite."""
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
@@ -79,7 +82,7 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def thin(steps: np.ndarray, values: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Average runs of neighbours so that at most ``limit`` points are left."""
+    """Average runs of neighbouring points until at most ``limit`` points remain."""
     size = -(-len(steps) // limit)
     if size <= 1:
         return steps, values
@@ -100,7 +103,10 @@ def line_chart(
     band: tuple[float, float] | None = None,
     note: str = "",
 ) -> Chart:
-    """Curves and marks over steps; ``band`` shades a range of values that is allowed. ``y_range`` may end open."""
+    """Draw lines and marks over steps.
+
+    ``band`` shades the range of allowed values. If the upper bound of ``y_range`` is None, matplotlib chooses it.
+    """
     with matplotlib.style.context(_STYLE, after_reset=True):
         figure, axes = _figure()
         if band is not None:
@@ -118,7 +124,7 @@ def line_chart(
 
 
 def stacked_chart(title: str, steps: np.ndarray, parts: dict[str, np.ndarray], *, note: str = "") -> Chart:
-    """Parts of a whole over steps, stacked in the order given. NaN counts as 0."""
+    """Draw the parts of a whole over steps, stacked in the order given. NaN counts as 0."""
     colours = [_PART_COLOURS[i % len(_PART_COLOURS)] for i in range(len(parts))]
     with matplotlib.style.context(_STYLE, after_reset=True):
         figure, axes = _figure()
@@ -157,7 +163,7 @@ def _draw(axes: Axes, series: Series) -> None:
         marker = "o" if np.isfinite(values).sum() == 1 else None
         axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker)
     else:
-        # Two marks, before and after, say nothing of what lies between them: no line.
+        # Two marks, before and after, show nothing about the steps between them, so no line joins them.
         joint = ":" if len(values) > 2 else "none"
         shape: dict[str, Any] = {"marker": "o", "markersize": 6}
         if series.kind == "hollow":
@@ -167,12 +173,12 @@ def _draw(axes: Axes, series: Series) -> None:
 
 def _svg(figure: Figure, title: str) -> str:
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": title}):  # the same bytes for the same run
+    with matplotlib.rc_context({"svg.hashsalt": title}):  # makes the ids, and so the bytes, the same for the same run
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[a-z0-9]+_[\d_]+"', "", svg)  # figure_1 and the like: not unique on a page, and not used
+    svg = re.sub(r' id="[a-z0-9]+_[\d_]+"', "", svg)  # ids such as figure_1 are unused, and not unique on a page
     svg = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r'\1 role="img"', svg, count=1)
     for name, colour in _STAND_IN.items():

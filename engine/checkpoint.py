@@ -1,10 +1,12 @@
-"""Checkpoints: a stock transformers folder plus the trainer's state, complete or absent.
+"""Checkpoints: a stock transformers folder plus the trainer's state, either complete or absent.
 
-``checkpoints/step_00000050/`` opens in ``AutoModelForImageTextToText`` and in vLLM like any published model; an adapter's
-opens in stock peft, and ``merge.py`` makes a whole model of it. Beside the model lie ``trainer/optimizer.safetensors``,
-``trainer_state.json`` and ``manifest.json``. A checkpoint is written under another name, its manifest last, flushed to disk,
-and renamed: a kill at any moment leaves the previous one whole. Before one is resumed from, every file is compared with the
-manifest; one that is damaged is put aside under another name, and the newest whole one taken.
+``checkpoints/step_00000050/`` opens in ``AutoModelForImageTextToText`` and in vLLM like any published model. The
+checkpoint of an adapter opens in stock peft, and ``merge.py`` makes a whole model of it. Beside the model lie
+``trainer/optimizer.safetensors``, ``trainer_state.json`` and ``manifest.json``.
+
+A checkpoint is written under a temporary name with its manifest last, flushed to disk, and then renamed. A process that
+is killed at any moment therefore leaves the previous checkpoint whole. Before a run resumes from a checkpoint, every
+file is compared with the manifest. A damaged checkpoint is renamed, and the run resumes from the newest whole one.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 FORMAT = 1
-"""Of ``trainer_state.json``. States without one are of earlier versions, which wrote no manifest either."""
-# In a folder of its own: vLLM takes every safetensors file beside the model for a part of the model.
+"""Version of ``trainer_state.json``. Files without a version come from earlier versions of balcaprl, which wrote no
+manifest either."""
+# The optimiser state has its own folder because vLLM loads every safetensors file beside the model as part of the
+# model.
 _TENSORS = Path("trainer") / "optimizer.safetensors"
 _NAME = re.compile(r"step_(\d{8,})")
 _PARTIAL = ".partial_"
@@ -47,49 +51,50 @@ _ADVICE = (
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be gone on from; the message names it, the file and the fault."""
+    """A run cannot resume from a checkpoint; the message names the checkpoint, the file and the fault."""
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint or model folder could not be written; folders that were written before are unchanged."""
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a run needs to go on exactly where it was."""
+    """Everything that a run needs to continue exactly where it stopped."""
 
     step: int
     policy_version: int
     data: dict[str, Any]
-    """The data cursor."""
+    """Position in the training data, as plain values."""
     config: dict[str, Any]
     """The run's configuration, as plain values."""
     tensors: dict[str, torch.Tensor]
-    """Optimiser state, and torch's random state under ``rng``."""
+    """State of the optimiser, and torch's random state under the key ``rng``."""
     origin: dict[str, Any] = field(default_factory=dict)
     """What the run began with beyond its configuration; see ``resume.py``."""
     format: int = FORMAT
-    """0 for a state of an earlier version, which has no manifest to be compared with."""
+    """Version of the state file. 0 marks a state of an earlier version, which has no manifest to compare the files
+    with."""
 
 
 def save_checkpoint(
     output_dir: Path, state: TrainerState, save_model: Callable[[Path], object], keep: int | None
 ) -> Path:
-    """Write one checkpoint and drop all but the ``keep`` newest.
+    """Write one checkpoint, remove all but the ``keep`` newest, and return the path of the new one.
 
     Args:
         output_dir: the run folder.
         state: the trainer's state.
-        save_model: writes the stock model folder to the path it is given.
-        keep: checkpoints to keep; None: all.
+        save_model: function that writes the stock model folder to the path that it is given.
+        keep: number of checkpoints to keep; None keeps all.
 
     Raises:
-        SaveError: the disk is full or cannot be written; nothing is left of the attempt.
+        SaveError: the disk is full or cannot be written; the partial checkpoint is removed.
     """
     parent = output_dir / FOLDER
     final = parent / f"step_{state.step:08d}"
     if final in list_checkpoints(output_dir):
-        return final  # this step is saved already, as when a run ends on a step that was due
+        return final  # already saved: the run ended on a step at which a save was due
     partial = parent / f"{_PARTIAL}{final.name}"
     with new_folder(final, partial, _ADVICE):
         save_model(partial)
@@ -105,7 +110,7 @@ def save_checkpoint(
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first; by their names, whole or not."""
+    """Checkpoint folders of a run, oldest first, found by their names only: some may be damaged."""
     parent = output_dir / FOLDER
     if not parent.is_dir():
         return []
@@ -114,13 +119,13 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def newest_whole(output_dir: Path) -> tuple[Path, TrainerState] | None:
-    """The newest checkpoint that is whole, and its state; None where a run has none at all.
+    """The newest undamaged checkpoint and its state; None if the run has no checkpoints.
 
-    Newer ones that are damaged are renamed, with a warning each, so that they neither count as saved steps nor push whole
-    ones out.
+    Newer checkpoints that are damaged are renamed, with a warning for each. They then do not count as saved steps, and
+    do not displace whole checkpoints from the ones that are kept.
 
     Raises:
-        CheckpointError: there are checkpoints, and all of them are damaged; they are left as they are.
+        CheckpointError: the run has checkpoints, and all of them are damaged; they are left unchanged.
     """
     damaged: list[tuple[Path, str]] = []
     for checkpoint in reversed(list_checkpoints(output_dir)):
@@ -143,7 +148,7 @@ def newest_whole(output_dir: Path) -> tuple[Path, TrainerState] | None:
 
 
 def load_state(checkpoint: Path) -> TrainerState:
-    """The trainer's state of a checkpoint whose files are all as they were saved.
+    """Read the trainer's state of a checkpoint, after a check that all files are as they were saved.
 
     Raises:
         CheckpointError: the folder holds no trainer state, or is damaged.
@@ -171,10 +176,12 @@ def load_state(checkpoint: Path) -> TrainerState:
 
 
 def digest_of_base(checkpoint: Path) -> str | None:
-    """What an adapter's checkpoint keeps to tell the model beneath it by; None where it has none, as of adapters of others.
+    """Digest of the model that a checkpoint's adapter was trained on; None if the checkpoint does not record one.
+
+    Adapters that other programs wrote record none.
 
     Raises:
-        CheckpointError: its state cannot be read.
+        CheckpointError: the trainer state cannot be read.
     """
     if not (checkpoint / STATE_FILE).is_file():
         return None
@@ -186,7 +193,7 @@ def digest_of_base(checkpoint: Path) -> str | None:
 
 
 def clear_partial_checkpoints(output_dir: Path) -> None:
-    """Remove what saves that were killed left behind; only for who holds the run folder."""
+    """Remove what interrupted saves left behind; the caller must hold the claim on the run folder."""
     for partial in (output_dir / FOLDER).glob(f"{_PARTIAL}*"):
         size = sum(path.lstat().st_size for path in partial.rglob("*"))
         try:
@@ -198,15 +205,15 @@ def clear_partial_checkpoints(output_dir: Path) -> None:
 
 @contextmanager
 def new_folder(final: Path, partial: Path, advice: str) -> Iterator[Path]:
-    """Put the folder ``partial``, which is written within, in place as ``final`` at the end, flushed to disk.
+    """Let the caller write the folder ``partial``, then flush it to disk and rename it to ``final``.
 
     Args:
-        final: does not exist, or is an empty folder.
-        partial: its name until then, in the same folder; what lies there is removed.
-        advice: what to do when the disk is full or cannot be written.
+        final: path of the finished folder; it must not exist, or be an empty folder.
+        partial: temporary path in the same parent folder; anything that lies there is removed.
+        advice: what the user can do if the disk is full or cannot be written; it ends the error message.
 
     Raises:
-        SaveError: it could not be written; nothing is left of the attempt.
+        SaveError: the folder could not be written; the partial folder is removed.
     """
     try:
         if partial.exists():
@@ -233,7 +240,7 @@ def _free(path: Path) -> str:
 
 
 def _read_plain(path: Path) -> dict[str, Any]:
-    """The state's plain values, each of its type."""
+    """Read the plain values of a state file, and check their keys and types."""
     if path.stat().st_size > _MAX_STATE_BYTES:
         raise ValueError(f"{path.name} has more than {_MAX_STATE_BYTES >> 20} MiB")
     try:
@@ -268,7 +275,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _set_aside(checkpoint: Path) -> Path:
-    """Give a damaged checkpoint a name that no run takes for one of its own."""
+    """Rename a damaged checkpoint so that no run takes it for one of its own; return the new path."""
     names = (f"{_DAMAGED}{checkpoint.name}{suffix}" for suffix in ("", *(f"_{n}" for n in range(2, 1000))))
     aside = next(path for path in map(checkpoint.with_name, names) if not path.exists())
     os.replace(checkpoint, aside)
@@ -276,7 +283,10 @@ def _set_aside(checkpoint: Path) -> Path:
 
 
 def _remove(old: Path) -> None:
-    """Drop a checkpoint that is no longer kept, under a name that a kill in the middle does no harm to."""
+    """Remove a checkpoint that is no longer kept.
+
+    It is renamed first, so that a kill during the removal does not leave an incomplete checkpoint under its own name.
+    """
     doomed = old.with_name(f"{_PARTIAL}old_{old.name}")
     try:
         os.replace(old, doomed)

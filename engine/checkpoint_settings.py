@@ -1,8 +1,9 @@
-"""What a checkpoint may say about how it is evaluated.
+"""What a checkpoint may decide about its own evaluation.
 
-A checkpoint's ``trainer_state.json`` holds the configuration of its run. It is data, often somebody else's: what it says is
-taken only where it can do nothing but change numbers. It never chooses a server, a key, a path, a program or how much memory
-is taken; those come from the user's ``--config`` and overrides, or not at all.
+A checkpoint's ``trainer_state.json`` holds the configuration of its run. A checkpoint often comes from somebody else,
+so this configuration is not trusted: a value is used only if it can do nothing but change numbers. It never chooses a
+server, a key, a path, a program or how much memory is used. Those come from the user's ``--config`` and overrides, or
+not at all.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _few_short_texts(value: Any) -> bool:
 
 
 def _of_the_three(value: Any) -> bool:
-    """Conditions on the rewards that every run has: others name custom ones."""
+    """Whether all conditions use only the three rewards that every run has; any other name is a custom reward."""
     return (
         isinstance(value, list)
         and len(value) <= 16
@@ -53,7 +54,7 @@ def _of_the_three(value: Any) -> bool:
 _TAKEN: dict[str, Callable[[Any], bool]] = {
     "seed": _at_most(1 << 62),
     "model.dtype": _any,
-    "model.attention": _one_of("sdpa", "eager"),  # other kernels may be looked for elsewhere
+    "model.attention": _one_of("sdpa", "eager"),  # other values may load kernels from elsewhere
     "data.kind": _one_of("scenes"),
     "data.instruction": _short_text,
     "data.max_pixels": _at_most(4_014_080),
@@ -74,28 +75,29 @@ _TAKEN: dict[str, Callable[[Any], bool]] = {
     "evaluation.seed": _at_most(1 << 62),
     "evaluation.batch_size": _at_most(256),
 }
-"""Fields that may be taken, and which of their values. Whatever is not here is left out: a new field first has to be thought
-about. Types and lower bounds are those of the configuration."""
+"""Fields that may be taken from a checkpoint, each with a check of its value. All other fields are left out, so that a
+new field is taken only after somebody has thought about it. The configuration itself checks types and lower bounds."""
 _UNUSED = ("output_dir", "steps", "threads", "model.path", "advantage", "loss", "optim", "checkpoint", "logging")
-"""Training's alone: an evaluation never reads them, so that nobody need be told."""
+"""Fields that only training uses. An evaluation never reads them, so the user is not told that they are left out."""
 
 
 @dataclass
 class CheckpointSettings:
-    """What was taken from a checkpoint, and what was not."""
+    """Settings that were taken from a checkpoint, and those that were not."""
 
     taken: dict[str, Any] = field(default_factory=dict)
-    """A part of a ``TrainConfig``, as nested plain values."""
+    """Part of a ``TrainConfig``, as nested plain values."""
     left_out: list[str] = field(default_factory=list)
-    """Names of fields that differ from their defaults and would matter, but are not a checkpoint's to say."""
+    """Names of fields that differ from their defaults and matter for an evaluation, but that a checkpoint may not
+    set."""
     num_unknown: int = 0
-    """Keys that are no fields."""
+    """Number of keys that are not fields of the configuration."""
     data_kind: str = "scenes"
-    """What the run says that it was trained on."""
+    """Kind of data that the run says it was trained on."""
 
 
 def read_checkpoint_settings(checkpoint: Path) -> CheckpointSettings | None:
-    """What a checkpoint folder may say about its evaluation; None where it holds no trainer state.
+    """Settings that a checkpoint folder may make for its own evaluation; None if it holds no trainer state.
 
     Raises:
         ValueError: the trainer state cannot be read, or holds no configuration.
@@ -112,7 +114,7 @@ def read_checkpoint_settings(checkpoint: Path) -> CheckpointSettings | None:
 
 
 def harmless_settings(config: dict[str, Any]) -> CheckpointSettings:
-    """Sort the plain values of a configuration that is not trusted."""
+    """Sort the plain values of an untrusted configuration into those that are taken and those that are left out."""
     defaults = dict(_leaves(TrainConfig, TrainConfig().model_dump(mode="json")))
     said = {name: _get(config, name) for name in defaults}
     said = {name: value for name, value in said.items() if value is not None and value != defaults[name]}
@@ -128,7 +130,7 @@ def harmless_settings(config: dict[str, Any]) -> CheckpointSettings:
 
 
 def _valid(values: dict[str, Any]) -> dict[str, Any]:
-    """Those of the values that the configuration allows together."""
+    """The given values without those that the configuration rejects."""
     values = dict(values)
     while values:
         try:
@@ -136,7 +138,7 @@ def _valid(values: dict[str, Any]) -> dict[str, Any]:
             break
         except ValidationError as error:
             wrong = tuple(".".join([*map(str, problem["loc"]), ""]) for problem in error.errors())
-            # A problem may lie within a value, be a value, or be of a section or of the whole.
+            # A problem may be located inside a value, at a value, at a section, or at the whole configuration.
             keep = {
                 n: v
                 for n, v in values.items()
@@ -147,7 +149,7 @@ def _valid(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _leaves(model: type[BaseModel], values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names of all fields that are no sections, with their values."""
+    """Dotted names and values of all fields that are not sections."""
     for name, about in model.model_fields.items():
         section = about.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):

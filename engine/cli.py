@@ -25,18 +25,18 @@ from balcaprl.types import RunStoppedError
 
 RECIPES = Path(__file__).parent / "recipes"
 _CLOSING_S = 5.0
-"""As long as this a run that is stopped at once may take to close its judge, sampler and threads."""
-# What a user can mend: told in one line, without a traceback.
+"""Seconds that a run which is stopped at once has to close its judge, sampler and threads."""
+# Errors that a user can fix are shown in one line, without a traceback.
 _USER_ERRORS = (
     ValueError,
-    OSError,  # a disk that is full, a file that is not there, a network that cannot be reached
+    OSError,  # a full disk, a missing file, a network that cannot be reached
     ImportError,
     RunStoppedError,
 )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command and return the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments:
         build_parser().print_help(sys.stderr)
@@ -70,7 +70,7 @@ def _tell(command: str, error: Exception) -> int:
 
 
 def build_parser() -> CommandParser:
-    """All commands with every field of every section explained."""
+    """Build the parser of all commands, with help for every field of every section."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = CommandParser(prog="balcaprl", description="Balanced reinforcement learning for image captioners.")
     parser.add_argument("--version", action="version", version=f"balcaprl {__version__}")
@@ -93,10 +93,10 @@ def build_parser() -> CommandParser:
 
 
 def _spread_recipe(arguments: list[str]) -> list[str]:
-    """Where a configuration comes from when ``--config`` does not say.
+    """Add ``--config`` to a command line that names its configuration in another way.
 
-    ``train recipe.yaml`` means ``train --config recipe.yaml``; a bare name means a recipe that ships. ``evaluate FOLDER`` takes
-    what is harmless of the configuration of the run that wrote the checkpoint.
+    ``train recipe.yaml`` means ``train --config recipe.yaml``; a bare name is a recipe that ships with the package.
+    ``evaluate FOLDER`` uses the harmless part of the configuration of the run that wrote the checkpoint.
     """
     if len(arguments) < 2 or arguments[1].startswith("-"):
         return arguments
@@ -114,7 +114,7 @@ def _spread_recipe(arguments: list[str]) -> list[str]:
 
 
 def _settings_of_checkpoint(checkpoint: Path, overrides: list[str]) -> list[str]:
-    """What a checkpoint says of its evaluation, as arguments; what it may not say is told on standard error."""
+    """Arguments for the settings that a checkpoint may make; those it may not make are named on standard error."""
     settings = read_checkpoint_settings(checkpoint)
     if settings is None:
         return []
@@ -134,7 +134,7 @@ def _settings_of_checkpoint(checkpoint: Path, overrides: list[str]) -> list[str]
 
 
 def _checked(arguments: list[str]) -> list[str]:
-    """Recipes and options read and checked by the rules of ``balcaprl.recipe``, and handed on as one configuration."""
+    """Check recipes and options by the rules of ``balcaprl.recipe``, and pass them on as one ``--config``."""
     command, *rest = arguments
     if command not in _CONFIGURED or {"-h", "--help"} & set(rest):
         return arguments
@@ -213,7 +213,7 @@ def _run_training(config: TrainConfig) -> int:
     from balcaprl.places import check_places
     from balcaprl.prospects import refuse_hopeless
 
-    refuse_hopeless(config)  # before torch is imported, and a folder is made
+    refuse_hopeless(config)  # runs before torch is imported and before a folder is made
     check_places(config)
     from balcaprl.trainer import Trainer
 
@@ -221,7 +221,7 @@ def _run_training(config: TrainConfig) -> int:
     trainer = Trainer(config)
     try:
         summary = trainer.train()
-    except KeyboardInterrupt:  # the second signal: nothing may hold it up, not even what is being closed
+    except KeyboardInterrupt:  # second signal: stop even if closing takes too long
         closing = threading.Thread(target=trainer.close, daemon=True)
         closing.start()
         closing.join(_CLOSING_S)
@@ -241,7 +241,7 @@ def _run_training(config: TrainConfig) -> int:
 
 
 def _without_bars() -> None:
-    """No bar for the weights of each model that is loaded."""
+    """Turn off the progress bar that transformers shows while it loads a model's weights."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -324,7 +324,7 @@ _COMMANDS = {
 }
 
 _CONFIGURED = ("train", "evaluate", "prepare", "recaption", "judge-audit")
-"""The commands that take a whole configuration."""
+"""Commands that take a whole configuration."""
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)

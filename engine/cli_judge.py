@@ -1,4 +1,4 @@
-"""The commands about judges: ``prepare``, ``recaption``, ``judge-audit``, ``judge-cache``."""
+"""The commands about judges: ``prepare``, ``recaption``, ``judge-audit`` and ``judge-cache``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from balcaprl.rewards.audit import AuditReport, Interval
 
 _AUDIT_MARK = {"written_by": "balcaprl judge-audit"}
-"""Stands first in a report, and tells that it may be replaced."""
+"""First entry of an audit report. A file that begins with this entry may be replaced by a new report."""
 ToConfig = Callable[[dict[str, Any]], TrainConfig]
 
 
@@ -78,7 +78,7 @@ def _cache_parser() -> CommandParser:
 
 
 def prepare(options: Namespace, to_config: ToConfig) -> int:
-    """Run ``prepare``; 0 if every reference was taken apart."""
+    """Run ``prepare``; return 0 if every reference was taken apart, otherwise 1."""
     from balcaprl.rewards.prepare import prepare_units
 
     report = prepare_units(to_config(options.as_dict()))
@@ -87,7 +87,7 @@ def prepare(options: Namespace, to_config: ToConfig) -> int:
 
 
 def recaption(options: Namespace, to_config: ToConfig) -> int:
-    """Run ``recaption``; 0 if every reference was rewritten."""
+    """Run ``recaption``; return 0 if every reference was rewritten, otherwise 1."""
     from balcaprl.rewards.prepare import recaption as rewrite
 
     plain = options.as_dict()
@@ -110,7 +110,7 @@ def judge_audit(options: Namespace, to_config: ToConfig) -> int:
         )
         return 0
     with claim_file(out, option="--out"):
-        # Before anything is asked: an audit costs time, and often money.
+        # Check the file before the judge is asked anything: an audit costs time, and often money.
         refuse_foreign_file(out, _is_audit, what="report of judge-audit", option="--out")
         report = audit_config(config, num_scenes=scenes, captions_per_scene=captions, seed=config.seed, retest=retest)
         write_atomically(out, (json.dumps(_AUDIT_MARK | report.as_dict(), indent=2) + "\n").encode())
@@ -123,7 +123,7 @@ def _is_audit(head: bytes) -> bool:
 
 
 def print_audit(report: AuditReport) -> None:
-    """The tables of an audit, on standard output."""
+    """Print the tables of an audit on standard output."""
     from rich.console import Console
     from rich.table import Table
 
@@ -163,7 +163,7 @@ def _shown(interval: Interval) -> str:
 
 
 def judge_cache(options: Namespace) -> int:
-    """Show the cache, after pruning it where asked to."""
+    """Print what the cache holds, after pruning it if the options ask for that."""
     from balcaprl.rewards.cache import ReplyCache
 
     path = Path(options.cache).expanduser()

@@ -1,4 +1,4 @@
-"""The parser of every command: its usage errors are three lines, not the usage of a hundred options."""
+"""The parser of every command. It answers a usage error with three lines, not with the usage of a hundred options."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from balcaprl.recipe import did_you_mean
 
 
 def user_path(text: str) -> Path:
-    """A path as a user writes it: ``~`` is the home folder, which no shell expands in ``--out=~/x``."""
+    """Convert a path that the user wrote, and expand ``~``, which no shell expands in ``--out=~/x``."""
     return expand_home(text)
 
 
 def refuse(program: str, message: str, hint: str = "") -> NoReturn:
-    """Say what is wrong, what helps and where to look, in a line each, and exit with status 2."""
+    """Print what is wrong, what helps and where to look, one line each, and exit with status 2."""
     lines = [f"{program}: {message}", *([hint] if hint else []), f"`{program} --help` explains every option"]
     print("\n".join(printable_lines(" ".join(line.split())) for line in lines), file=sys.stderr)
     raise SystemExit(2)
 
 
 class CommandParser(ArgumentParser):
-    """Says what is wrong with a command line and which option may have been meant."""
+    """Parser that says what is wrong with a command line and which option may have been meant."""
 
     command = ""
-    """Of the outermost parser: the command that is parsed, for messages."""
+    """Command that is being parsed, for messages; only the outermost parser has it."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
@@ -50,7 +50,7 @@ class CommandParser(ArgumentParser):
             if not close and any("." in name for name in own):  # a command that takes a whole configuration
                 hint = did_you_mean(unknown[1]).replace("`", "`--", 1)
             refuse(program, f"there is no option --{unknown[1]}", hint)
-        # Of a field's check only what it says, without its type and the address of its documentation.
+        # Keep only the message of a field's check, without its type and the address of its documentation.
         plain = re.sub(r'Parser key "([^"]*)":', r"--\1:", message)
         plain = re.sub(r"\d+ validation errors? for \S+\n\s*", "", plain)
         plain = re.sub(r" \[type=.*|\n +For further information.*", "", plain)

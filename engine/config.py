@@ -1,7 +1,7 @@
 """A run's configuration: typed, documented, and complete.
 
-A recipe (YAML) and dotted command-line overrides fill these models; unknown keys are refused. A run is determined by its
-configuration and its seed. Fields marked *ours* stand where the paper (arXiv 2605.07394) gives no value.
+A recipe (YAML) and dotted command-line overrides fill these models; unknown keys are refused. The configuration, with
+its seed, determines the run. *(ours)* marks fields and options for which the paper (arXiv 2605.07394) gives no value.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from balcaprl.config_base import Section as _Section
 from balcaprl.types import REWARD_NAMES
 
 STATE_FILE = "trainer_state.json"
-"""The trainer's state in a checkpoint folder; holds the configuration of its run."""
+"""File in a checkpoint folder with the trainer's state, which includes the configuration of its run."""
 
 
 _COMPUTING = ("device", "attention", "gradient_checkpointing", "autocast", "fused_layers", "compile")
@@ -30,7 +30,8 @@ CHANGEABLE_FIELDS = (
     "data.path",
     *(f"model.{x}" for x in _COMPUTING),
 )
-"""What ``checkpoint.allow_changes`` may name: the rest decides what a checkpoint's tensors and data cursor mean."""
+"""Fields and sections that ``checkpoint.allow_changes`` may name. The others decide what a checkpoint's tensors and
+data cursor mean."""
 
 
 class ModelConfig(_Section):
@@ -41,18 +42,21 @@ class ModelConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the trained weights."""
     device: str = "auto"
-    """``auto`` takes the first CUDA device, else the CPU."""
+    """``auto`` takes the first CUDA device, or the CPU if there is none."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """transformers' attention implementation, for what does not run on groups that share their prompt."""
+    """Attention implementation of transformers, used wherever groups do not share their prompt."""
     freeze_vision: bool = False
-    """Keep the image tower fixed. It then runs once per batch of rollouts, for policy, reference and later epochs."""
+    """Keep the image tower fixed. It then runs once per batch of rollouts, and its output serves the policy, the
+    reference and later epochs."""
     gradient_checkpointing: bool = False
-    """Keep only the inputs of layers in the forward of an update, and compute the rest again in its backward."""
+    """Keep only the inputs of the layers in the forward of an update, and compute the rest again in the backward. This
+    saves memory and costs time."""
     autocast: bool = False
-    """Compute the update's matrix products in bfloat16, whatever ``dtype`` weights and optimiser have."""
+    """Compute the matrix products of an update in bfloat16, whatever the data type of the weights and the optimiser."""
     fused_layers: bool = True
-    """Run RMSNorm, SwiGLU and rotary positions on fused kernels where there are some: the native library's in float32 on the
-    CPU; on CUDA Liger's, if liger-kernel is installed. Image patches go through one matrix product."""
+    """Run RMSNorm, SwiGLU and rotary positions on fused kernels, if there are any: on the CPU those of the native
+    library, in float32; on CUDA those of Liger, if liger-kernel is installed. Image patches go through one matrix
+    product."""
     compile: bool = False
     """Compile the decoder layers with ``torch.compile``."""
 
@@ -61,39 +65,41 @@ class DataConfig(_Section):
     """Where images and reference captions come from."""
 
     kind: Literal["scenes", "sharegpt4v", "jsonl", "hf"] = "scenes"
-    """``scenes``: drawn on the fly. ``sharegpt4v``: JSON with conversations. ``jsonl``: JSON with an image and a caption each.
-    Both may be a list or one object a line. ``hf``: a Hugging Face dataset saved on disk. See ``docs/data.md``."""
+    """``scenes``: images drawn on the fly. ``sharegpt4v``: JSON with conversations. ``jsonl``: JSON with an image and a
+    caption per record. The files of these two kinds hold a list, or one object per line. ``hf``: a Hugging Face dataset
+    saved on disk. See ``docs/data.md``."""
     path: Path | None = None
-    """The JSON, JSONL file or dataset folder; not used by ``scenes``."""
+    """The JSON file, JSONL file or dataset folder; ``scenes`` does not use it."""
     image_root: Path | None = None
-    """Folder that all image paths are relative to, and that none may leave. Default: the folder of ``path``."""
+    """Folder that all image paths are relative to and may not lead out of. Default: the folder of ``path``."""
     instruction: str = "Describe the image."
-    """What the policy is asked. Records that carry an instruction of their own keep it."""
+    """What the policy is asked. Records that have an instruction of their own keep it."""
     max_pixels: int = Field(1_003_520, ge=784)
-    """Larger images are shrunk to this many pixels, keeping their shape."""
+    """Images with more pixels are shrunk to this number; the aspect ratio stays."""
     max_source_pixels: int = Field(64_000_000, ge=1, le=1 << 32)
-    """Images whose header announces more are refused unread (decompression bombs)."""
+    """Images whose header announces more pixels are refused without being decoded (decompression bombs)."""
     max_file_bytes: int = Field(64 << 20, ge=1, le=1 << 40)
-    """Image files larger than this are refused unread."""
+    """Image files with more bytes are refused without being read."""
     check_headers: bool = True
-    """Read the header of every image at start, so that refused and broken files are counted there. Off: paths and file
-    sizes only, for slow disks; a bad image is then skipped and counted when it is drawn."""
+    """Read the header of every image at start, so that refused and broken files are counted then. If false, only paths
+    and file sizes are checked, which suits slow disks; a bad image is then skipped and counted when it is drawn."""
     num_eval: int = Field(128, ge=0)
-    """Held-out images, each with all of its records. For files: the last ones of a shuffle by ``seed``, and half of the images
-    where the default is more than that, or a number leaves none to train on; for ``scenes``: of the validation seeds."""
+    """Number of held-out images, each with all of its records. Files are shuffled by ``seed``, and the last images are
+    held out. Half of the images are held out instead if the number would leave none for training, or if it is the
+    default and more than half. ``scenes`` takes them from the validation seeds."""
     shuffle: bool = True
-    """Draw the training images in a random order, anew each epoch."""
+    """Draw the training images in a random order, with a new order in each epoch."""
 
 
 class SamplingConfig(_Section):
     """How completions are sampled."""
 
     temperature: float = Field(1.0, gt=0)
-    """Divides the logits, in sampling and in the loss alike."""
+    """Divides the logits, both in sampling and in the loss."""
     max_completion_tokens: int = Field(128, ge=1, le=1_000_000)
-    """A completion is cut here."""
+    """Longest completion, in tokens; a completion is cut there."""
     stop: tuple[str, ...] = ()
-    """A completion ends where one of these texts appears; the text, not its tokens, is cut before it."""
+    """Texts that end a completion where they appear. The completion's text is cut before them; its tokens are kept."""
 
     @field_validator("stop")
     @classmethod
@@ -107,109 +113,119 @@ class RolloutConfig(_Section):
     """The sampler and the size of a step."""
 
     sampler: Literal["auto", "vllm", "hf", "server"] = "auto"
-    """``vllm``: in-process vLLM. ``hf``: transformers' generate. ``server``: a vLLM server at ``server_url``. ``auto``: vLLM
-    where it is installed."""
+    """``vllm``: vLLM in this process. ``hf``: transformers' generate. ``server``: a vLLM server at ``server_url``.
+    ``auto``: vLLM if it is installed, otherwise transformers."""
     server_url: str = ""
-    """Of the sampling server, such as ``http://10.0.0.2:8000``; how to start it stands in ``balcaprl/rollout/server.py``."""
+    """Address of the sampling server, such as ``http://10.0.0.2:8000``; ``balcaprl/rollout/server.py`` says how to
+    start it."""
     server_weights_dir: Path | None = None
-    """Folder that this machine writes and the server reads under the same path; none: in the folder of the run, or of the
-    evaluation, and where that has none among the system's temporary files."""
+    """Folder that this machine writes and the server reads under the same path. Default: a folder inside that of the
+    run or evaluation, or the system's temporary folder if an evaluation has none."""
     server_api_key_env: str = ""
     """Name of the environment variable that holds the server's key."""
     prompts_per_step: int = Field(8, ge=1, le=100_000)
-    """Images, and thus groups, of one step."""
+    """Number of images per step; each image gives one group of completions."""
     group_size: int = Field(8, ge=1, le=10_000)
-    """Completions of each image [G in the paper]; a run compares them with each other, and needs two."""
+    """Completions of each image [G in the paper]. A run compares them with each other, so it needs at least two."""
     sampling: SamplingConfig = SamplingConfig()
     """Sampling parameters."""
     sync: Literal["auto", "shared", "inplace", "reload"] = "auto"
-    """How vLLM gets new weights. ``shared``: the policy's parameters live in vLLM's tensors, nothing is copied.
-    ``inplace``: one batched copy. ``reload``: vLLM loads them anew. ``auto``: the first of these that works here."""
+    """How vLLM gets new weights. ``shared``: the policy's parameters live in vLLM's tensors, and nothing is copied.
+    ``inplace``: one batched copy. ``reload``: vLLM loads the weights again. ``auto``: the first of these that works
+    here."""
     sync_probe: Literal["first", "always"] = "first"
-    """When a sync also compares a few sampled tokens with the policy, beyond its checks of storage and caches: at the
-    first one of each engine, or always. ``reload`` always does."""
+    """When a sync also compares a few sampled tokens with the policy, in addition to checking storage and caches.
+    ``first``: at the first sync of each engine. ``always``: at every sync. With ``sync: reload``, it is done at every
+    sync."""
     vllm_memory_gib: float | None = Field(None, gt=0)
-    """Key-value cache of vLLM, in GiB; none: derived from the model and the size of a step."""
+    """Size of vLLM's KV cache, in GiB. Default: derived from the model and the size of a step."""
     vllm_gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
     """Share of a GPU's memory that vLLM may take (ours)."""
     max_staleness: Literal[0, 1] = 0
-    """1: sample the next step while this one is scored and learnt from, with weights one update old (ours); needs
-    ``loss.sampling_ratio_cap``, which corrects for it, and copies weights. Such a run does not resume bit for bit."""
+    """0: sample each step with the newest weights. 1: sample the next step while this one is scored and learnt from,
+    with weights that are one update old (ours). 1 needs ``loss.sampling_ratio_cap``, which corrects for the old
+    weights, and copies the weights. Such a run does not resume bit for bit."""
     sampling_kl_limit: float = Field(0.2, gt=0)
-    """An error is logged when ``sampling_kl`` leaves [-limit, limit]: sampler and trainer no longer agree (ours)."""
+    """An error is logged when ``sampling_kl`` leaves [-limit, limit], because sampler and trainer then disagree
+    (ours)."""
     vllm_sleep: bool = False
-    """Give vLLM's key-value cache back while the policy is updated (GPU only; weights stay)."""
+    """Release vLLM's KV cache while the policy is updated (GPU only; the weights stay)."""
 
 
 class ProtocolConfig(_Section):
-    """What a judge model is asked, and in what form: fixed for a run, part of every cache key."""
+    """What a judge model is asked, and in what form. This is fixed for a run, and part of every cache key."""
 
     model: str = ""
-    """The judge model, as its servers call it; servers that call it otherwise say so."""
+    """Name of the judge model. A server that uses another name for it sets ``model`` in ``endpoint.servers``."""
     calls: Literal["separate", "combined"] = "separate"
-    """``separate``: one call with the image for precision, one without it for recall, one for language; where one fails the
-    others count. ``combined``: one call for all three (ours)."""
+    """``separate``: three calls, for precision with the image, for recall without it, and for language; if one fails,
+    the others still count. ``combined``: one call for all three (ours)."""
     temperature: float = Field(0.0, ge=0)
     """Sampling temperature of the judge."""
     max_reply_tokens: int = Field(4096, ge=16)
-    """Longest reply of the judge."""
+    """Longest reply of the judge, in tokens."""
     response_format: Literal["json_schema", "json_object"] = "json_schema"
-    """How replies are constrained; ``json_object`` is for servers without schemas. Replies are validated in any case."""
+    """How replies are constrained; ``json_object`` is for servers that do not support schemas. Replies are validated in
+    any case."""
     integer_scores: bool = True
-    """Language is graded in whole numbers; off: fractions such as 3.5 are taken too."""
+    """Grade language in whole numbers; if false, fractions such as 3.5 are accepted too."""
     max_items: int = Field(96, ge=1, le=512)
     """Most assertions or units that a reply may list."""
     max_text_chars: int = Field(400, ge=8, le=4000)
-    """Longest text of one assertion, quotation, reason or unit."""
+    """Longest text of one assertion, quotation, reason or unit, in characters."""
     max_caption_chars: int = Field(20_000, ge=100)
-    """Of a longer caption the judge sees the first part."""
+    """Number of characters of a caption that the judge sees; the rest of a longer caption is left out."""
     image_max_pixels: int = Field(1_003_520, ge=784)
-    """Larger images are shrunk before they are sent."""
+    """Images with more pixels are shrunk before they are sent."""
     image_format: Literal["jpeg", "png"] = "jpeg"
-    """Every image is encoded anew before it is sent, which leaves metadata behind; JPEG at quality 90."""
+    """Format in which images are sent; JPEG has quality 90. Every image is encoded again, which removes its
+    metadata."""
     disable_thinking: bool = False
     """Ask the chat template for a reply without a chain of thought (``enable_thinking: false``)."""
 
 
 class CustomReward(_Section):
-    """A further reward: a column of its own beside the three."""
+    """A further reward beside precision, recall and linguistic."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    """Its name in logs, and in ``reward.conditions``."""
+    """Name of the reward in logs and in ``reward.conditions``."""
     source: str
-    """``questions`` (CapRL) or ``rubric`` (RubiCap): asked of the judge model, from the sample's ``facts``. Otherwise a Python
-    function: ``package.module:function``, ``path/file.py:function``, or an entry point of the group ``balcaprl.rewards``."""
+    """``questions`` (CapRL) or ``rubric`` (RubiCap): the judge model scores the caption by the sample's ``facts``. Any
+    other value names a Python function: ``package.module:function``, ``path/file.py:function``, or an entry point of
+    the group ``balcaprl.rewards``."""
     weight: float = Field(1.0, ge=0)
-    """Weight of its normalised score."""
+    """Weight of this reward's normalised score."""
     mask: bool = False
-    """The length mask gates it, as it gates the linguistic reward."""
+    """Apply the length mask to this reward, as to the linguistic reward."""
     timeout_s: float = Field(300.0, gt=0)
-    """A call of a Python function that takes longer counts as failed; until it comes back, no other one is made (ours)."""
+    """Seconds after which a call of a Python function counts as failed. Until that call returns, no other call is made
+    (ours)."""
 
 
 class RewardCondition(_Section):
-    """A reward that counts only where another one is good enough [GDPO's conditioned reward]."""
+    """A reward that counts only where another reward is good enough [GDPO's conditioned reward]."""
 
     reward: str
-    """The reward that becomes 0 where the condition fails, and missing where it cannot be told."""
+    """The reward that becomes 0 where the condition fails, and missing where the condition cannot be decided."""
     on: str
-    """The reward that is looked at, as judged, before any length rule."""
+    """The reward that the condition looks at, as the judge gave it, before any length rule."""
     at_least: float
-    """What it must reach."""
+    """Lowest value of the reward ``on`` at which the condition holds."""
 
 
 class RewardConfig(_Section):
     """The judge, the weights of the rewards and the length rule."""
 
     judge: Literal["auto", "scene", "lexical", "endpoint", "none"] = "auto"
-    """``scene``: exact, for drawn scenes. ``lexical``: word overlap with the reference, a proxy, in English alone.
-    ``endpoint``: a judge model behind ``endpoint.servers``. ``none``: only ``custom`` rewards. ``auto``: by the data."""
+    """``scene``: exact judge of drawn scenes. ``lexical``: word overlap with the reference, a proxy, for English only.
+    ``endpoint``: a judge model behind ``endpoint.servers``. ``none``: only ``custom`` rewards. ``auto``: chosen by the
+    kind of data."""
     protocol: ProtocolConfig = ProtocolConfig()
     """What the endpoint judge is asked."""
     custom: list[CustomReward] = Field([])
-    """Further rewards."""
+    """Further rewards beside precision, recall and linguistic."""
     conditions: list[RewardCondition] = Field([])
-    """Rewards that count only where another one is good enough."""
+    """Rewards that count only where another reward is good enough."""
     precision_weight: float = Field(1.0, ge=0)
     """Weight of the precision reward's normalised score."""
     recall_weight: float = Field(1.0, ge=0)
@@ -217,20 +233,22 @@ class RewardConfig(_Section):
     linguistic_weight: float = Field(1.0, ge=0)
     """Weight of the linguistic reward's normalised score."""
     length_rule: Literal["mask", "linear", "none"] = "mask"
-    """What the length ratio does to the linguistic reward. ``mask``: 0 outside [tau_low, tau_high]. ``linear`` (ours):
-    times max(0, 1 - |1 - ratio|). ``none``: nothing."""
+    """What the length ratio does to the linguistic reward. ``mask``: the reward is 0 outside [tau_low, tau_high].
+    ``linear`` (ours): the reward is multiplied by max(0, 1 - |1 - ratio|). ``none``: nothing."""
     tau_low: float = Field(0.5, ge=0)
     """Lowest length ratio at which the linguistic reward counts."""
     tau_high: float = Field(2.0, gt=0)
     """Highest length ratio at which the linguistic reward counts."""
     length_unit: Literal["words", "tokens"] = "words"
-    """Unit of completion and reference lengths (ours). ``words``: as Unicode counts them in any language."""
+    """Unit of completion and reference lengths (ours). ``words``: words as Unicode counts them, in any language.
+    ``tokens``: tokens of the policy."""
     required_share: float = Field(0.5, ge=0, le=1)
-    """Share of a step's captions for which each reward with a weight must give a score; three steps in a row with less end the
-    run (ours). Lower it for a reward that is meant for some of the images."""
+    """Share of a step's captions for which each reward with a weight must give a score. After three steps in a row
+    below this share, the run ends (ours). Lower it for a reward that is meant for only some of the images."""
     max_flat_steps: int = Field(10, ge=0)
-    """Steps in a row in which no completion differs in reward from the others of its image, after which the run ends (ours);
-    0: it never does. Raise it for small steps with rare rewards."""
+    """Number of steps in a row after which the run ends, if in each of them all completions of an image have the same
+    reward, for every image (ours); 0: the run never ends for this reason. Raise it for small steps with rare
+    rewards."""
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> RewardConfig:
@@ -257,7 +275,7 @@ class RewardConfig(_Section):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Weights in the order of ``names``."""
+        """Weights of the rewards, in the order of ``names``."""
         return (
             self.precision_weight,
             self.recall_weight,
@@ -267,14 +285,16 @@ class RewardConfig(_Section):
 
 
 class RequestOptions(_Section):
-    """In what form a server takes requests, where it departs from the common one; part of the cache's key."""
+    """Form of the requests to a server, where it departs from the common one. It is part of the cache key."""
 
     token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """What the longest reply is called; reasoning models of some services want ``max_completion_tokens``."""
+    """Name of the request field that limits the reply; reasoning models of some services need
+    ``max_completion_tokens``."""
     temperature: bool = True
-    """Send ``reward.protocol.temperature``; off for models that take their own alone."""
+    """Send ``reward.protocol.temperature``; set this to false for models that accept only their own temperature."""
     schema_bounds: bool = True
-    """Keep lengths and counts in the schemas; off for services that know a strict subset of JSON Schema."""
+    """Keep the bounds on lengths and counts in the schemas; set this to false for services that accept only a strict
+    subset of JSON Schema."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Further fields of each request, such as ``reasoning_effort: low``."""
 
@@ -295,25 +315,28 @@ class ServerConfig(_Section):
     """One OpenAI-compatible server of the judge model."""
 
     url: str
-    """Such as ``http://127.0.0.1:8000/v1``; without user, password, query or fragment."""
+    """Address of the server, such as ``http://127.0.0.1:8000/v1``, without user, password, query or fragment."""
     model: str = ""
-    """What this server calls the model; empty: as ``reward.protocol.model`` says."""
+    """Name of the model on this server. Empty: the name in ``reward.protocol.model``."""
     api_key_env: str = ""
-    """Name of the environment variable that holds the key; the key itself stands in no file."""
+    """Name of the environment variable that holds the key; the key itself is not written to any file."""
     weight: float = Field(1.0, gt=0)
-    """Share of the images, against the other servers."""
+    """Share of the images that this server gets, relative to the other servers."""
     max_concurrency: int = Field(64, ge=1, le=100_000)
-    """Most requests at once; how many are worth it is found out while the run goes."""
+    """Most requests at once; the run finds out how many of them are worthwhile."""
     input_price: float | None = Field(None, ge=0)
-    """Price of a million prompt tokens, in the currency of ``endpoint.budget``, which needs it; 0 where they are free."""
+    """Price of a million prompt tokens, in the currency of ``endpoint.budget``. A budget needs this price; 0 means that
+    they are free."""
     output_price: float | None = Field(None, ge=0)
-    """Price of a million completion tokens, likewise."""
+    """Price of a million completion tokens, in the same currency and under the same rule."""
     request: RequestOptions = RequestOptions()
-    """The form of its requests."""
+    """Form of the requests to this server."""
     proxy_from_env: bool = False
-    """Reach it through the proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name; without this they are not looked at."""
+    """Reach the server through the proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name; if false, these are
+    ignored."""
 
-    # Not patterns of the fields: whoever checks those repeats what was given, which may be a password or a key.
+    # These checks are not patterns of the fields, because the error of a pattern repeats what was given, which may be a
+    # password or a key.
     @field_validator("url")
     @classmethod
     def _url_is_plain(cls, url: str) -> str:
@@ -330,56 +353,60 @@ class ServerConfig(_Section):
 
 
 class EndpointConfig(_Section):
-    """How the judge model is reached. A resumed run may change all of it."""
+    """How the judge model is reached. A resumed run may change any of it."""
 
     servers: list[ServerConfig] = Field([])
-    """All of them serve the same model. Nothing else is ever contacted."""
+    """Servers of the judge model, all of which serve the same model. Nothing else is ever contacted."""
     timeout_s: float = Field(120.0, gt=0)
-    """A request that takes longer is given up and made again."""
+    """Seconds after which a request is given up and made again."""
     connect_timeout_s: float = Field(10.0, gt=0)
-    """For making a connection."""
+    """Seconds after which an attempt to connect is given up."""
     max_attempts: int = Field(6, ge=1)
-    """Attempts at one request; refusals for lack of room (429) do not count."""
+    """Most attempts at one request; refusals because the server has no room (429) do not count."""
     retry_wait_s: float = Field(0.5, ge=0)
-    """Mean wait before the second attempt; it doubles with each, with jitter. A server's Retry-After comes first. It does not
-    double while the server answers most requests well, and a reply that is no good is then asked for again at once."""
+    """Mean wait before the second attempt, in seconds. The wait doubles with each further attempt, with jitter; a
+    server's Retry-After takes precedence. It does not double while the server answers most requests well, and after an
+    invalid reply the request is then repeated at once."""
     max_retry_wait_s: float = Field(30.0, ge=0)
-    """Longest of these waits."""
+    """Longest wait between two attempts, in seconds."""
     max_reply_bytes: int = Field(1 << 20, ge=1024)
-    """A longer reply is not read on."""
+    """Longest reply, in bytes; a longer reply is not read to its end."""
     breaker_failures: int = Field(10, ge=1)
-    """Failures in a row after which a server is left alone for a while, and then tried with one request."""
+    """Failures in a row after which the circuit breaker pauses a server; then one request tries the server again."""
     breaker_wait_s: float = Field(2.0, gt=0)
-    """First such pause; it doubles up to a minute."""
+    """First pause of the circuit breaker, in seconds; each further pause is twice as long, up to a minute."""
     required_share: float = Field(0.9, gt=0, le=1)
-    """A step goes on when this share of its scores arrived, after a last wait of ``grace_s``; the rest counts as not given.
-    What a server always fails on while it answers others is left out for a while: as much as this allows, or four of a kind."""
+    """Share of a step's scores with which the step goes on, after a last wait of ``grace_s``; the other scores count as
+    missing. A picture, reference or request on which a server always fails, while it answers others, is left out for a
+    while: at most as many as this share allows, but always up to four of a kind."""
     grace_s: float = Field(20.0, ge=0)
-    """How long stragglers are waited for once the required share is there."""
+    """Seconds to wait for stragglers once the required share has arrived."""
     patience_s: float = Field(600.0, gt=0)
-    """Without a single valid reply for so long, the run is saved and ends."""
+    """Seconds without a single valid reply after which the run is saved and ends."""
     reach_s: float = Field(60.0, gt=0)
-    """Where no server was ever reached for so long (nothing listens there), the run ends (ours)."""
+    """Seconds after which the run ends if no server was ever reached, because nothing listens there (ours)."""
     budget: float | None = Field(None, gt=0)
-    """Most that the run may spend, by the prices of its servers; then it is saved and ends. It is exceeded by what one request
-    takes, at most. Resumes go on counting; each call of ``prepare``, ``recaption`` and ``judge-audit`` counts for itself. What
-    a server does not tell counts as the most that it can be: a token for each byte of text and each 14 x 14 pixels."""
+    """Most that the run may spend, by the prices of its servers; at that point the run is saved and ends. The excess is
+    at most the cost of one request. A resumed run continues the count; each call of ``prepare``, ``recaption`` and
+    ``judge-audit`` has its own count. Tokens that a server does not report count as the most possible: one for each
+    byte of text and for each 14 x 14 pixels."""
     token_budget: int | None = Field(None, ge=1, le=10**15)
-    """Most tokens, of prompts and completions together; kept as ``budget`` is."""
+    """Most tokens that the run may use, prompts and completions together; counted like ``budget``."""
     cache: Path | None = Path("~/.cache/balcaprl/judge.db")
-    """File of the reply cache, shared by runs and processes; null: none."""
+    """File of the reply cache, which runs and processes share; null: no cache."""
     cache_max_mib: int = Field(4096, ge=1)
-    """Bound of the cache's files together; the entries that were unused for longest make room."""
+    """Bound on the size of the cache's files together, in MiB; the entries that were unused for longest are removed."""
     units: Path | None = None
-    """Reference units that ``balcaprl prepare`` wrote. Default: beside ``data.path``, if they are there."""
+    """File of reference units that ``balcaprl prepare`` wrote. Default: the one beside ``data.path``, if it is
+    there."""
 
 
 class AdvantageConfig(_Section):
-    """From rewards to advantages."""
+    """How rewards become advantages."""
 
     method: Literal["c-gdpo", "gdpo", "grpo"] = "c-gdpo"
-    """``c-gdpo``: each reward normalised in its group by itself, then summed. ``gdpo``: then whitened over the batch.
-    ``grpo``: summed first, then normalised."""
+    """``c-gdpo``: each reward is normalised in its group by itself, and then they are summed. ``gdpo``: the sums are
+    then also whitened over the batch. ``grpo``: the rewards are summed first, and then normalised."""
     eps: float = Field(1e-4, gt=0)
     """Added to each standard deviation (ours; as in TRL)."""
 
@@ -394,13 +421,13 @@ class LossConfig(_Section):
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the k3 estimate of the divergence from the frozen reference policy; 0 loads no reference."""
     reduction: Literal["token-mean", "sequence-mean", "constant"] = "token-mean"
-    """How token losses of the global batch become one number."""
+    """How the token losses of the global batch become one number."""
     sampling_ratio_cap: float | None = Field(None, gt=0)
-    """Cap of the truncated importance weight exp(old_logprobs - sampling_logprobs); none: no such weight."""
+    """Cap of the truncated importance weight exp(old_logprobs - sampling_logprobs); null: no such weight."""
 
 
 class OptimConfig(_Section):
-    """AdamW, its schedule, and how a batch is taken apart."""
+    """AdamW, its schedule, and how a batch is split."""
 
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate."""
@@ -413,30 +440,35 @@ class OptimConfig(_Section):
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are scaled down to this global norm."""
+    """Largest global norm of the gradients; larger gradients are scaled down to it."""
     max_update_ratio: float = Field(1.0, gt=0)
-    """An update whose norm is more than this times the norm of all the policy's weights at the start is refused (ours).
-    Ordinary ones are below 0.02."""
+    """An update is refused if its norm is more than this times the norm of all the policy's weights at the start
+    (ours). Ordinary updates are below 0.02."""
     max_weight_growth: float = Field(10.0, gt=0)
-    """Updates are refused once the norm of the trained weights is more than this times that same norm (ours)."""
+    """Updates are refused once the norm of the trained weights is more than this times the norm of all the policy's
+    weights at the start (ours)."""
     max_refused_updates: int = Field(5, ge=1)
-    """Refused updates in a row, these or any whose gradient or moments are not finite, after which the run ends (ours)."""
+    """Number of refused updates in a row after which the run ends (ours). Updates whose gradient or moments are not
+    finite are refused too."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up."""
     warmup_steps: int = Field(5, ge=0)
     """Steps of linear warm-up."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    """Where ``linear`` and ``cosine`` end, as a share of ``lr``."""
+    """Final learning rate of the schedules ``linear`` and ``cosine``, as a share of ``lr``."""
     epochs_per_batch: int = Field(1, ge=1)
     """Updates made from one batch of rollouts."""
     accumulation_steps: int = Field(1, ge=1)
-    """Parts into which a batch is split, where it has so many groups: saves memory, and does not change the result."""
+    """Number of parts into which a batch is split, if it has that many groups. More parts save memory, and do not
+    change the result."""
     token_budget: int | None = Field(None, ge=1)
-    """Most tokens that go through the model at once, padding included; a batch is split further until its parts fit. A group
-    stays whole unless it alone is larger: then its prompt goes through once for each piece (``num_split_groups``)."""
+    """Most tokens that go through the model at once, including padding; a batch is split further until its parts fit. A
+    group stays whole unless it is too large by itself; then its prompt goes through once for each piece (see the metric
+    ``num_split_groups``)."""
     prompt_sharing: Literal["auto", "shared", "repeated"] = "auto"
-    """``shared``: a group's prompt and images go through the model once. ``repeated``: the prompt once per completion, padded.
-    ``auto``: shared where the model can and it saves enough tokens to be faster. The result is the same."""
+    """``shared``: the prompt and images of a group go through the model once. ``repeated``: the prompt goes through
+    once per completion, padded. ``auto``: shared if the model supports it and it saves enough tokens to be faster. The
+    result is the same."""
 
 
 class EvaluationConfig(_Section):
@@ -447,7 +479,7 @@ class EvaluationConfig(_Section):
     seed: int = Field(1234, ge=0, le=2**32 - 1)
     """Seed of the evaluation's sampling, the same at every evaluation."""
     batch_size: int = Field(64, ge=1, le=100_000)
-    """Images that are captioned at once."""
+    """Number of images that are captioned at once."""
 
 
 class CheckpointConfig(_Section):
@@ -456,12 +488,12 @@ class CheckpointConfig(_Section):
     every: int = Field(50, ge=0)
     """Steps between saves; 0: only at the end and on SIGINT or SIGTERM."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints that are kept."""
     resume: bool = True
-    """Go on from the newest whole checkpoint in ``output_dir``, if there is one."""
+    """Resume from the newest whole checkpoint in ``output_dir``, if there is one."""
     allow_changes: tuple[str, ...] = ()
-    """Fields or sections in which a resumed run may differ from its start, such as ``optim.lr``. ``steps``, ``logging``,
-    ``endpoint`` and their like may always."""
+    """Fields or sections in which a resumed run may differ from its start, such as ``optim.lr``. ``output_dir``,
+    ``steps``, ``threads``, ``checkpoint``, ``logging``, ``evaluation`` and ``endpoint`` may always change."""
 
     @field_validator("allow_changes")
     @classmethod
@@ -475,18 +507,18 @@ class CheckpointConfig(_Section):
 
 
 class LoggingConfig(_Section):
-    """What a run writes beside its checkpoints."""
+    """What a run writes besides its checkpoints."""
 
     tensorboard: bool = True
     """Write TensorBoard event files."""
     completions: bool = True
     """Keep every completion with its reward breakdown."""
     completions_part_mib: int = Field(32, ge=1, le=1024)
-    """Size at which ``completions.jsonl``, and ``eval_captions.jsonl`` too, is compressed into a part of its own, to about a
-    tenth (ours)."""
+    """Size in MiB at which ``completions.jsonl`` or ``eval_captions.jsonl`` is compressed into a part of its own, to
+    about a tenth (ours)."""
     completions_max_mib: int = Field(1024, ge=1)
-    """Bound of all compressed parts of either file together; the oldest captions make room, but for those of the first
-    evaluations (ours)."""
+    """Bound on the size of all compressed parts of either file together, in MiB. The oldest captions are removed,
+    except those of the first evaluations (ours)."""
 
 
 class TrainConfig(_Section):
@@ -495,11 +527,11 @@ class TrainConfig(_Section):
     output_dir: Path = Path("run")
     """Folder of everything the run writes."""
     seed: int = Field(0, ge=0, le=2**32 - 1)
-    """Determines data order, sampling and initialisation."""
+    """Seed of data order, sampling and initialisation."""
     steps: int = Field(200, ge=0)
-    """Training steps."""
+    """Number of training steps."""
     threads: int = Field(0, ge=0, le=10_000)
-    """CPU threads of torch; 0: all cores."""
+    """CPU threads of torch; 0: torch's own default."""
     model: ModelConfig = ModelConfig()
     """The policy."""
     data: DataConfig = DataConfig()
@@ -511,7 +543,7 @@ class TrainConfig(_Section):
     endpoint: EndpointConfig = EndpointConfig()
     """How a judge model is reached."""
     advantage: AdvantageConfig = AdvantageConfig()
-    """From rewards to advantages."""
+    """How rewards become advantages."""
     loss: LossConfig = LossConfig()
     """Policy loss."""
     optim: OptimConfig = OptimConfig()

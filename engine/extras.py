@@ -1,7 +1,7 @@
-"""How to install what is missing: commands that work for a clone, a wheel and an index alike.
+"""Commands that install missing packages, whether balcaprl comes from a clone, a wheel or a package index.
 
-They name the packages themselves, since an extra's name helps only where an index has balcaprl, and the interpreter that
-runs, since ``pip`` on the path may belong to another environment.
+The commands name the packages themselves, because the name of an extra helps only where an index has balcaprl. They
+name the running interpreter, because ``pip`` on the path may belong to another environment.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from packaging.requirements import Requirement
 
 
 def pip_install(*requirements: str) -> str:
-    """The command that installs ``requirements`` into the environment that runs."""
+    """The command that installs ``requirements`` into the running environment."""
     return shlex.join([sys.executable or "python", "-m", "pip", "install", *requirements])
 
 
 def install_extra(extra: str, *names: str) -> str:
-    """The command that installs what ``extra`` adds on this machine.
+    """The command that installs the packages of an extra on this machine.
 
     Args:
-        extra: such as ``judge``; one of the extras in setup.py.
-        names: only these of its packages; none given: all.
+        extra: one of the extras in setup.py, such as ``judge``.
+        names: packages of the extra to install; all of them if none is given.
 
     Returns:
-        The command. Where balcaprl runs uninstalled, that for its folder: nothing else knows what the extra holds.
+        The command. If balcaprl runs without being installed, the command installs its source folder with the extra,
+        because nothing else knows what the extra holds.
     """
     try:
         lines = importlib.metadata.requires("balcaprl") or []

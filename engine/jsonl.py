@@ -1,7 +1,7 @@
-"""Files of JSON and of JSON Lines in run folders: written whole lines at a time, read within bounds.
+"""JSON and JSON Lines files in run folders: written whole lines at a time, read within bounds.
 
-A run folder may be damaged, or come from somebody else. Whatever lies in it is read through this module: ordinary files only,
-so many bytes and no more, and what is broken is counted.
+A run folder may be damaged, or come from somebody else. This module reads everything in it: it opens only ordinary
+files, reads a bounded number of bytes, and counts what is broken.
 """
 
 from __future__ import annotations
@@ -21,35 +21,37 @@ from balcaprl.ownership import write_atomically
 logger = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 16 << 20
-"""A longer line is broken."""
+"""Most bytes of a line; a longer line counts as broken."""
 MAX_FILE_BYTES = 512 << 20
-"""Of a longer file of lines, the first and the last half of so much are read."""
+"""Most bytes read from a file of lines. Of a longer file, only the first and the last half of this amount are read."""
 MAX_JSON_BYTES = 16 << 20
-"""A longer JSON file is not read."""
+"""Largest JSON file that is read, in bytes."""
 
 Record = dict[str, Any]
 
 
 class UnreadableError(ValueError):
-    """A file that cannot be read; the message names it and says why."""
+    """A file cannot be read; the message names the file and says why."""
 
 
 # ---------------------------------------------------------------------------------------------------- writing
 
 
 def encode_line(record: Mapping[str, Any]) -> bytes:
-    """One JSON line, UTF-8, newline included. NaN and infinities, which JSON lacks, become null.
+    """Encode a record as one line of JSON in UTF-8, including the newline.
+
+    NaN and infinities, which JSON lacks, become null.
 
     Raises:
-        TypeError: a value is no number, string, list or mapping; the message names its key.
+        TypeError: a value is not a number, string, list or mapping; the message names its key.
     """
     text = json.dumps(plain(record), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # A lone surrogate cannot be UTF-8; its backslash form is the JSON escape of the same character.
+    # UTF-8 cannot encode a lone surrogate; its backslash form is the JSON escape of the same character.
     return text.encode("utf-8", errors="backslashreplace") + b"\n"
 
 
 def plain(value: Any, key: str = "") -> Any:
-    """The value in JSON's own types; ``key`` names it in errors."""
+    """Convert a value to JSON's own types; ``key`` names the value in errors."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, Mapping):
@@ -72,15 +74,15 @@ def plain(value: Any, key: str = "") -> Any:
 
 
 def open_file(path: Path, root: Path | None = None) -> BinaryIO:
-    """Open an ordinary file for reading: never a pipe, which would block, nor a device.
+    """Open an ordinary file for reading; refuse devices, and pipes, which would block.
 
     Args:
         path: the file.
-        root: a folder that links may not lead out of; none: links may lead anywhere.
+        root: folder that links may not lead out of; if None, links may lead anywhere.
 
     Raises:
-        FileNotFoundError: there is none.
-        UnreadableError: it is no ordinary file, lies outside ``root``, or may not be read.
+        FileNotFoundError: the file does not exist.
+        UnreadableError: the file is not an ordinary file, lies outside ``root``, or may not be read.
     """
     if root is not None and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
         raise UnreadableError(f"{path} is a link that leads out of {root}")
@@ -97,11 +99,11 @@ def open_file(path: Path, root: Path | None = None) -> BinaryIO:
 
 
 def read_bytes(path: Path, max_bytes: int, root: Path | None = None) -> bytes:
-    """The content of a file of at most ``max_bytes``.
+    """Read the content of a file of at most ``max_bytes`` bytes.
 
     Raises:
-        FileNotFoundError: there is none.
-        UnreadableError: as ``open_file``; or it is larger.
+        FileNotFoundError: the file does not exist.
+        UnreadableError: for the reasons of ``open_file``, or because the file is larger.
     """
     with open_file(path, root) as file:
         data = file.read(max_bytes + 1)
@@ -111,11 +113,11 @@ def read_bytes(path: Path, max_bytes: int, root: Path | None = None) -> bytes:
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, root: Path | None = None) -> Any:
-    """The value of a JSON file.
+    """Read the value in a JSON file.
 
     Raises:
-        FileNotFoundError: there is none.
-        UnreadableError: as ``read_bytes``; or it is no JSON, or nested too deeply.
+        FileNotFoundError: the file does not exist.
+        UnreadableError: for the reasons of ``read_bytes``, or because the content is not JSON or is nested too deeply.
     """
     try:
         return json.loads(read_bytes(path, max_bytes, root))
@@ -131,12 +133,12 @@ def _why(error: Exception) -> str:
 
 @dataclass
 class Lines:
-    """What a file of JSON Lines gave."""
+    """What was read from a file of JSON Lines."""
 
     records: list[Record] = field(default_factory=list)
     num_broken: int = 0
     num_bytes_left_out: int = 0
-    """In the middle of a file that is too large."""
+    """Number of bytes that were skipped in the middle of a file that is too large."""
 
 
 def read_lines(
@@ -147,17 +149,17 @@ def read_lines(
     root: Path | None = None,
     keep: Callable[[Record], Record] | None = None,
 ) -> Lines:
-    """The whole records of a JSON Lines file, within bounds.
+    """Read the complete records of a JSON Lines file, within bounds.
 
     Args:
-        path: the file; missing, it has no lines.
-        max_bytes: of a longer file the first and the last half of so much are read.
-        max_records: no more are kept; those beyond count as broken.
-        root: see ``open_file``.
-        keep: what to keep of a record.
+        path: the file; a missing file has no lines.
+        max_bytes: most bytes to read. Of a longer file, only the first and the last half of this amount are read.
+        max_records: most records to keep; further records count as broken.
+        root: folder that links may not lead out of; see ``open_file``.
+        keep: function that reduces a record to what is kept of it; None keeps everything.
 
     Raises:
-        UnreadableError: see ``open_file``.
+        UnreadableError: for the reasons of ``open_file``.
     """
     lines = Lines()
     try:
@@ -171,7 +173,7 @@ def read_lines(
         for start, end in spans:
             file.seek(start)
             if start:
-                file.readline(MAX_LINE_BYTES)  # the rest of a line that began before
+                file.readline(MAX_LINE_BYTES)  # skip the rest of a line that began earlier
             for line in bounded_lines(file, end - file.tell()):
                 record = parse_line(line)
                 if record is None or len(lines.records) >= max_records:
@@ -179,15 +181,17 @@ def read_lines(
                 else:
                     lines.records.append(record if keep is None else keep(record))
     if lines.num_bytes_left_out:
-        lines.num_broken = max(0, lines.num_broken - 1)  # where the first half ends
+        lines.num_broken = max(0, lines.num_broken - 1)  # the line cut at the end of the first half is not broken
     return lines
 
 
 def read_jsonl(path: Path) -> list[Record]:
-    """All whole records of a JSON Lines file; none where it does not exist. Broken lines are counted and logged.
+    """Read all complete records of a JSON Lines file; none if the file does not exist.
+
+    Broken lines are counted and logged.
 
     Raises:
-        UnreadableError: it is no ordinary file.
+        UnreadableError: the path is not an ordinary file.
     """
     lines = read_lines(Path(path))
     if lines.num_broken:
@@ -198,7 +202,7 @@ def read_jsonl(path: Path) -> list[Record]:
 
 
 def bounded_lines(file: Any, max_bytes: int) -> Iterator[bytes]:
-    """The lines of an open binary file, up to ``max_bytes`` from here; one that is too long comes as ``b""``."""
+    """Lines of an open binary file within the next ``max_bytes``; a line that is too long is replaced by ``b""``."""
     while max_bytes > 0:
         line = file.readline(min(MAX_LINE_BYTES, max_bytes))
         if not line:
@@ -212,7 +216,7 @@ def bounded_lines(file: Any, max_bytes: int) -> Iterator[bytes]:
 
 
 def parse_line(line: bytes) -> Record | None:
-    """The record of a line, or None where the line is not a whole record with a step: an integer from 0 to 2**53."""
+    """Parse the record on a line; None unless it is complete and has a ``step``, an integer >= 0 and < 2**53."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -224,7 +228,7 @@ def parse_line(line: bytes) -> Record | None:
 
 
 def number(value: Any) -> float:
-    """A value of a record as a float; NaN where it is no number, or none that a float can hold."""
+    """A value of a record as a float; NaN if it is not a number, or too large for a float."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return math.nan
     try:
@@ -237,9 +241,10 @@ def number(value: Any) -> float:
 
 
 def truncate_jsonl(path: Path, last_step: int, *, after_step: int = -1) -> int:
-    """Cut a JSON Lines file back to the whole records with ``after_step < step <= last_step``, atomically.
+    """Cut a JSON Lines file back to its complete records with ``after_step < step <= last_step``, atomically.
 
-    What a kill left half-written is dropped too. Returns the number of dropped lines. A missing file stays missing.
+    A line that a kill left half-written is dropped too. A missing file stays missing. Returns the number of dropped
+    lines.
     """
     path = Path(path)
     if not path.is_file():
@@ -251,7 +256,7 @@ def truncate_jsonl(path: Path, last_step: int, *, after_step: int = -1) -> int:
 
 
 class Kept:
-    """The lines whose records lie in ``(after_step, last_step]``; counts the others as it goes."""
+    """Iterates over the lines whose records lie in ``(after_step, last_step]``, and counts the others."""
 
     def __init__(self, lines: Iterator[bytes], after_step: int, last_step: int) -> None:
         self._lines, self._after, self._last = lines, after_step, last_step

@@ -1,8 +1,9 @@
-"""Whether a run can still learn: what is sampled is finite, every reward gives scores, and some group differs within itself.
+"""Checks after every step that a run can still learn.
 
-A step without any gradient is an accident, many in a row are a fault: of the sampling, which gives the same completion each
-time, of a reward, which fails or says the same of everything, or of a policy that has collapsed. The run then ends, and says
-which. A policy that has learnt until every reward is 1 is no fault, and goes on.
+A run can learn if the samples are finite, every reward gives scores, and the rewards differ within some group. One step
+without any gradient is an accident; many in a row are a fault. In that case, the sampling gives the same completion
+each time, a reward fails or scores everything the same, or the policy has collapsed. The run ends, and says which of
+these it is. A policy that has learnt until every reward is 1 has no fault, and its run goes on.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from balcaprl.types import REWARD_NAMES, DivergedError, RewardBreakdown, Rollout
 logger = logging.getLogger(__name__)
 
 LACKING_STEPS = 3
-"""Steps in a row after which a reward that gives too few scores ends the run."""
+"""Number of steps in a row with too few scores of one reward, after which the run ends."""
 
 
 class NothingToLearnError(RunStoppedError):
-    """The rewards tell nothing apart, or are not given."""
+    """The rewards are missing, or do not tell completions apart."""
 
 
 class LearningWatch:
-    """Looks at every step's scored groups.
+    """Checks the scored groups of every step.
 
     Args:
-        config: the run's; ``reward.required_share``, ``reward.max_flat_steps`` and the weights count.
+        config: the run's configuration; ``reward.required_share``, ``reward.max_flat_steps`` and the weights are used.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -42,10 +43,10 @@ class LearningWatch:
         self._reason = ""
 
     def check(self, groups: Sequence[RolloutGroup], stats: ScoreStats) -> None:
-        """Take one step into account.
+        """Take the groups of one step into account.
 
         Raises:
-            NothingToLearnError: as many such steps came in a row as are allowed.
+            NothingToLearnError: too many steps in a row gave too few scores, or nothing to learn from.
         """
         reward = self._config.reward
         self._steps += 1
@@ -67,7 +68,7 @@ class LearningWatch:
             )
 
     def finish(self) -> None:
-        """To be called when all steps are done: also tells of a run too short for ``check`` to have ended it.
+        """Judge the run as a whole after its last step, in case it was too short for ``check`` to end it.
 
         Raises:
             NothingToLearnError: a reward gave too few scores in every step.
@@ -111,10 +112,10 @@ class LearningWatch:
 
 
 def refuse_unfinite_samples(groups: Sequence[RolloutGroup]) -> int:
-    """How many rollouts have a log-probability that is not finite.
+    """Count the rollouts with a log-probability that is not finite.
 
     Raises:
-        DivergedError: all that have tokens.
+        DivergedError: every rollout that has tokens has such a log-probability.
     """
     rollouts = [r for group in groups for r in group.rollouts if r.completion.token_ids]
     wrong = sum(not _is_finite(rollout) for rollout in rollouts)
@@ -130,12 +131,12 @@ def _is_finite(rollout: Rollout) -> bool:
 
 
 def _values(groups: Sequence[RolloutGroup], name: str) -> set[float]:
-    """The different scores that a reward gave."""
+    """The distinct scores that a reward gave."""
     return {reward_of(r.breakdown or RewardBreakdown(), name) for group in groups for r in group.rollouts}
 
 
 def _shares(groups: Sequence[RolloutGroup], config: RewardConfig) -> dict[str, float]:
-    """Of each expected reward, the share of rollouts that have a score."""
+    """Share of rollouts that have a score, for each expected reward."""
     breakdowns = [r.breakdown or RewardBreakdown() for group in groups for r in group.rollouts]
     return {
         name: sum(not math.isnan(reward_of(b, name)) for b in breakdowns) / max(1, len(breakdowns))

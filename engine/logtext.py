@@ -1,17 +1,19 @@
-"""Untrusted text in messages: what a record, a file name, a model or a server says is shown as one short, harmless line."""
+"""Makes untrusted text safe for messages: text from records, file names, models or servers becomes one short line."""
 
 from __future__ import annotations
 
 import logging
 
 MAX_CHARS = 200
-"""Longest piece of untrusted text in a message, before it is cut."""
+"""Number of characters after which untrusted text in a message is cut."""
 MAX_OF_A_KIND = 20
-"""Warnings of one kind before the rest are only counted."""
+"""Number of warnings of one kind that are logged; further ones are only counted."""
 
 
 def printable(text: object, limit: int = MAX_CHARS) -> str:
-    """``str(text)`` on one line: what shows nothing, moves the cursor or turns the writing is escaped, the rest cut.
+    """``str(text)`` on one line, cut after ``limit`` characters.
+
+    Characters that are invisible, move the cursor or change the direction of the writing are escaped.
 
     >>> printable("a\\x1b[2J\\nERROR: b")
     'a\\\\x1b[2J\\\\nERROR: b'
@@ -22,15 +24,15 @@ def printable(text: object, limit: int = MAX_CHARS) -> str:
 
 
 class PrintableFormatter(logging.Formatter):
-    """The second fence: no message reaches the terminal with control characters, whoever wrote it. Line ends stay."""
+    """Escapes control characters in every log message, whoever wrote it, as a second safeguard. Line ends stay."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """See ``logging.Formatter``."""
+        """Format the record as ``logging.Formatter`` does, and escape its control characters."""
         return printable_lines(super().format(record))
 
 
 def printable_lines(text: str) -> str:
-    """As ``printable``, but whole, and with its line ends."""
+    """The whole text with unprintable characters escaped, except line ends and tabs."""
     return _escaped(text, "\n\t")
 
 
@@ -41,12 +43,12 @@ def _escaped(text: str, kept: str) -> str:
 
 
 def log_few(logger: logging.Logger, count: int, message: str, *arguments: object) -> None:
-    """Warn of the ``count``-th case of a kind; after ``MAX_OF_A_KIND`` of them no more is said."""
+    """Log the ``count``-th warning of a kind; after ``MAX_OF_A_KIND`` warnings, log nothing."""
     if count <= MAX_OF_A_KIND:
         more = "" if count < MAX_OF_A_KIND else " (further cases are only counted)"
         logger.warning(message + more, *arguments)
 
 
 def leave_out(logger_name: str, beginning: str) -> None:
-    """Drop a known, harmless message of another package: what its logger says that begins so, and nothing else."""
+    """Suppress the messages of a logger that begin with ``beginning``: known, harmless messages of another package."""
     logging.getLogger(logger_name).addFilter(lambda record: not record.getMessage().startswith(beginning))

@@ -1,9 +1,10 @@
-"""The manifest of a checkpoint: names, sizes and SHA-256 of its files, written last, and compared before anything is loaded.
+"""The manifest of a checkpoint: names, sizes and SHA-256 of its files.
 
     {"format": 1, "files": {"config.json": {"bytes": 1843, "sha256": "..."}, ...}}
 
-It tells damage, not forgery: who can change a file can change the manifest too. Names in it are data, and never lead out of
-the folder.
+The manifest is written last, and compared with the files before anything is loaded. It shows damage, not forgery:
+whoever can change a file can change the manifest too. The names in a manifest are not trusted, and a name that leads
+out of the folder is refused.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 _CHUNK_BYTES = 1 << 20
 _MAX_BYTES = 16 << 20
-"""Of a manifest; a real one has some thousand."""
+"""Largest manifest that is read, in bytes; a real manifest has some thousand."""
 _READ_BY_LIBRARIES = {".json", ".jinja", ".model", ".txt", ".py", ".safetensors", ".bin", ".pt", ".pth", ".gguf"}
-"""A stray file with one of these endings may change what a folder is loaded as; notes and pictures may not."""
+"""Suffixes of files that must be in the manifest, because they may change how a folder is loaded. Other files, such as
+notes and pictures, may lie in the folder without being listed."""
 
 
 def write_manifest(folder: Path) -> None:
-    """List all files of ``folder``, as they are now, in its manifest."""
+    """Write the manifest of ``folder``, which lists all its present files."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    with ThreadPoolExecutor(4) as pool:  # hashing lets other threads run
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter lock
         digests = list(pool.map(sha256_of, paths))
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
@@ -37,11 +39,11 @@ def write_manifest(folder: Path) -> None:
 
 
 def faults(folder: Path, counts: Callable[[str], bool] = lambda name: True) -> list[str]:
-    """What differs between a folder and its manifest, each naming its file; empty where nothing does.
+    """Differences between a folder and its manifest, each naming its file; empty if there are none.
 
     Args:
-        folder: with a manifest.
-        counts: which names are looked at.
+        folder: a folder with a manifest.
+        counts: function that says whether a file with a given name is checked.
     """
     try:
         listed = _read(folder / MANIFEST)
@@ -55,7 +57,7 @@ def faults(folder: Path, counts: Callable[[str], bool] = lambda name: True) -> l
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's content, read piece by piece."""
+    """Hexadecimal SHA-256 of a file's content, which is read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -92,7 +94,7 @@ def _fault_of(path: Path, entry: dict[str, Any]) -> str | None:
 
 
 def _strays(folder: Path, listed: Iterable[str]) -> list[str]:
-    """Files that the manifest does not know, where a library could take them for a part of the model."""
+    """Files that the manifest does not list, and that a library could take for a part of the model."""
     known = {MANIFEST, *listed}
     found = (path.relative_to(folder).as_posix() for path in folder.iterdir() if path.is_symlink() or path.is_file())
     return sorted(name for name in found if name not in known and Path(name).suffix in _READ_BY_LIBRARIES)

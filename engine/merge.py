@@ -1,7 +1,8 @@
-"""Checkpoints that hold an adapter alone: whether a model is the one beneath it, and both merged into one stock folder.
+"""Merges the adapter of a checkpoint and its base model into one stock folder.
 
-The merged folder needs neither peft nor this package. Sums are made in float32 and rounded once to what the base is stored
-in. Which base that is, the user says: what an adapter's own files say of it is shown, compared, and never followed.
+Also checks whether a model is the one that an adapter was trained on. The merged folder needs neither peft nor this
+package. Sums are computed in float32 and rounded once to the data type in which the base is stored. The user says which
+model the base is: what the adapter's own files say about it is shown and compared, but never followed.
 """
 
 from __future__ import annotations
@@ -37,16 +38,17 @@ _ADVICE = "Nothing is left of the attempt: make room, or name another folder"
 
 
 def merge_checkpoint(checkpoint: str | Path, out: Path, base: str | Path | None) -> None:
-    """Write a stock transformers folder of an adapter's checkpoint and its base, merged.
+    """Write a stock transformers folder of a base with a checkpoint's adapter merged in.
 
     Args:
-        checkpoint: a folder that a run, or peft, saved a LoRA adapter in; a hub id.
-        out: the folder to write; does not exist, or is empty. It is complete or absent.
+        checkpoint: a folder in which a run, or peft, saved a LoRA adapter; or a hub id.
+        out: the folder to write, which must not exist or be empty. Afterwards it is complete or absent.
         base: the model that the adapter belongs to: a folder, a hub id, or ``demo``.
 
     Raises:
-        ModelFilesError: ``checkpoint`` holds no adapter, ``base`` is not its model, or is quantised, or either is damaged.
-        ValueError: no ``base``.
+        ModelFilesError: ``checkpoint`` holds no adapter, ``base`` is not the adapter's model or is quantised, or either
+            of the two is damaged.
+        ValueError: ``base`` is None.
         ForeignPathError, PathInUseError: ``out`` holds something, or another process writes it.
         SaveError: the disk is full or cannot be written.
     """
@@ -70,10 +72,12 @@ def merge_checkpoint(checkpoint: str | Path, out: Path, base: str | Path | None)
 
 
 def merged_model(adapter: Path, base: str | Path) -> tuple[Any, Any]:
-    """The stock model with a checked folder's adapter merged in, in the dtypes of ``base``, and its processor.
+    """The stock model with an adapter merged in, in the data types of ``base``, and its processor.
+
+    ``adapter`` is a folder that ``model_folder`` has checked.
 
     Raises:
-        ModelFilesError: See ``merge_checkpoint``.
+        ModelFilesError: for the reasons of ``merge_checkpoint``.
     """
     folder = model_folder(base, accept=check_family, option="--base")
     if is_adapter(folder):
@@ -99,7 +103,9 @@ def merged_model(adapter: Path, base: str | Path) -> tuple[Any, Any]:
 
 
 def merge_adapter(adapted: Any) -> Any:
-    """The stock model of a peft model, its active adapter added to its own weights, in place; a head that is tied no more.
+    """Add the active adapter of a peft model to its own weights in place, and return the stock model.
+
+    If head and embedding are tied and the adapter changes one of them, they get separate weights.
 
     Raises:
         ModelFilesError: the adapter holds values that are not finite, or a bias for a layer that has none.
@@ -109,20 +115,21 @@ def merge_adapter(adapted: Any) -> Any:
         _untie(stock)
     try:
         return adapted.merge_and_unload(safe_merge=True)
-    except (ValueError, RuntimeError) as error:  # peft's
+    except (ValueError, RuntimeError) as error:  # raised by peft
         raise ModelFilesError(f"the adapter cannot be merged: {error}") from error
 
 
 def refuse_other_base(model: nn.Module, checkpoint: Path, base: str) -> None:
-    """Refuse a model that is not what the adapter of a checkpoint was trained on; where that cannot be told, say so.
+    """Refuse a model that the adapter of a checkpoint was not trained on; log a warning if that cannot be decided.
 
     Args:
-        model: the stock model, which may be adapted. Of one in 16 bits difference cannot be told: it may come of rounding.
-        checkpoint: holds the adapter.
-        base: what the user calls the model.
+        model: the stock model, which may carry the adapter. A model that is not in float32 is never refused, because a
+            difference may come from rounding.
+        checkpoint: folder that holds the adapter.
+        base: name of the model in messages, as the user wrote it.
 
     Raises:
-        ModelFilesError: the weights are others.
+        ModelFilesError: the weights differ from those that the adapter was trained on.
     """
     digest = digest_of_base(checkpoint)
     if digest is None:
@@ -143,14 +150,14 @@ def refuse_other_base(model: nn.Module, checkpoint: Path, base: str) -> None:
 
 
 def _says(adapter: Path) -> str:
-    """What an adapter's own file calls its base, as text to be shown."""
+    """Text for messages on what an adapter's own file calls its base."""
     config = read_json(adapter / ADAPTER_CONFIG)
     name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     return f"{ADAPTER_CONFIG} says {printable(repr(name))[:200]}" if name else f"{ADAPTER_CONFIG} names none"
 
 
 def _untie(stock: Any) -> None:
-    """Give head and embedding weights of their own, where an adapter on one of them is to be merged."""
+    """Give tied head and embedding separate weights, so that an adapter on one of them can be merged."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in stock.modules():
         for name, parameter in module._parameters.items():

@@ -1,11 +1,17 @@
 """What a run writes while it goes: metrics, evaluations, captions, and one line of progress.
 
-A run folder holds JSON Lines files, each line an object with a ``step``: ``metrics.jsonl`` (one line a step),
-``evaluations.jsonl`` (one per evaluation and mode), ``completions.jsonl`` (one per rollout) and ``eval_captions.jsonl`` (the
-same for held-out images; ``rotation.py`` tells of the older parts of both), beside TensorBoard events in ``tensorboard/`` and
-pictures in ``eval_images/``. Events and pictures carry a mark of ours, and only those that do are ever removed.
+A run folder holds four JSON Lines files, in which each line is an object with a ``step``:
 
-Two runs of one seed on one machine write the same lines, but for the keys that :func:`is_reproducible` excludes.
+- ``metrics.jsonl`` has one line per training step.
+- ``evaluations.jsonl`` has one line per evaluation and mode.
+- ``completions.jsonl`` has one line per rollout.
+- ``eval_captions.jsonl`` has one line per rollout on a held-out image.
+
+``rotation.py`` compresses older lines of the last two files into parts. TensorBoard events are in ``tensorboard/``, and
+pictures in ``eval_images/``. balcaprl marks the events and pictures that it writes, and only ever removes marked ones.
+
+Two runs with the same seed on one machine write the same lines, except for the keys that :func:`is_reproducible`
+excludes.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from balcaprl import rotation
 from balcaprl.extras import pip_install
-from balcaprl.jsonl import encode_line as encode_line  # these three are part of this module's interface
+from balcaprl.jsonl import encode_line as encode_line  # the three `as` imports are part of this module's interface
 from balcaprl.jsonl import plain
 from balcaprl.jsonl import read_jsonl as read_jsonl
 from balcaprl.jsonl import truncate_jsonl as truncate_jsonl
@@ -50,9 +56,9 @@ LOG_FILES = (METRICS, EVALUATIONS, COMPLETIONS, EVAL_CAPTIONS)
 _WRITTEN = (*LOG_FILES, "config.yaml", "summary.json", "report.html", "judge_usage.json")
 """Files that a run replaces as a whole."""
 _EVENTS_SUFFIX = ".balcaprl"
-"""End of the names of our TensorBoard files."""
+"""Suffix of the names of the TensorBoard files that balcaprl writes."""
 _PICTURE_MARK = ("Software", "balcaprl")
-"""Text in our pictures; it stands within their first few bytes."""
+"""PNG text that marks the pictures of balcaprl; it stands within the first 128 bytes of the file."""
 
 
 def nanmean(values: Iterable[float | None]) -> float:
@@ -62,14 +68,17 @@ def nanmean(values: Iterable[float | None]) -> float:
 
 
 def is_reproducible(key: str) -> bool:
-    """Whether two runs of the same seed must agree on this metric: all but times, rates and memory."""
+    """Whether two runs of the same seed must agree on this metric: all but times, rates, memory and device load."""
     return not (key.startswith(("time/", "memory/", "device/")) or key.endswith("_per_second"))
 
 
 def memory_metrics() -> dict[str, float]:
-    """Memory of this process in GiB: resident now, and the peak of PyTorch's CUDA allocator where CUDA is in use."""
+    """Memory of this process in GiB.
+
+    The metrics are its resident size and, if CUDA is in use, the peak of PyTorch's CUDA allocator.
+    """
     metrics = {"memory/rss_gib": psutil.Process().memory_info().rss / 2**30}
-    import torch  # here, so that reading a run folder does not need torch
+    import torch  # imported here, so that reading a run folder does not need torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         metrics["memory/cuda_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -77,10 +86,10 @@ def memory_metrics() -> dict[str, float]:
 
 
 def eval_image_path(output_dir: Path, sample_id: str) -> Path:
-    """Where the picture of a held-out sample lies: ``eval_images/<sample_id>.png``.
+    """Path of the picture of a held-out sample: ``eval_images/<sample_id>.png``.
 
-    Ids come from data files: whatever could leave the folder is percent-encoded, and a name too long for a file system
-    ends in a hash.
+    Sample ids come from data files. Characters that could lead out of the folder are percent-encoded, and a name that
+    is too long for a file system is cut and ends in a hash.
     """
     name = urllib.parse.quote(sample_id, safe=" ", errors="replace")
     if len(name) > 200:
@@ -89,7 +98,7 @@ def eval_image_path(output_dir: Path, sample_id: str) -> Path:
 
 
 def save_eval_image(output_dir: Path, sample_id: str, image: Image.Image) -> Path:
-    """Save a held-out image for the report, whole or not at all, and return its path."""
+    """Save a held-out image for the report, completely or not at all, and return its path."""
     path = eval_image_path(output_dir, sample_id)
     from PIL.PngImagePlugin import PngInfo
 
@@ -146,21 +155,22 @@ def rollout_record(step: int, sample_id: str, index: int, rollout: Rollout) -> d
 
 
 class RunLog:
-    """Writes a run's log files; each line whole, in one write, so that a kill loses at most the line under way.
+    """Writes a run's log files, each line in one write, so that a kill loses at most the line being written.
 
     Args:
-        output_dir: the run folder; made if missing.
-        tensorboard: also write TensorBoard events to ``tensorboard/``.
-        completions: keep every completion in ``completions.jsonl``.
-        resume_step: the step of the checkpoint the run goes on from: later lines are cut away, since the run writes
-            them again. None: a fresh run; what an earlier run left in these files is discarded.
-        claim: the caller's claim on the folder, which stays the caller's; none: the log claims it as a run's.
-        part_bytes: a file of captions is compressed into a part when it has grown to this size.
-        parts_max_bytes: bound of all parts of such a file together; the oldest make room.
+        output_dir: the run folder; it is made if missing.
+        tensorboard: whether to write TensorBoard events to ``tensorboard/`` too.
+        completions: whether to keep every completion in ``completions.jsonl``.
+        resume_step: step of the checkpoint from which the run resumes. Later lines are cut away, because the run writes
+            them again. None marks a fresh run; what an earlier run left in these files is then discarded.
+        claim: the caller's claim on the folder, which the caller also releases. If None, the log claims the folder as
+            that of a run.
+        part_bytes: size at which a file of captions is compressed into a part, in bytes.
+        parts_max_bytes: bound on the size of all parts of such a file together, in bytes; the oldest parts are removed.
 
     Raises:
         RuntimeError: TensorBoard is asked for but not installed.
-        ForeignPathError: the folder holds what no run of ours wrote.
+        ForeignPathError: the folder holds files that no run of balcaprl wrote.
         PathInUseError: another process writes to the folder.
     """
 
@@ -176,7 +186,7 @@ class RunLog:
         parts_max_bytes: int = rotation.MAX_BYTES,
     ) -> None:
         self.output_dir = Path(output_dir)
-        # TensorBoard first: where it is missing, nothing has been discarded yet.
+        # Look for TensorBoard first: if it is missing, nothing has been discarded yet.
         writer_class = _summary_writer_class() if tensorboard else None
         self._claim = None
         if claim is None:
@@ -210,7 +220,7 @@ class RunLog:
         self._scalars({f"eval_{mode}/{name}": value for name, value in scores.items()}, step)
 
     def log_completions(self, step: int, groups: Iterable[RolloutGroup]) -> None:
-        """Write every rollout of a step, where completions are kept."""
+        """Write every rollout of a step, if completions are kept."""
         if not self._completions:
             return
         for group in groups:
@@ -219,8 +229,9 @@ class RunLog:
         self._pack_if_full(COMPLETIONS)
 
     def log_eval_captions(self, step: int, mode: str, groups: Iterable[RolloutGroup]) -> None:
-        """Write the captions of held-out images, with their references; the report shows them."""
-        if step != self._evaluated_step:  # not between the modes of one evaluation: a part ends where a step ends
+        """Write the captions of held-out images with their references, for the report."""
+        # Not between the modes of one evaluation: a part must end where a step ends.
+        if step != self._evaluated_step:
             self._pack_if_full(EVAL_CAPTIONS)
             self._evaluated_step = step
         for group in groups:
@@ -230,7 +241,7 @@ class RunLog:
                 self._write(EVAL_CAPTIONS, {**record, "mode": mode, "reference": sample.reference})
 
     def sync(self) -> None:
-        """Force all lines to disk. Call before a checkpoint counts as saved: the log must not lag behind it."""
+        """Force all lines to disk. Call this before saving a checkpoint, because the log must not lag behind it."""
         for file in self._files.values():
             os.fsync(file.fileno())
         if self._writer is not None:
@@ -261,7 +272,7 @@ class RunLog:
                 dropped = truncate_jsonl(path, resume_step)
             if dropped:
                 logger.info("%s: dropped %d lines after step %d", path, dropped, resume_step)
-        self._pack_if_full(COMPLETIONS)  # as it was when that step had been written
+        self._pack_if_full(COMPLETIONS)  # packs the file again if it was full at that step
 
     def _pack_if_full(self, name: str) -> None:
         path = self.output_dir / name
@@ -326,8 +337,8 @@ class PhaseTimer:
     ['time/sample', 'time/step']
 
     Args:
-        synchronize: called at both ends of a phase, so that queued device work counts where it was started;
-            ``torch.cuda.synchronize`` on CUDA, nothing on a CPU.
+        synchronize: function called at both ends of a phase, so that queued device work counts in the phase that
+            started it: ``torch.cuda.synchronize`` on CUDA, None on a CPU.
     """
 
     def __init__(self, synchronize: Callable[[], object] | None = None) -> None:
@@ -337,14 +348,14 @@ class PhaseTimer:
         self._started = time.perf_counter()
 
     def start_step(self) -> None:
-        """Forget all phases and start the step's own clock."""
+        """Clear all phases and start the step's own clock."""
         with self._lock:
             self._seconds = {}
             self._started = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the block's seconds as ``time/<phase>``; a phase entered twice adds up."""
+        """Count the seconds of the ``with`` block as ``time/<phase>``; a phase that is entered twice adds up."""
         self._synchronize()
         started = time.perf_counter()
         try:
@@ -356,7 +367,7 @@ class PhaseTimer:
                 self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def finish_step(self) -> dict[str, float]:
-        """``time/<phase>`` of each phase and ``time/step``, in seconds. Phases that overlap may exceed the step."""
+        """``time/<phase>`` of each phase and ``time/step``, in seconds; phases that overlap may exceed the step."""
         with self._lock:
             metrics = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
             metrics["time/step"] = time.perf_counter() - self._started
@@ -370,11 +381,11 @@ class ProgressLine:
     """One live line on a terminal; elsewhere a plain line now and then, fit for a log file.
 
     Args:
-        num_steps: steps of the whole run.
-        start_step: steps that are already done, where a run goes on.
-        every_steps: off a terminal, print at least every so many steps ...
-        every_seconds: ... or after so many seconds, whichever comes first.
-        console: rich console; standard error by default, so that standard output stays free for results.
+        num_steps: number of steps of the whole run.
+        start_step: number of steps that are already done when a run resumes.
+        every_steps: number of steps after which the next plain line is due.
+        every_seconds: number of seconds after which the next plain line is due, if that is sooner.
+        console: rich console; by default standard error, so that standard output stays free for results.
     """
 
     def __init__(
@@ -391,7 +402,8 @@ class ProgressLine:
         self._every_steps, self._every_seconds = every_steps, every_seconds
         self._printed_at = time.monotonic()
         self._printed_step = start_step
-        # Off a terminal it is never started, and only reckons. The first step, which loads and compiles, counts for nothing.
+        # Without a terminal, the bar is never started and only estimates the time left. The first step does not count
+        # for the estimate, because it loads and compiles.
         columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=12))
         self._progress = Progress(
             *columns,
@@ -411,7 +423,7 @@ class ProgressLine:
         self.close()
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Show the state after ``step`` steps; metrics that are missing are left out of the line."""
+        """Show the state after ``step`` steps, without metrics that are missing."""
         self._progress.update(self._task, completed=step)
         task = self._progress.tasks[0]
         line = f"step {step}/{self._num_steps}{format_metrics(metrics)}  eta {TimeRemainingColumn().render(task)}"
@@ -430,13 +442,13 @@ class ProgressLine:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Leave the last line standing and give the terminal back; closing twice is harmless."""
+        """Keep the last line on the screen and release the terminal; closing twice is harmless."""
         if self.console.is_terminal:
             self._progress.stop()
 
 
 _ETA_WINDOW_S = 3600.0
-"""The time that is left is reckoned from the steps of the last hour."""
+"""Seconds of past steps from which the time left is estimated: one hour."""
 
 
 _SHOWN = (
@@ -451,7 +463,7 @@ _SHOWN = (
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """The few metrics that tell whether a run is well, such as ``  b-cap 0.512  prec 0.481``."""
+    """The few metrics that show whether a run is healthy, such as ``  b-cap 0.512  prec 0.481``."""
     parts = []
     for key, label, pattern in _SHOWN:
         value = metrics.get(key)

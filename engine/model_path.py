@@ -1,4 +1,4 @@
-"""Whether ``model.path`` can name a model at all, by its look: told before anything heavy is loaded."""
+"""Checks whether ``model.path`` looks like a model at all, before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ class ModelFilesError(ValueError):
 
 
 def refuse_no_model(path_or_id: str | Path, *, option: str = "model.path") -> None:
-    """Raise ModelFilesError for what is neither a folder nor can be a hub id; ``option`` is what the user set."""
+    """Raise ModelFilesError if ``path_or_id`` is neither a folder nor a possible hub id.
+
+    ``option`` is the name of the option that the user set, for the message.
+    """
     folder = Path(path_or_id).expanduser()
     if not folder.exists():
         if not _HUB_ID.fullmatch(str(path_or_id)):

@@ -1,8 +1,9 @@
 """AdamW over the policy's parameters: schedule, clipping, float32 master weights, guards, and a state without pickle.
 
-An update is judged before it is made. What it would add to each parameter is computed from gradient and moments, and its
-norm is compared with that of all weights: an update that is not finite, or larger than the weights themselves, changes
-nothing. So weights that were good stay good, whatever the learning rate, the gradient or the moments are.
+An update is checked before it is made. What it would add to each parameter is computed from gradient and moments, and
+its norm is compared with the norm of all weights. An update that is not finite, or too large compared with the weights,
+changes nothing. Weights that were good therefore stay good, whatever the learning rate, the gradient or the moments
+are.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ logger = logging.getLogger(__name__)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _START_NORM = "start_weight_norm"
 _CHUNK = 1 << 24
-"""Elements of a parameter whose update is computed at once to be judged: bounds the memory that takes."""
+"""Number of elements of a parameter for which the check computes the update at once; this bounds the check's memory."""
 
 
 class _Norms(NamedTuple):
-    """What an update is judged by: Euclidean norms over all parameters."""
+    """Euclidean norms over all parameters by which an update is checked."""
 
     gradient: float
     update: float
-    """Of what the update would add to the weights."""
+    """Norm of what the update would add to the weights."""
     weights: float
-    """Of the trained weights before the update."""
+    """Norm of the trained weights before the update."""
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """Learning rate of the update after ``step`` updates, of ``num_steps`` in all."""
+    """Learning rate of the update that comes after ``step`` updates, in a run of ``num_steps`` updates."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -48,18 +49,18 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
 
 
 class PolicyOptimizer:
-    """AdamW with the run's schedule.
+    """AdamW with the run's learning rate schedule.
 
-    Parameters that are not float32 or float64 are updated through float32 master copies: at these learning rates most
-    updates are smaller than bfloat16 can add.
+    Parameters that are not float32 or float64 are updated through float32 master copies, because at these learning
+    rates most updates are too small to change a bfloat16 weight.
 
     Args:
         named_parameters: the policy's parameters; frozen ones are left out.
         config: hyperparameters.
-        num_steps: updates of the whole run, for the schedule.
+        num_steps: number of updates in the whole run, for the schedule.
 
     Raises:
-        ValueError: if nothing is trainable, or weights are not finite.
+        ValueError: nothing is trainable, or weights are not finite.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class PolicyOptimizer:
     ) -> None:
         self.config, self.num_steps, self.num_updates = config, num_steps, 0
         self.num_refused_in_a_row = 0
-        """Updates refused since the last one that was made."""
+        """Number of updates refused since the last update that was made."""
         every = dict(named_parameters)
         self._parameters = {name: p for name, p in every.items() if p.requires_grad}
         if not self._parameters:
@@ -89,17 +90,19 @@ class PolicyOptimizer:
             raise ValueError(f"the policy's weights cannot be trained: those of {wrong} are not finite or too large")
 
     def step(self) -> dict[str, float]:
-        """One update from the accumulated gradients, which are then cleared.
+        """Make one update from the accumulated gradients, and clear them.
 
-        One that does not pass the guards (``optim.max_update_ratio``, ``optim.max_weight_growth``, anything not finite)
-        changes nothing but the count of updates.
+        An update that does not pass the guards changes nothing but the count of updates. The guards are
+        ``optim.max_update_ratio`` and ``optim.max_weight_growth``; an update with anything that is not finite does not
+        pass either.
 
         Returns:
-            ``grad_norm`` (before clipping), ``lr``, ``update_norm``, ``weight_norm``; ``num_nonfinite_updates``: 1 if the
-            gradient was not finite; ``num_refused_updates``: 1 if the update was refused.
+            ``grad_norm`` (before clipping), ``lr``, ``update_norm``, ``weight_norm``, ``num_nonfinite_updates`` (1 if
+            the gradient was not finite, otherwise 0) and ``num_refused_updates`` (1 if the update was refused,
+            otherwise 0).
 
         Raises:
-            DivergedError: ``optim.max_refused_updates`` in a row were refused.
+            DivergedError: ``optim.max_refused_updates`` updates in a row were refused.
         """
         lr = learning_rate(self.config, self.num_updates, self.num_steps)
         self._hand_over_gradients()
@@ -129,10 +132,10 @@ class PolicyOptimizer:
         }
 
     def check(self) -> None:
-        """Whether weights and moments may be saved as a state to go on from.
+        """Check that weights and moments may be saved as a state to resume from.
 
         Raises:
-            DivergedError: naming the first that is not finite, or saying how far the weights have grown.
+            DivergedError: a tensor is not finite, and the message names the first; or the weights have grown too far.
         """
         for name, master in self._masters.items():
             state = self._adamw.state.get(master, {})
@@ -151,7 +154,8 @@ class PolicyOptimizer:
     def state(self) -> dict[str, Tensor]:
         """Everything that a checkpoint needs beyond the weights, as flat named tensors.
 
-        Every trained parameter has a ``step.<name>``, 0 where it was never updated: so nothing can be lost unnoticed.
+        Every trained parameter has a ``step.<name>``, which is 0 if the parameter was never updated. A missing entry is
+        therefore noticed when the state is loaded.
         """
         tensors = {
             "num_updates": torch.tensor(self.num_updates),
@@ -166,15 +170,15 @@ class PolicyOptimizer:
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor], *, complete: bool = True) -> None:
-        """Take over what ``state`` returned; nothing is changed if that cannot be.
+        """Restore what ``state`` returned; if that fails, change nothing.
 
         Args:
-            tensors: from ``state``.
+            tensors: the tensors that ``state`` returned.
             complete: False for states of earlier versions, which leave out parameters that were never updated.
 
         Raises:
-            ValueError: if the tensors belong to another set of parameters, or some are missing, of another shape or not
-                finite; names the first.
+            ValueError: the tensors belong to another set of parameters, or one of them is missing, has another shape or
+                is not finite; the message names the first such tensor.
         """
         kinds = ("step", "master", *_MOMENTS)
         known = {"num_updates", _START_NORM, *(f"{kind}.{name}" for kind in kinds for name in self._masters)}
@@ -197,7 +201,7 @@ class PolicyOptimizer:
                     self._adamw.state[master] = {"step": tensors[f"step.{name}"].clone(), **moments}
 
     def _expected_keys(self, name: str, tensors: dict[str, Tensor], complete: bool) -> list[str]:
-        """What a state must hold of one parameter, by what it says of its updates."""
+        """Keys that a state must hold for one parameter, which depend on whether the parameter was ever updated."""
         masters = [f"master.{name}"] if self._masters[name] is not self._parameters[name] else []
         if f"step.{name}" not in tensors and not complete and not any(f"{m}.{name}" in tensors for m in _MOMENTS):
             return masters
@@ -218,7 +222,7 @@ class PolicyOptimizer:
 
     @torch.no_grad()
     def _norms(self, lr: float) -> _Norms:
-        """Clip the gradients, and measure the update that follows from them; the device is waited for once."""
+        """Clip the gradients and measure the update that follows from them; wait for the device only once."""
         gradient = torch.nn.utils.clip_grad_norm_(self._masters.values(), self.config.max_grad_norm)
         parts = [
             torch.linalg.vector_norm(update)
@@ -232,7 +236,7 @@ class PolicyOptimizer:
         return _Norms(read[0], lr * (read[2] + self.config.weight_decay * read[1]), read[1])
 
     def _pieces(self, master: Tensor, gradient: Tensor) -> Iterator[Tensor]:
-        """What AdamW is about to subtract from a parameter, at a learning rate of 1, piece by piece."""
+        """What AdamW is about to subtract from a parameter at a learning rate of 1, without weight decay, in chunks."""
         config = self.config
         state = self._adamw.state.get(master) or {}
         step = float(state.get("step", 0.0)) + 1
@@ -248,7 +252,7 @@ class PolicyOptimizer:
             yield mean.mul_(second / first).div_(root)
 
     def _objection(self, norms: _Norms) -> str | None:
-        """Why an update must not be made; None where nothing speaks against it."""
+        """Reason why an update must not be made; None if there is none."""
         config = self.config
         if not math.isfinite(norms.gradient):
             return f"the norm of the gradient is {norms.gradient}"
@@ -265,7 +269,7 @@ class PolicyOptimizer:
         return self._growth(norms.weights)
 
     def _growth(self, weight_norm: float) -> str | None:
-        """What is wrong with the norm of the trained weights; None where it is within its bound."""
+        """Message if the norm of the trained weights exceeds its bound; None otherwise."""
         growth, limit = weight_norm / self._start_norm, self.config.max_weight_growth
         if growth <= limit:
             return None
@@ -276,7 +280,7 @@ class PolicyOptimizer:
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm over all elements of all tensors, in float32, on the first one's device."""
+    """Euclidean norm over all elements of all tensors, as a float32 scalar on the first tensor's device."""
     norms = [
         torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32)).float()
         for tensor in tensors
@@ -285,7 +289,7 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _check_saved(key: str, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> None:
-    """Raise unless a saved tensor is there, of its shape, and finite."""
+    """Raise ValueError unless a saved tensor exists, has the given shape and is finite."""
     if key not in tensors:
         raise ValueError(f"the optimiser state lacks {key}")
     tensor = tensors[key]

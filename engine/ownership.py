@@ -1,9 +1,10 @@
-"""What belongs to whom: a command writes only into what does not exist, what is empty, or what carries its own mark.
+"""Ownership of paths: a command writes only what does not exist, what is empty, or what carries its own mark.
 
-A folder that a command writes carries an empty-looking file, ``.balcaprl-run`` for a run: its name says whose the folder is,
-and it lies there before anything else is written. While a process writes, it holds a lock on that file, which the system
-drops when the process ends, however it ends; inside stands which process that is. A single file that is written over time is
-locked by a file beside it, ``.NAME.balcaprl-lock``, and tells by its first line whose it is.
+A folder that a command writes carries a small mark file, ``.balcaprl-run`` for a run. The name of the mark says what
+kind of command owns the folder, and the mark is made before anything else is written. While a process writes, it holds
+a lock on the mark, and the mark says which process that is. The system drops the lock when the process ends, however it
+ends. A single file that is written over time is locked by a file beside it, ``.NAME.balcaprl-lock``; the file's own
+first line shows what kind of file it is.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = ".balcaprl-"
 _NOBODYS = frozenset({"lost+found", ".DS_Store", ".gitkeep", ".gitignore"})
-"""Names that lie in folders which people call empty; no command writes them."""
+"""Names of files that lie in folders which people call empty; no command writes them."""
 _MAX_OWNER_BYTES = 4096
 _PARTIAL = re.compile(r"\.(.+)\.\d+\.tmp", re.DOTALL)
 _held: weakref.WeakSet[Claim] = weakref.WeakSet()
 
 
 class ForeignPathError(ValueError):
-    """A path that a command was told to write, and that holds what is not its own."""
+    """A path that a command was told to write holds something that is not the command's own."""
 
 
 class PathInUseError(ValueError):
-    """Another process, or another part of this one, writes there."""
+    """Another process, or another part of this one, writes to the path."""
 
 
 class Claim:
-    """What this process alone may write, until ``release``, or until the process ends."""
+    """The exclusive right of this process to write a path, until ``release`` or until the process ends."""
 
     def __init__(self, path: Path, lock: Path, descriptor: int, forget: Callable[[], None]) -> None:
-        """Use ``claim_folder`` or ``claim_file``."""
+        """Keep a lock that is held; call ``claim_folder`` or ``claim_file`` instead."""
         self.path = path
         self._lock = lock
         self._descriptor: int | None = descriptor
@@ -64,22 +65,27 @@ class Claim:
 
     @property
     def is_held(self) -> bool:
-        """Whether it has not been released, nor is a child's copy of its parent's."""
+        """Whether this process holds the claim: it was not released, and is not a forked child's copy."""
         return self._descriptor is not None
 
     def release(self) -> None:
-        """Let others write there; a mark on a folder that stayed empty goes. Releasing twice is harmless."""
+        """Let others write there, and remove the mark of a folder that stayed empty. Releasing twice is harmless."""
         if self._descriptor is None:
             return
         self._descriptor = None
         try:
-            self._forget()  # while the lock is held: who takes it next looks whether the file is still the same
-        except OSError as error:  # the folder is gone, say: there is nothing left to tidy
+            # Tidy up while the lock is still held: whoever takes it next checks that the lock file is still the same.
+            self._forget()
+        except OSError as error:  # for example, the folder is gone, and nothing is left to tidy
             logger.debug("%s: %s", self.path, error)
         self._close()
 
     def drop_in_child(self) -> None:
-        """In a forked child: the claim is the parent's. Closing here does not unlock, and no orphan keeps a dead run's lock."""
+        """Give up the claim in a forked child, because it belongs to the parent.
+
+        Closing the descriptor here does not unlock the file, and it keeps an orphaned child from holding a dead run's
+        lock.
+        """
         self._descriptor = None
         self._close()
 
@@ -94,17 +100,18 @@ if hasattr(os, "register_at_fork"):
 
 
 def claim_folder(path: Path, kind: str, *, option: str, adopt: bool = False) -> Claim:
-    """Make a folder this process's own to write, marked as of ``kind``.
+    """Make a folder this process's own to write, and mark it as one of ``kind``.
 
     Args:
-        path: the folder; made if missing.
-        kind: what is written there, such as ``run``; one word.
-        option: what the user set to name the folder, for messages.
-        adopt: take a folder without a mark too: the caller has found in it what only this kind writes.
+        path: the folder; it is made if missing.
+        kind: one word for what is written there, such as ``run``.
+        option: name of the option in which the user gave the folder, for messages.
+        adopt: whether to accept a folder without a mark too, because the caller has found files in it that only this
+            kind writes.
 
     Raises:
-        NotADirectoryError: something else has this name.
-        ForeignPathError: the folder holds something, and no mark of this kind.
+        NotADirectoryError: the path, or one of its parents, is not a folder.
+        ForeignPathError: the folder holds something, and has no mark of this kind.
         PathInUseError: another process writes there; the message says which.
     """
     refuse_no_folder(path, option=option)
@@ -126,18 +133,18 @@ def claim_folder(path: Path, kind: str, *, option: str, adopt: bool = False) -> 
 
 
 def refuse_no_folder(path: Path, *, option: str) -> None:
-    """Raise NotADirectoryError where no folder can be at ``path``: it, or what it would lie in, is something else."""
+    """Raise NotADirectoryError if ``path``, or its nearest parent that exists, is not a folder."""
     existing = next((part for part in (path, *path.parents) if part.exists()), None)
     if existing is not None and not existing.is_dir():
         raise NotADirectoryError(f"{option}: {existing} is no folder; name another one")
 
 
 def refuse_filled_folder(path: Path, *, option: str) -> None:
-    """Refuse a folder that is to be put in place as a whole, and is there with something in it.
+    """Refuse a folder that exists and is not empty, where a whole new folder is to be put in place.
 
     Raises:
-        NotADirectoryError: no folder can be there.
-        ForeignPathError: it holds something.
+        NotADirectoryError: there can be no folder at the path.
+        ForeignPathError: the folder holds something.
     """
     refuse_no_folder(path, option=option)
     found = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
@@ -149,10 +156,10 @@ def refuse_filled_folder(path: Path, *, option: str) -> None:
 
 
 def claim_file(path: Path, *, option: str) -> Claim:
-    """Make a path this process's own to write; whether what is there is ours is for the caller to tell.
+    """Make a file this process's own to write; the caller checks whether an existing file is balcaprl's.
 
     Raises:
-        PathInUseError: another process writes it; the message says which.
+        PathInUseError: another process writes the file; the message says which.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}{_PREFIX}lock")
@@ -165,16 +172,18 @@ def has_mark(path: Path, kind: str) -> bool:
 
 
 def refuse_foreign_file(path: Path, is_ours: Callable[[bytes], bool], *, what: str, option: str) -> None:
-    """Refuse a file that is there, is not empty, and does not begin as ours do; read, and left as it is.
+    """Refuse an existing file that is not empty and does not begin as balcaprl's files of this kind do.
+
+    The file is only read.
 
     Args:
         path: the file; it may be missing.
-        is_ours: tells it by its beginning, at most 1 MiB.
-        what: what a file of ours is, for the message.
-        option: what the user set to name the file.
+        is_ours: function that recognises a file of balcaprl by its beginning, at most 1 MiB.
+        what: name of such a file, for the message.
+        option: name of the option in which the user gave the file, for the message.
 
     Raises:
-        ForeignPathError: it is no file, or another one.
+        ForeignPathError: the path is not an ordinary file, or is a file of another kind.
     """
     if not path.exists():
         return
@@ -189,9 +198,9 @@ def refuse_foreign_file(path: Path, is_ours: Callable[[bytes], bool], *, what: s
 
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Replace a file by ``data``, whole or not at all, flushed to disk.
+    """Replace a file by ``data``, completely or not at all, flushed to disk.
 
-    What lies under the temporary name, a link say, is taken away and not followed.
+    Whatever lies under the temporary name, such as a link, is removed and not followed.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     partial.unlink(missing_ok=True)
@@ -208,11 +217,13 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 
 def clear_partial_files(folder: Path, is_ours: Callable[[str], object]) -> None:
-    """Remove what ``write_atomically`` left half-written when its process was killed; for who has claimed the place.
+    """Remove what ``write_atomically`` left half-written when its process was killed.
+
+    The caller must have claimed the place.
 
     Args:
-        folder: where to look.
-        is_ours: tells by the name of the file that was to be written.
+        folder: folder in which to look.
+        is_ours: function that recognises a file by the name under which it was to be written.
     """
     for path in folder.glob(".*.tmp"):
         match = _PARTIAL.fullmatch(path.name)
@@ -250,7 +261,10 @@ def _some(names: list[str]) -> str:
 
 
 def _lock(lock: Path, path: Path, option: str) -> int:
-    """A descriptor of the lock file that holds its lock; it is not inherited by programs that this process starts."""
+    """Open and lock a lock file, and return its descriptor.
+
+    Programs that this process starts do not inherit the descriptor.
+    """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     while True:
         descriptor = os.open(lock, flags, 0o666)
@@ -259,7 +273,7 @@ def _lock(lock: Path, path: Path, option: str) -> int:
             if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_OWNER_BYTES:
                 raise ForeignPathError(f"{option}: {lock} is no mark of ours; remove it, or name another path")
             _take(descriptor, path, option)
-            if _is_still(lock, descriptor):  # else its owner took it away in between
+            if _is_still(lock, descriptor):  # otherwise its owner removed it in between
                 _write_owner(descriptor)
                 return descriptor
             os.close(descriptor)

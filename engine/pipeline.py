@@ -1,7 +1,8 @@
-"""Where a step's scored-to-be groups come from: sampled now, or, with ``rollout.max_staleness: 1``, during the last update.
+"""Supplies the groups of each step.
 
-Completions are handed to the judge one by one as the sampler finishes them, so that a judge that works in the background
-scores the first while the last are still being sampled.
+A step is sampled when it is needed or, with ``rollout.max_staleness: 1``, during the update of the step before. The
+judge gets each completion as soon as the sampler finishes it. A judge that works in the background therefore scores the
+first completions while the last are still being sampled.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ from balcaprl.types import Prompt, RolloutGroup
 
 @dataclass(frozen=True)
 class SampledStep:
-    """The groups of one step, in the order of its prompts, and the scorer that has them all."""
+    """The groups of one step, in the order of its prompts, and the scorer that has received all of them."""
 
     groups: list[RolloutGroup]
     scorer: GroupScorer
     seconds: float
-    """What the sampling took."""
+    """Time that the sampling took, in seconds."""
 
 
 class RolloutPipeline:
     """Samples step after step.
 
-    On-policy, a step is sampled when it is asked for. With staleness 1 it is sampled in a thread, from the weights of the
-    previous sync, while the trainer updates; whatever touches the sampler has to ``settle`` first.
+    On-policy, a step is sampled when it is asked for. With staleness 1, a thread samples it from the weights of the
+    previous sync while the trainer updates the policy. Whoever touches the sampler must first call ``settle``.
 
     Args:
-        config: the rollout section.
-        sampler: draws completions; with staleness it must not share weights with the trainer.
-        prompts: of the coming steps.
-        make_scorer: a fresh scorer for each step.
-        step_seed: seed of a step's sampling.
-        timer: gets the phases ``data`` and ``sample``.
+        config: the ``rollout`` section of the configuration.
+        sampler: sampler that draws completions; with staleness 1, it must not share weights with the trainer.
+        prompts: stream of the prompts of the coming steps.
+        make_scorer: function that makes a new scorer for each step.
+        step_seed: function that returns the seed of a step's sampling.
+        timer: timer that records the phases ``data`` and ``sample``.
     """
 
     def __init__(
@@ -60,12 +61,12 @@ class RolloutPipeline:
         self._config, self._sampler, self._prompts = config, sampler, prompts
         self._make_scorer, self._step_seed, self._timer = make_scorer, step_seed, timer
         self._pool: ThreadPoolExecutor | None = None
-        if config.max_staleness:  # a new thread has the default number of threads of its own, not the run's
+        if config.max_staleness:  # a new thread does not take over the run's number of torch threads
             self._pool = ThreadPoolExecutor(1, "rollout", torch.set_num_threads, (torch.get_num_threads(),))
         self._pending: tuple[int, Future[SampledStep]] | None = None
 
     def take(self, step: int) -> SampledStep:
-        """The groups of a step; they are the run's present ones from now on."""
+        """Return the groups of a step, which becomes the run's present step."""
         if self._pending is not None and self._pending[0] == step:
             with self._timer("sample"):
                 sampled = self._pending[1].result()
@@ -79,7 +80,7 @@ class RolloutPipeline:
         return sampled
 
     def start(self, step: int) -> None:
-        """With staleness: begin to sample a step from the weights that the sampler has now."""
+        """With staleness 1, begin to sample a step from the weights that the sampler has at present."""
         if self._pool is not None:
             with self._timer("data"):
                 prompts = self._prompts.next(self._config.prompts_per_step)
@@ -92,7 +93,7 @@ class RolloutPipeline:
                 self._pending[1].exception()
 
     def close(self) -> None:
-        """Wait for what is being sampled, and end the threads."""
+        """Wait for the sampling that is under way, and end the threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._prompts.close()

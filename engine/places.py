@@ -1,4 +1,4 @@
-"""The places that a run reads and writes, looked at before anything heavy is loaded: a typing error costs no minute."""
+"""Checks the paths that a run reads and writes before anything heavy is loaded, so that typing errors show at once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from balcaprl.ownership import refuse_filled_folder, refuse_no_folder
 
 
 def check_places(config: TrainConfig) -> None:
-    """Raise what the trainer would for the output folder, the data set and the model, if it is to be seen by their paths.
+    """Raise the trainer's errors about output folder, data set and model that the paths alone can show.
 
     Raises:
         NotADirectoryError: ``output_dir`` cannot be a folder.
-        DatasetError: See ``balcaprl.data.datasets.locate``.
+        DatasetError: for the reasons of ``balcaprl.data.datasets.locate``.
         ModelFilesError: ``model.path`` names no folder, and cannot be a hub id.
     """
     refuse_no_folder(config.output_dir, option="output_dir")
@@ -27,13 +27,13 @@ def check_places(config: TrainConfig) -> None:
 
 
 def check_data_path(config: DataConfig) -> None:
-    """Raise DatasetError where no data set can be; see ``balcaprl.data.datasets.locate``."""
+    """Raise DatasetError if there can be no data set at the path; see ``balcaprl.data.datasets.locate``."""
     if config.kind != "scenes":
         locate(config)
 
 
 def check_merge(checkpoint: Path, out: Path, base: str | None) -> None:
-    """Raise what ``balcaprl.merge.merge_checkpoint`` would, if it is to be seen by the paths.
+    """Raise the errors of ``balcaprl.merge.merge_checkpoint`` that the paths alone can show.
 
     Raises:
         ModelFilesError: ``checkpoint`` or ``base`` names no folder, and cannot be a hub id.

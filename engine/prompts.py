@@ -1,7 +1,7 @@
 """Prompts of the next steps, decoded and preprocessed in a thread of their own while the present step runs.
 
-The order is the data's, whatever the thread does: two runs draw the same prompts, with and without it. What a checkpoint
-holds is the place after the last step that was used, not after the last that was drawn.
+The thread does not affect the order of the data: runs with and without it draw the same prompts. A checkpoint holds the
+position after the last step that was used, not after the last step that was drawn.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _MAX_UNUSABLE_IN_A_ROW = 1000
 
 
 def room_for_prompt(model_config: Any, sampling: SamplingConfig) -> int | None:
-    """Tokens that the model's positions leave for a prompt; None where it names no limit."""
+    """Number of tokens that the model's position limit leaves for a prompt; None if the model names no limit."""
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     return None if limit is None else int(limit) - sampling.max_completion_tokens
 
 
 @dataclass(frozen=True)
 class PromptMaker:
-    """The one way from a sample to a prompt: training, evaluation and every command refuse the same samples."""
+    """The only way from a sample to a prompt: training, evaluation and every command refuse the same samples."""
 
     prepare: Callable[[Sample], Prompt]
-    """Makes a prompt of a sample, as ``policy.prepare`` does."""
+    """Function that makes a prompt of a sample, as ``policy.prepare`` does."""
     max_prompt_tokens: int | None = None
-    """Longer prompts are refused; None: none is."""
+    """Most tokens that a prompt may have; longer prompts are refused. None sets no limit."""
 
     @classmethod
     def of(cls, policy: Policy, config: TrainConfig) -> PromptMaker:
-        """For the prompts of ``policy`` under a configuration.
+        """Make a ``PromptMaker`` for ``policy`` under a configuration.
 
         Raises:
-            ValueError: ``data.instruction`` holds a control token, so that every prompt would.
+            ValueError: ``data.instruction`` holds a control token, so that every prompt would hold it.
         """
         token = policy.record_text.control_token(config.data.instruction)
         if token is not None:
@@ -57,16 +57,16 @@ class PromptMaker:
         return cls(policy.prepare, room_for_prompt(policy.model.config, config.rollout.sampling))
 
     def __call__(self, sample: Sample) -> Prompt:
-        """The prompt.
+        """Make the prompt of a sample.
 
         Raises:
-            PromptError: the text or the image cannot be used, or no room is left for a completion.
+            PromptError: the text or the image cannot be used, or the prompt leaves no room for a completion.
         """
         try:
             prompt = self.prepare(sample)
         except PromptError:
             raise
-        except Exception as error:  # a processor is foreign code, and one odd picture must not end a run
+        except Exception as error:  # a processor is foreign code; one odd picture must not end a run
             raise PromptError(
                 f"its image cannot be preprocessed: {type(error).__name__}: {printable(error)}"
             ) from error
@@ -84,14 +84,14 @@ class HeldOut:
 
     prompts: list[Prompt]
     num_excluded: int = 0
-    """Samples that cannot be used; scores are means over the others."""
+    """Number of held-out samples that cannot be used; scores are means over the others."""
 
 
 def held_out_prompts(dataset: Dataset, make: PromptMaker) -> HeldOut:
-    """Make a prompt of every held-out sample that one can be made of; one message accounts for the others.
+    """Make a prompt of every held-out sample that can be used, and log one message about the others.
 
     Raises:
-        DatasetError: there are held-out samples, and none can be used.
+        DatasetError: there are held-out samples, and none of them can be used.
     """
     prompts: list[Prompt] = []
     problems: list[str] = []
@@ -112,32 +112,34 @@ def held_out_prompts(dataset: Dataset, make: PromptMaker) -> HeldOut:
 
 
 def _single_threaded_pool() -> ThreadPoolExecutor:
-    """One thread that computes alone.
+    """Pool of one thread whose torch operations run in that thread only.
 
-    With a team of its own there are more OpenMP threads than cores, and libgomp then lets every team sleep after each
-    operation, for the rest of the process: sampling with a small model took 2.3 times as long.
+    If the thread had an OpenMP team of its own, there would be more OpenMP threads than cores. libgomp would then let
+    every team sleep after each operation, for the rest of the process: sampling with a small model took 2.3 times as
+    long.
     """
     num_threads = torch.get_num_threads()
 
     def compute_alone() -> None:
         torch.set_num_threads(1)
-        torch.get_num_threads()  # settles the number for this thread, which would else take the default at its first use
+        # This call fixes the number for this thread, which would otherwise take the default at its first use.
+        torch.get_num_threads()
 
     pool = ThreadPoolExecutor(1, "prompts", initializer=compute_alone)
     pool.submit(int).result()
-    torch.set_num_threads(num_threads)  # the call in the thread also set the default of threads that come later
+    torch.set_num_threads(num_threads)  # the call in the thread also changed the default for later threads
     return pool
 
 
 class PromptStream:
-    """Draws prompts from a stream of samples, the next ones ahead of time.
+    """Draws prompts from a stream of samples, those of the next step ahead of time.
 
-    A sample that no prompt can be made of is skipped, and each such sample is logged and counted once.
+    A sample that cannot be made into a prompt is skipped; each such sample is logged and counted once.
 
     Args:
-        samples: where samples come from; used by nothing else from now on.
-        make: makes a prompt of a sample.
-        ahead: prepare the next step's prompts while this one runs.
+        samples: the stream of samples; nothing else may use it from now on.
+        make: function that makes a prompt of a sample.
+        ahead: whether to prepare the next step's prompts while the present step runs.
     """
 
     def __init__(self, samples: SampleStream, make: PromptMaker, *, ahead: bool = True) -> None:
@@ -150,12 +152,12 @@ class PromptStream:
 
     @property
     def num_undecodable(self) -> int:
-        """Distinct samples, up to the last step that was used, whose image did not decode."""
+        """Number of distinct samples whose image did not decode, up to the last step that was used."""
         return len(self._used["undecodable"])
 
     @property
     def num_skipped(self) -> int:
-        """Distinct samples, up to the last step that was used, that could be decoded but not be made a prompt of."""
+        """Number of distinct samples that decoded but gave no prompt, up to the last step that was used."""
         return len(self._used["skipped_prompts"])
 
     def next(self, count: int) -> list[Prompt]:
@@ -167,7 +169,8 @@ class PromptStream:
         if self._next is not None and self._next[0] == count:
             prompts, state = self._next[1].result()
         else:
-            if self._next is not None:  # another number was expected: start again from where these were drawn
+            # The prompts drawn ahead are for another count: go back to the position before them and draw again.
+            if self._next is not None:
                 self._next[1].result()
                 self._load(self._drawn[-1] if self._drawn else self._used)
             prompts, state = self._draw(count)
@@ -176,15 +179,15 @@ class PromptStream:
         return prompts
 
     def use(self) -> None:
-        """Note that the earliest step that was drawn is the run's present one: a checkpoint goes on after it."""
+        """Note that the earliest drawn step is the run's present one, so that a checkpoint resumes after it."""
         self._used = self._drawn.popleft()
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last step that was used, as plain JSON values."""
+        """The position after the last step that was used, as plain JSON values."""
         return self._used
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``; what was drawn beyond it is forgotten.
+        """Continue from ``state``, and forget what was drawn beyond it.
 
         Raises:
             DatasetError: the state belongs to other data.
@@ -203,7 +206,7 @@ class PromptStream:
 
     def _load(self, state: dict[str, Any]) -> None:
         skipped = state.get("skipped_prompts", [])
-        self._skipped = set(skipped) if isinstance(skipped, list) else set()  # older checkpoints hold a number
+        self._skipped = set(skipped) if isinstance(skipped, list) else set()  # older checkpoints hold only a count
         self._samples.load_state_dict(state)
 
     def _state(self) -> dict[str, Any]:

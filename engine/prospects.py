@@ -1,6 +1,7 @@
-"""Whether a run can learn anything at all, as far as its configuration and the references tell before a model is loaded.
+"""Early checks of whether a run can learn anything, from its configuration and references, before a model is loaded.
 
-What is certain is an error, what is likely one warning; the rest shows while the run goes (``learning.py``).
+A certain fault is an error. All likely faults together give one warning. ``learning.py`` finds the other faults while
+the run goes.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from balcaprl.types import REWARD_NAMES
 logger = logging.getLogger(__name__)
 
 GREEDY_TEMPERATURE = 1e-5
-"""Below this vLLM takes the likeliest token, and other samplers do in effect."""
+"""Temperature below which vLLM takes the likeliest token, and other samplers do so in effect."""
 _COLD_TEMPERATURE = 0.1
 _FEW_TOKENS = 4
 _SMALLEST_CHANGE = 1e-9
-"""What a weight of ordinary size, 0.02, can still be changed by in float32."""
+"""Smallest change that float32 can still make to a weight of ordinary size, 0.02."""
 _STRONGEST_KL = 10.0
 _NEVER_MET = "a condition is on a reward that the judge does not give, or asks for more than 1, the best score"
 
 
 def expected_rewards(config: RewardConfig) -> list[str]:
-    """The rewards that a run learns from: those that are given, and have a weight."""
+    """Names of the rewards that a run learns from: those that are given and have a weight above 0."""
     given = config.names if config.judge != "none" else config.names[len(REWARD_NAMES) :]
     return [name for name, weight in zip(config.names, config.weights, strict=True) if weight and name in given]
 
 
 def refuse_hopeless(config: TrainConfig) -> None:
-    """Raise ValueError where it is certain that a run learns nothing; says why, and what to change."""
+    """Raise ValueError if it is certain that a run learns nothing; the message says why, and what to change."""
     reward, temperature = config.reward, config.rollout.sampling.temperature
     expected = expected_rewards(reward)
     if not expected:
@@ -48,14 +49,17 @@ def refuse_hopeless(config: TrainConfig) -> None:
 
 
 def warn_of_doubts(config: TrainConfig, references: Sequence[str]) -> None:
-    """Log one warning with all reasons why a run may learn nothing, if there are any; ``references`` are some of its data's."""
+    """Log one warning with all reasons why a run may learn nothing, if there are any.
+
+    ``references`` are some of the reference captions in the run's data.
+    """
     found = doubts(config, references) if config.steps else []
     if found:
         logger.warning("this run may learn little or nothing: %s", "; ".join(found))
 
 
 def doubts(config: TrainConfig, references: Sequence[str]) -> list[str]:
-    """See ``warn_of_doubts``."""
+    """All reasons why a run may learn nothing; the arguments are those of ``warn_of_doubts``."""
     sampling, reward, kl_coef = config.rollout.sampling, config.reward, config.loss.kl_coef
     change, most = largest_change(config), sampling.max_completion_tokens
     stops = [text for text in sampling.stop if len(text) == 1 and (text == " " or text.isalnum())]
@@ -78,7 +82,11 @@ def doubts(config: TrainConfig, references: Sequence[str]) -> list[str]:
 
 
 def largest_change(config: TrainConfig) -> float:
-    """About the most by which one update can change one weight: AdamW's step, as far as warm-up and gradient let it be."""
+    """Roughly the largest change that one update can make to one weight.
+
+    This is AdamW's step size at the largest learning rate that the warm-up reaches and the largest gradient that can
+    occur.
+    """
     optim, cap = config.optim, config.loss.sampling_ratio_cap
     updates = config.steps * optim.epochs_per_batch
     reached = optim.lr * min(1.0, max(1, updates) / max(1, optim.warmup_steps))
@@ -92,11 +100,14 @@ def largest_change(config: TrainConfig) -> float:
 
 
 def _always_masked(config: TrainConfig, references: Sequence[str]) -> list[str]:
-    """Whether captions are cut before they are long enough for the length mask: a token is a word at most, nearly always."""
+    """Warning if captions are cut before they are long enough for the length mask; empty otherwise.
+
+    The check assumes that a token is at most one word, which is nearly always true.
+    """
     reward, most = config.reward, config.rollout.sampling.max_completion_tokens
     if reward.length_rule != "mask" or not reward.linguistic_weight or not references or most < _FEW_TOKENS:
         return []
-    from balcaprl.rewards.unicode_text import count_words  # with its package comes torch
+    from balcaprl.rewards.unicode_text import count_words  # its package imports torch
 
     words = statistics.median(map(count_words, references))
     if most >= reward.tau_low * words:
@@ -108,7 +119,7 @@ def _always_masked(config: TrainConfig, references: Sequence[str]) -> list[str]:
 
 
 def _never_met(config: RewardConfig) -> set[str]:
-    """The rewards with a condition that cannot hold; custom rewards may give any number."""
+    """Names of the rewards with a condition that cannot hold. Custom rewards may give any number."""
     missing = REWARD_NAMES if config.judge == "none" else ()
     return {
         c.reward for c in config.conditions if c.on in missing or (c.on in REWARD_NAMES and c.at_least > 1.0)

@@ -1,7 +1,7 @@
-"""Reading a recipe, and saying in a line or two what is wrong with it.
+"""Reads a recipe, and says in a line or two what is wrong with it.
 
-A recipe is a small UTF-8 file of YAML whose top level is a mapping. Keys are text (YAML 1.1 would read ``on`` as true), none
-may stand twice, and aliases may not swell it.
+A recipe is a small UTF-8 file of YAML whose top level is a mapping. Keys are read as text, because YAML 1.1 would read
+``on`` as true. A key may stand only once in a section, and aliases may not make a recipe too large.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from balcaprl.config_base import expand_home, scalar_types
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000
-"""Most values in a recipe, aliases counted as often as they stand."""
+"""Most values in a recipe; a value that aliases repeat counts each time."""
 
 
 class RecipeError(ValueError):
-    """A recipe or an override that cannot be used; ``hint`` is what to do instead, where that is known."""
+    """A recipe or an override cannot be used; ``hint`` says what to do instead, if that is known."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -48,10 +48,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The mapping in a recipe file.
+    """Read the mapping in a recipe file.
 
     Raises:
-        RecipeError: no such file, no text, no YAML, or not a mapping; the message names file, line and column.
+        RecipeError: the file is missing, or is not text, not YAML or not a mapping. The message names the file and, for
+            faults in the YAML, line and column.
     """
     try:
         path = expand_home(path)
@@ -76,7 +77,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def parse_recipe(text: str, name: str) -> dict[str, Any]:
-    """The mapping in a recipe's text; ``name`` says in messages whose it is. Raises RecipeError."""
+    """Parse the mapping in a recipe's text; ``name`` is the recipe's name in messages. Raises RecipeError."""
     value = parse_yaml(text, name)
     if value is None:
         raise RecipeError(f"{name} is empty: expected keys and values, such as `steps: 200`")
@@ -87,7 +88,7 @@ def parse_recipe(text: str, name: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """One YAML value under the rules above. Raises RecipeError."""
+    """Parse one YAML value under the rules of this module. Raises RecipeError."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -103,7 +104,7 @@ def parse_yaml(text: str, name: str) -> Any:
         raise RecipeError(f"{name}: its values are nested too deeply") from None
     except RecipeError:
         raise
-    except ValueError as error:  # a date that is none, a number of thousands of digits
+    except ValueError as error:  # an invalid date, or a number of thousands of digits
         raise RecipeError(f"{name}: {error}") from error
 
 
@@ -119,7 +120,10 @@ def _place(error: yaml.MarkedYAMLError, name: str, text: str) -> str:
 
 
 def _refuse_bombs(root: yaml.Node, name: str) -> None:
-    """Count values as often as aliases repeat them, without repeating them."""
+    """Raise RecipeError if a recipe has too many values, counted as often as aliases repeat them.
+
+    The aliases are not expanded for this.
+    """
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node, above: frozenset[int]) -> int:
@@ -143,16 +147,17 @@ def _refuse_bombs(root: yaml.Node, name: str) -> None:
 
 
 def check_recipe(plain: dict[str, Any]) -> TrainConfig:
-    """The configuration that ``plain`` describes.
+    """Validate ``plain``, and return the configuration that it describes.
 
     Raises:
-        RecipeError: says what is wrong with the first bad field, and how many more there are.
+        RecipeError: a field is wrong. The message says what is wrong with the first such field, and how many more there
+            are.
     """
     try:
         return TrainConfig.model_validate(plain)
     except ValidationError as error:
         problems = error.errors(include_url=False)
-    # A key that is not known explains most of what else may be wrong.
+    # Report an unknown key first, because it explains most of the other problems.
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     key = ".".join(map(str, first["loc"]))
     others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -161,13 +166,13 @@ def check_recipe(plain: dict[str, Any]) -> TrainConfig:
     message = "expected a section of options" if first["type"] == "model_type" else first["msg"]
     message = message.removeprefix("Value error, ")
     given = first["input"]
-    # Numbers alone are repeated: a text may be a key or hold a password.
+    # The message repeats only numbers: a text may be a key or hold a password.
     shown = f", got {_short(given)}" if isinstance(given, int | float) and not isinstance(given, bool) else ""
     raise RecipeError(f"{key}: {message}{shown}{others}" if key else message + others, _meaning(key))
 
 
 def all_fields(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted name and explanation of every section and every field, those of the items of lists among them."""
+    """Dotted name and description of every section and field, including the fields of list items."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}", field.description or ""
         for kind in scalar_types(field.annotation):
@@ -176,9 +181,9 @@ def all_fields(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterat
 
 
 def did_you_mean(key: str) -> str:
-    """A question that names the options most like ``key``, by name or by explanation; empty where none is."""
+    """Question that names the options most similar to ``key`` by name or description; empty if none is similar."""
     fields = dict(all_fields())
-    key = re.sub(r"\.\d+", "", key)  # the place in a list
+    key = re.sub(r"\.\d+", "", key)  # drop indices into lists
     last = key.rpartition(".")[2]
     words = set(re.findall(r"[a-z]+", last.lower()))
 
@@ -213,10 +218,12 @@ def _short(value: Any) -> str:
 
 
 def take_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Recipes and dotted options on a command line, as one mapping, later ones over earlier ones; and the other arguments.
+    """Split a command line into the recipes and dotted options, as one mapping, and the other arguments.
+
+    Later recipes and options override earlier ones.
 
     Raises:
-        RecipeError: a recipe cannot be read.
+        RecipeError: a recipe cannot be read, or an option lacks its value.
     """
     plain: dict[str, Any] = {}
     rest: list[str] = []
@@ -266,7 +273,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def merge(into: dict[str, Any], new: dict[str, Any]) -> None:
-    """Lay ``new`` over ``into``, section by section."""
+    """Merge ``new`` into ``into``, section by section; values of ``new`` win."""
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             merge(into[key], value)

@@ -1,8 +1,9 @@
-"""What the divergence is measured from: the policy as training found it, whoever made it.
+"""The reference policy of the divergence term: the policy as training found it, whoever made it.
 
-A whole policy keeps a frozen copy of its trained weights, which take their places while the reference is asked: frozen parts,
-an image tower say, are not held twice. A policy that trains an adapter which adds nothing yet is its own reference without
-it. A checkpoint keeps a digest of what the reference is, so that a resumed run measures from the same one, or not at all.
+The reference of a fully trained policy is a frozen copy of the trained weights. The copy takes the place of the
+policy's weights while the reference is evaluated, so frozen parts, such as an image tower, are not held twice. If a
+policy trains an adapter that adds nothing yet, its reference is the policy without the adapter. A checkpoint keeps a
+digest of the reference, so that a resumed run measures from the same reference or not at all.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from balcaprl.policy import PackedBatch, Policy
 from balcaprl.rollout.adapters import adapted_modules, delta_of
 
 _SAMPLES = 1024
-"""Elements of each tensor that a digest looks at."""
+"""Number of elements of each tensor that go into a digest."""
 _ADAPTER_PARTS = re.compile(r"\.lora_\w+\.|\.modules_to_save\.")
 _WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.)")
 
@@ -29,12 +30,12 @@ class Reference(Protocol):
     """The frozen policy that the divergence is measured from."""
 
     def logprobs(self, packed: PackedBatch, temperature: float = 1.0, *, exclude_padding: bool = False) -> Tensor:
-        """As ``Policy.logprobs``."""
+        """Log-probabilities under the reference; arguments and result are those of ``Policy.logprobs``."""
         ...
 
 
 class WithoutAdapter:
-    """The ``Reference`` of a policy that trains adapters alone: itself without them."""
+    """The ``Reference`` of a policy that trains only adapters: the policy without them."""
 
     kind = "base"
 
@@ -42,20 +43,21 @@ class WithoutAdapter:
         self._policy = policy
 
     def logprobs(self, packed: PackedBatch, temperature: float = 1.0, *, exclude_padding: bool = False) -> Tensor:
-        """See ``Reference``."""
+        """Log-probabilities of the policy with its adapters disabled."""
         with self._policy.adapter_disabled():
             return self._policy.logprobs(packed, temperature, exclude_padding=exclude_padding)
 
 
 class StartingWeights:
-    """The ``Reference`` of any policy: itself with the trained weights that another one, or it itself, has now.
+    """The ``Reference`` of any policy: the policy with the trained weights that ``start`` has at this moment.
 
     Args:
-        policy: what is trained.
-        start: a policy alike that holds the reference's weights; not kept.
+        policy: the policy that is trained.
+        start: a policy of the same model that holds the reference's weights; it may be ``policy`` itself. Its weights
+            are copied, and ``start`` is not kept.
 
     Raises:
-        ValueError: the two are not alike.
+        ValueError: the two policies have different parameters.
     """
 
     kind = "start"
@@ -73,19 +75,19 @@ class StartingWeights:
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """The head (V, D) that it measures with: of the start, where the head is trained."""
+        """Weight (V, D) of the reference's head: that of the start if the head is trained, otherwise the policy's."""
         head = self._policy.lm_head_weight
         return next((value for parameter, value in self._pairs if parameter is head), head)
 
     @torch.no_grad()
     def logprobs(self, packed: PackedBatch, temperature: float = 1.0, *, exclude_padding: bool = False) -> Tensor:
-        """See ``Reference``."""
+        """Log-probabilities of the policy with the reference's weights."""
         with self._in_place():
             return self._policy.logprobs(packed, temperature, exclude_padding=exclude_padding)
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        """The policy with the reference's weights; its own come back as the very tensors that they were."""
+        """Give the policy the reference's weights for a ``with`` block, then restore the very tensors it had."""
         own = [parameter.data for parameter, _ in self._pairs]
         try:
             for parameter, value in self._pairs:
@@ -105,9 +107,11 @@ def adapter_adds_nothing(policy: Policy) -> bool:
 
 
 def digest_of(policy: Policy, kind: str) -> str:
-    """Tells two sets of weights apart: of the model beneath an adapter for ``base``, of all for ``start``.
+    """Digest that tells two sets of weights apart.
 
-    Names, shapes and ``_SAMPLES`` elements of each tensor, evenly spaced: two fine-tunes of one model differ nearly everywhere.
+    The kind ``base`` covers the model beneath an adapter, the kind ``start`` all weights. The digest covers names,
+    shapes and ``_SAMPLES`` evenly spaced elements of each tensor. That suffices, because two fine-tunes of one model
+    differ nearly everywhere.
     """
     if kind == StartingWeights.kind:
         return _digest(policy.model.named_parameters())
@@ -115,18 +119,22 @@ def digest_of(policy: Policy, kind: str) -> str:
 
 
 def is_of_base(model: nn.Module, digest: str) -> bool:
-    """Whether ``digest``, of kind ``base``, is of the stock model, which may be adapted, as it is or rounded to 16 bits."""
+    """Whether ``digest``, of kind ``base``, is that of the stock model, as it is or rounded to 16 bits.
+
+    The model may carry an adapter.
+    """
     return any(_digest_of_base(model, dtype) == digest for dtype in (None, torch.bfloat16, torch.float16))
 
 
 def _digest_of_base(model: nn.Module, dtype: torch.dtype | None) -> str:
-    # What is trained with an adapter, its biases and tokens' rows say, is no part of the base, whatever its name.
+    # What is trained with an adapter, such as biases or the rows of some tokens, is no part of the base, whatever its
+    # name.
     named = [(n, p) for n, p in model.named_parameters() if not p.requires_grad and not _ADAPTER_PARTS.search(n)]
     return _digest(((_WRAPPERS.sub("", name), parameter) for name, parameter in named), dtype)
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:
-    """Of the tensors as they are, or as they would be in ``dtype``."""
+    """SHA-256 of the tensors as they are, or as they would be in ``dtype``."""
     digest = hashlib.sha256()
     pieces = []
     for name, tensor in tensors:

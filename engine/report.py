@@ -1,8 +1,8 @@
 """One self-contained HTML page about a run: scores before and after, curves, and captions marked up by their verdicts.
 
-The page loads nothing and runs nothing: styles, charts and pictures are inside it. Whatever a run folder lacks, the
-page says so. Captions, references and assertions are untrusted text: the template escapes everything but the charts. A run
-folder may come from somebody else: whatever lies in it, a page is made in bounded time and memory.
+The page loads nothing and runs nothing: styles, charts and pictures are inside it. The page says what the run folder
+lacks. Captions, references and assertions are untrusted text, so the template escapes everything except the charts. A
+run folder may come from somebody else: whatever lies in it, the page is made in bounded time and memory.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ REPORT = "report.html"
 MODES = ("sampled", "greedy")
 MAX_IMAGES = 12
 MAX_IMAGE_SIDE = 512
-"""Pixels; larger pictures are shrunk, so that a page of twelve stays small."""
+"""Longest side of a picture, in pixels; larger pictures are shrunk, so that a page with twelve of them stays small."""
 _MAX_PHASES = 24
 _MAX_COVERS = 400
-"""Spans of a caption that are marked; a page is no larger for more of them."""
+"""Most spans that are marked in one caption, which bounds the size of the page."""
 _MAX_TITLE = 8
-"""Assertions that a mark names, with at most 200 characters of each."""
+"""Most assertions that one mark names, with at most 200 characters of each."""
 
 SCORES = {"b_capscore": "b-CapScore", "precision": "Precision", "recall": "Recall", "linguistic": "Linguistic"}
 VERDICTS = {
@@ -46,12 +46,12 @@ VERDICTS = {
     "unpointable": "true, but nothing visible to point at",
     "false": "not true of the image",
 }
-"""Verdict of an assertion -> what it means; later ones are worse, and win where spans overlap."""
+"""Meaning of each verdict on an assertion, from best to worst; the worst verdict wins where spans overlap."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a caption with the verdict of the assertions that cover it; None where none does."""
+    """A piece of a caption with the worst verdict of the assertions that cover it; None if no assertion covers it."""
 
     text: str
     verdict: str | None = None
@@ -59,11 +59,11 @@ class Segment:
 
 
 def write_report(output_dir: Path) -> Path:
-    """Write ``report.html`` into a run folder, whole or not at all, and return its path.
+    """Write ``report.html`` into a run folder, completely or not at all, and return its path.
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ForeignPathError: the folder is no run's, or its ``report.html`` is none of ours.
+        ForeignPathError: the folder is not a run folder, or its ``report.html`` is not one of balcaprl's.
     """
     output_dir = Path(output_dir)
     if not output_dir.is_dir():
@@ -85,7 +85,7 @@ def _is_report(head: bytes) -> bool:
 
 
 def render_report(run: Run) -> str:
-    """The page of a run."""
+    """The page of a run, as HTML text."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "assets")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(score=format_score, change=format_change, svg=lambda chart: Markup(chart.svg))
@@ -108,13 +108,13 @@ def render_report(run: Run) -> str:
 
 
 def format_score(value: Any, digits: int = 3) -> str:
-    """A number with a fixed number of digits, or a dash."""
+    """A number with ``digits`` decimal places; a dash if it is missing."""
     value = measured(value)
     return f"{value:.{digits}f}" if math.isfinite(value) else "\N{EN DASH}"
 
 
 def format_change(before: Any, after: Any) -> str:
-    """The signed difference of two scores, or nothing where one of them is missing."""
+    """The signed difference of two scores; empty if one of them is missing."""
     change = round(measured(after) - measured(before), 3)
     if not change:
         return "0.000"
@@ -125,7 +125,7 @@ def format_change(before: Any, after: Any) -> str:
 
 
 def run_facts(run: Run) -> list[tuple[str, str]]:
-    """What was run, in a few pairs of a name and a value."""
+    """Facts about what was run, as a few (name, value) pairs."""
     paths = {
         "model": "model.path",
         "data": "data.kind",
@@ -154,7 +154,7 @@ def _is_fact(value: Any) -> bool:
 
 
 def summary_table(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For each mode, its first and its last evaluation; ``after`` is None where there is but one."""
+    """First and last evaluation of each mode; ``after`` is None if there is only one."""
     table: dict[str, dict[str, Any]] = {}
     for mode in MODES:
         ours = [e for e in evaluations if e.get("mode") == mode]
@@ -167,14 +167,14 @@ def summary_table(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, dict[st
 
 
 def reward_charts(run: Run) -> list[Chart]:
-    """The rewards, b-CapScore and the length of captions over the run, as far as there are values."""
+    """Charts of the rewards, b-CapScore and caption length over the run, as far as there are values."""
     charts = [_reward_chart(run, key, title) for key, title in SCORES.items()]
     charts += [_length_chart(run), _metric_chart(run, "masked_fraction", "Share of captions outside the length bounds")]
     return [chart for chart in charts if chart is not None]
 
 
 def health_charts(run: Run) -> list[Chart]:
-    """What tells a sick run from a well one, and where its time goes."""
+    """Charts that show whether a run is healthy, and where its time goes."""
     titles = {
         "sampling_kl": "Sampler against trainer: sampling_kl",
         "grad_norm": "Gradient norm before clipping",
@@ -186,13 +186,13 @@ def health_charts(run: Run) -> list[Chart]:
 
 
 def _column(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values (float64, NaN where there is none) of one key."""
+    """Steps and values of one key, as float64 arrays; the value is NaN where a record has none."""
     steps = np.array([record["step"] for record in records], dtype=np.float64)
     return steps, np.array([measured(record.get(key)) for record in records], dtype=np.float64)
 
 
 def _smoothed(run: Run, key: str, colour: str) -> list[Series]:
-    """The values of a metric, pale, and their moving mean over a tenth of the run, at most 25 steps."""
+    """A metric's values as a pale line, and their moving mean over a tenth of the run but at most 25 steps."""
     steps, values = _column(run.metrics, key)
     if not np.isfinite(values).any():
         return []
@@ -243,7 +243,8 @@ def _metric_chart(run: Run, key: str, title: str) -> Chart | None:
 
 def _time_chart(run: Run) -> Chart | None:
     phases = list(dict.fromkeys(key for record in run.metrics for key in record if key.startswith("time/")))
-    # A request's latency is no phase: many are under way at once, and all of it lies within the phases.
+    # The latency of judge requests is not a phase: many requests run at once, and all their time lies within the
+    # phases.
     phases = [phase for phase in phases if phase != "time/step" and not phase.startswith("time/judge_")][:_MAX_PHASES]
     steps, whole = _column(run.metrics, "time/step")
     parts = {phase.removeprefix("time/"): _column(run.metrics, phase)[1] for phase in phases}
@@ -259,7 +260,7 @@ def _time_chart(run: Run) -> Chart | None:
 
 
 def held_out_samples(run: Run) -> list[dict[str, Any]]:
-    """The first held-out samples that have a picture (any, if none has): image, reference, captions by mode."""
+    """The first held-out samples with a picture, or any if none has one: image, reference, captions by mode."""
     ids = list(dict.fromkeys(str(record.get("sample_id")) for record in run.captions))
     with_picture = [i for i in ids if eval_image_path(run.output_dir, i).is_file()]
     chosen = (with_picture or ids)[:MAX_IMAGES]
@@ -301,7 +302,7 @@ def caption_card(label: str, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def verdict(assertion: Mapping[str, Any]) -> str:
-    """The class of an assertion: a key of ``VERDICTS``."""
+    """Verdict on an assertion, as a key of ``VERDICTS``."""
     if not assertion.get("verified"):
         return "false"
     return "counted" if assertion.get("pointable") else "unpointable"
@@ -310,8 +311,8 @@ def verdict(assertion: Mapping[str, Any]) -> str:
 def segments(caption: str, assertions: Sequence[Mapping[str, Any]]) -> list[Segment]:
     """Cut a caption where assertions begin and end; each piece takes the worst verdict of those that cover it.
 
-    Spans are half-open character ranges; what lies outside the caption is cut off, and malformed spans are ignored.
-    The pieces, joined, are the caption.
+    Spans are half-open character ranges. Parts outside the caption are cut off, and malformed spans are ignored. The
+    pieces together are the caption.
     """
     covers: list[tuple[int, int, Mapping[str, Any]]] = []
     for assertion in assertions:
@@ -340,7 +341,7 @@ def _spans(assertion: Mapping[str, Any], length: int) -> list[tuple[int, int]]:
 
 
 def data_url(path: Path) -> str | None:
-    """The picture as a data URL, shrunk where it is large; None where there is none that can be read."""
+    """The picture as a data URL, shrunk if it is large; None if there is no readable picture."""
     if not path.is_file():
         return None
     try:

@@ -1,8 +1,9 @@
-"""What a run may change when it goes on, and what it must bring along again.
+"""What may change when a run resumes, and what must be passed in again.
 
-The configuration is in every checkpoint, beside the *origin*: what the run began with that the configuration does not say. That
-is the content of its data, the judge or sampler that were handed to the trainer, the model beneath an adapter, and the
-reference of the divergence. A policy that is handed in takes over the checkpoint's weights, so that it may come or not.
+Every checkpoint holds the configuration and the *origin*: what the run began with that the configuration does not say.
+The origin covers the content of the data, the judge or sampler that was passed to the trainer, the model beneath an
+adapter, and the reference of the divergence. A policy that is passed in takes over the checkpoint's weights, so a
+resumed run works with or without it.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from balcaprl.optim import learning_rate
 
 logger = logging.getLogger(__name__)
 
-# A resumed run may differ from its start in these without asking.
+# Fields and sections in which a resumed run may always differ from its start.
 FREE_FIELDS = ("output_dir", "steps", "threads", "checkpoint", "logging", "evaluation", "endpoint")
 
 
 def changed_fields(saved: dict[str, Any], current: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """(then, now) of every field that differs, by its dotted name, in the order of the configuration.
+    """Every field that differs, as a dotted name with its values (then, now), in the order of the configuration.
 
     Args:
-        saved: a checkpoint's; fields that it does not have yet count as their defaults.
-        current: the run's.
+        saved: configuration in a checkpoint; fields that it does not have yet count as their defaults.
+        current: configuration of the run.
 
     Raises:
-        ValueError: the saved one is no configuration of this version.
+        ValueError: ``saved`` is not a configuration of this version.
     """
     try:
         before = TrainConfig.model_validate(saved).model_dump(mode="json")
@@ -44,10 +45,10 @@ def changed_fields(saved: dict[str, Any], current: TrainConfig) -> dict[str, tup
 
 
 def refuse_changed_config(saved: dict[str, Any], current: TrainConfig) -> None:
-    """A run goes on only under the configuration that it was started with, but for what it says may change.
+    """Refuse to resume a run if its configuration has changed in fields that may not change.
 
     Raises:
-        ValueError: naming every field that differs and matters, with both values.
+        ValueError: such fields differ; the message names each of them with both values.
     """
     changed = {
         name: values for name, values in changed_fields(saved, current).items() if not _within(name, FREE_FIELDS)
@@ -64,7 +65,7 @@ def refuse_changed_config(saved: dict[str, Any], current: TrainConfig) -> None:
 
 
 def tell_learning_rate(saved: dict[str, Any], current: TrainConfig, num_updates: int) -> None:
-    """Say what a changed number of steps or schedule does to the learning rate."""
+    """Log what a changed number of steps, or a changed schedule, does to the learning rate."""
     before = TrainConfig.model_validate(saved)
     totals = [config.steps * config.optim.epochs_per_batch for config in (before, current)]
     old, new = (
@@ -88,7 +89,9 @@ def tell_learning_rate(saved: dict[str, Any], current: TrainConfig, num_updates:
 
 
 def refuse_other_origin(saved: dict[str, Any], current: dict[str, Any], allowed: tuple[str, ...] = ()) -> None:
-    """A run goes on only with the data and the parts that it began with; what an earlier version did not note is not asked.
+    """Refuse to resume a run with other data or other parts than it began with.
+
+    What an earlier version did not record is not compared.
 
     Args:
         saved: the origin in the checkpoint.
@@ -96,7 +99,7 @@ def refuse_other_origin(saved: dict[str, Any], current: dict[str, Any], allowed:
         allowed: ``checkpoint.allow_changes``.
 
     Raises:
-        ValueError: naming the part, and what to do.
+        ValueError: a part differs; the message names the part, and says what to do.
     """
     for part in ("judge", "sampler"):
         then, now = saved.get(part), current.get(part)
@@ -125,7 +128,7 @@ def refuse_other_origin(saved: dict[str, Any], current: dict[str, Any], allowed:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values; lists are one value."""
+    """Dotted names and values of nested mappings; a list is one value."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")

@@ -1,9 +1,10 @@
-"""The captions of a long run, sampled and held-out: full parts are compressed, and the oldest make room.
+"""Files of the captions of a long run: full files are compressed into parts, and the oldest parts are removed.
 
-The newest lines are in ``completions.jsonl``. When a step fills it, its lines move into ``completions-FIRST-LAST.jsonl.gz``,
-named after the steps of its first and last line, and a new file is begun. So a part ends where a step ends, the same
-lines give the same bytes, and a run that goes on at any step can bring the files back to what they were there.
-``eval_captions.jsonl`` is kept alike, but for its first part, which stays: it holds the captions before training.
+The newest lines are in ``completions.jsonl``. When a step fills this file, its lines move into
+``completions-FIRST-LAST.jsonl.gz``, named after the steps of its first and last line, and a new file is begun. A part
+therefore ends where a step ends, the same lines give the same bytes, and a run that resumes at any step can restore the
+files as they were at that step. ``eval_captions.jsonl``, with the captions of held-out images, is kept in the same way,
+except that its first part always stays, because it holds the captions before training.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ COMPLETIONS = "completions.jsonl"
 EVAL_CAPTIONS = "eval_captions.jsonl"
 ROTATED = (COMPLETIONS, EVAL_CAPTIONS)
 PART_BYTES = 32 << 20
-"""Size at which such a file is compressed into a part."""
+"""Size at which a file of captions is compressed into a part, in bytes."""
 MAX_BYTES = 1 << 30
-"""Bound of all parts of one such file together, compressed."""
+"""Bound on the compressed size of all parts of one file together, in bytes."""
 _PART = re.compile(r"(completions|eval_captions)-(\d{8,16})-(\d{8,16})\.jsonl\.gz")
 _MAX_PART_BYTES = 8 << 30
-"""A part that unpacks to more is read no further: no run writes such a one."""
+"""Number of unpacked bytes after which a part is read no further; no run writes a larger part."""
 
 
 @dataclass(frozen=True, order=True)
@@ -45,9 +46,10 @@ class Part:
     path: Path
 
     def lines(self, max_bytes: int | None = None, root: Path | None = None) -> Iterator[bytes]:
-        """Its lines up to ``max_bytes`` unpacked; where it is damaged, those before the damage, and a warning.
+        """Lines of the part, up to ``max_bytes`` of unpacked data.
 
-        No links out of ``root`` are followed; none: they may lead anywhere.
+        If the part is damaged, the lines before the damage are given, and a warning is logged. Links that lead out of
+        ``root`` are not followed; if ``root`` is None, links may lead anywhere.
         """
         try:
             with open_file(self.path, root) as packed, gzip.GzipFile(fileobj=packed) as file:
@@ -57,12 +59,12 @@ class Part:
 
 
 def is_part(name: str) -> bool:
-    """Whether a part has such a name."""
+    """Whether ``name`` is the file name of a part."""
     return _PART.fullmatch(name) is not None
 
 
 def list_parts(folder: Path, name: str = COMPLETIONS) -> list[Part]:
-    """The compressed parts of one of a run's ``ROTATED`` files, oldest first."""
+    """The compressed parts of one of the ``ROTATED`` files, oldest first."""
     found = ((path, _PART.fullmatch(path.name)) for path in folder.iterdir()) if folder.is_dir() else ()
     return sorted(
         Part(int(match[2]), int(match[3]), path)
@@ -72,7 +74,7 @@ def list_parts(folder: Path, name: str = COMPLETIONS) -> list[Part]:
 
 
 def read_captions(folder: Path, name: str = COMPLETIONS) -> Iterator[dict[str, Any]]:
-    """Every caption that a run still holds, oldest first, a record of ``rollout_record`` each; broken lines are left out."""
+    """Every caption that a run still holds, oldest first, as made by ``rollout_record``; broken lines are left out."""
     packed_to = -1
     for part in list_parts(folder, name):
         for line in part.lines():
@@ -86,20 +88,21 @@ def read_captions(folder: Path, name: str = COMPLETIONS) -> Iterator[dict[str, A
         return
     with file:
         for record in map(parse_line, bounded_lines(file, os.fstat(file.fileno()).st_size)):
-            # A kill between packing and emptying leaves the same lines in both.
+            # A kill after packing, before the file is removed, leaves the same lines in both.
             if record is not None and record["step"] > packed_to:
                 yield record
 
 
 def cut_back(folder: Path, last_step: int, name: str = COMPLETIONS) -> int:
-    """Bring a file and its parts back to the lines of steps up to ``last_step``, as they were when that step had been written.
+    """Restore a file and its parts to what they were when step ``last_step`` had been written.
 
-    Killed at any moment, it can be done again. Returns the number of dropped lines, those of whole parts not counted.
+    A call that was killed at any moment can be repeated. Returns the number of dropped lines, not counting those of
+    parts that are removed as a whole.
     """
     live = folder / name
     parts = list_parts(folder, name)
     for part in parts:
-        if part.first <= last_step < part.last:  # its lines up to there had not been packed yet
+        if part.first <= last_step < part.last:  # its lines up to ``last_step`` were not yet packed then
             kept = Kept(part.lines(), -1, last_step)
             write_atomically(live, kept)
             _remove([p for p in parts if p.first >= part.first])
@@ -118,10 +121,10 @@ def discard(folder: Path) -> None:
 
 
 def pack(folder: Path, max_bytes: int, name: str = COMPLETIONS) -> None:
-    """Compress a file into a part, then drop the oldest parts that exceed ``max_bytes`` together.
+    """Compress a file into a part, then remove the oldest parts until all together fit into ``max_bytes``.
 
-    The part is on disk before its lines are taken out of the file. The newest part always stays, and of ``eval_captions.jsonl``
-    the first one.
+    The part is on disk before the file is removed. The newest part always stays, and so does the first part of
+    ``eval_captions.jsonl``.
     """
     live = folder / name
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What a run folder holds, for a report: read in bounded time and memory, whatever lies there."""
+"""Reads what a run folder holds, for a report, in bounded time and memory, whatever lies there."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from balcaprl.rotation import EVAL_CAPTIONS, list_parts
 RUN_FILES = ("config.yaml", "summary.json", METRICS, EVALUATIONS, EVAL_CAPTIONS)
 _MAX_CONFIG_BYTES = 1 << 18
 _MAX_LOG_BYTES = 128 << 20
-"""Of a longer log the first and the last half of so much are read."""
+"""Most bytes read from a log. Of a longer log, only the first and the last half of this amount are read."""
 _MAX_RECORDS = 200_000
 _MAX_TEXT = 20_000
-"""Characters of a caption, a reference, or another text."""
+"""Most characters kept of a caption, a reference or another text."""
 _MAX_KEYS = 512
 _MAX_ASSERTIONS = 128
 _MAX_SPANS = 4
-"""Of one assertion."""
+"""Most spans kept of one assertion."""
 _MAX_VALUE = 1e30
-"""Larger values are no measurements, and cannot be drawn."""
+"""Largest value that counts as a measurement; larger values cannot be drawn."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Run:
     problems: list[str] = field(default_factory=list)
 
     def setting(self, path: str, default: Any = None) -> Any:
-        """A value of the configuration by its dotted path."""
+        """Value of the configuration at a dotted path; ``default`` if there is none."""
         value: Any = self.config
         for key in path.split("."):
             if not isinstance(value, dict) or key not in value:
@@ -56,7 +56,7 @@ class Run:
 
 
 def load_run(output_dir: Path) -> Run:
-    """Read a run folder; what is missing or broken is left out and told in ``problems``."""
+    """Read a run folder; what is missing or broken is left out and named in ``problems``."""
     run = Run(Path(output_dir))
     run.config_text = _read_text(run, "config.yaml")
     try:
@@ -89,17 +89,17 @@ def load_run(output_dir: Path) -> Run:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML as ``config.yaml`` is written: without aliases, with which a few lines stand for gigabytes."""
+    """Loader of YAML as ``config.yaml`` is written: without aliases, by which a few lines can stand for gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """See PyYAML."""
+        """Compose a node as PyYAML does, but refuse aliases."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has aliases, which no run writes")
         return super().compose_node(parent, index)
 
 
 def _told(run: Run, error: UnreadableError) -> str:
-    """The error without the run's own folder before each name."""
+    """Message of an error, without the path of the run folder before each name."""
     return str(error).replace(f"{run.output_dir}/", "")
 
 
@@ -129,7 +129,7 @@ def _read_log(run: Run, name: str, keep: Callable[[Record], Record]) -> list[Rec
 
 
 def _packed_captions(run: Run) -> Iterator[Record]:
-    """The captions of the first and the newest compressed part: a report compares the first evaluation with the last."""
+    """Captions of the first and the newest compressed part: a report compares the first evaluation with the last."""
     parts = list_parts(run.output_dir, EVAL_CAPTIONS)
     for part in dict.fromkeys([*parts[:1], *parts[-1:]]):
         records = map(parse_line, part.lines(_MAX_LOG_BYTES, run.output_dir))
@@ -137,7 +137,7 @@ def _packed_captions(run: Run) -> Iterator[Record]:
 
 
 def _scalars(record: Record) -> Record:
-    """A record of metrics without what is none."""
+    """A record of metrics, reduced to its numbers and short texts."""
     few = itertools.islice(record.items(), _MAX_KEYS)
     return {key[:200]: value for key, value in few if isinstance(value, int | float) or _is_short(value)}
 
@@ -180,6 +180,6 @@ def _latest(records: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[dict
 
 
 def measured(value: Any) -> float:
-    """The value as a float; NaN where it is no number, or too large for one that was measured."""
+    """The value as a float; NaN if it is not a number, or too large for a measurement."""
     found = number(value)
     return found if abs(found) <= _MAX_VALUE else math.nan

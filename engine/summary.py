@@ -1,4 +1,4 @@
-"""``summary.json``: a run in a few numbers, made from its log files alone."""
+"""``summary.json``: a run in a few numbers, made only from its log files."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from balcaprl.ownership import write_atomically
 
 _SCORES = ("precision", "recall", "linguistic", "b_capscore", "length_ratio")
 _COUNTS = ("num_images", "num_excluded")
-"""Over how many images the scores are means; older logs do not say."""
+"""Number of images over which the scores are means, and number of images left out; older logs lack these."""
 
 
 def write_summary(output_dir: Path, *, sampler: str, seed: int, planned_steps: int | None = None) -> dict[str, Any]:
-    """Write and return the summary of a run folder.
+    """Write the summary of a run folder, and return it.
 
-    ``before`` and ``after`` are the first and last evaluation of the policy's own distribution, ``before_greedy`` and
-    ``after_greedy`` those of greedy decoding; ``before_step`` and ``after_step`` say of which step. Where a run ended before
-    its second evaluation, what would stand under ``after`` is null: not evaluated. ``status`` is ``finished`` or, where fewer
-    than ``planned_steps`` steps are done, ``interrupted``; ``note`` then says how far ``after`` can be relied upon.
-    ``train_seconds`` is the time of all steps, evaluations and start-up left out.
+    ``before`` and ``after`` are the first and last evaluation of captions that are sampled from the policy's own
+    distribution; ``before_greedy`` and ``after_greedy`` are those of greedy decoding. ``before_step`` and
+    ``after_step`` are the steps of the sampled evaluations. If a run ended before its second evaluation, ``after`` is
+    null, which means that the trained policy was not evaluated.
+
+    ``status`` is ``finished``, or ``interrupted`` if fewer than ``planned_steps`` steps are done. In the second case,
+    ``note`` says how far ``after`` can be relied upon. ``train_seconds`` is the time of all steps, without evaluations
+    and start-up.
     """
     steps = {line["step"]: line for line in read_jsonl(output_dir / METRICS)}
     evaluations = read_jsonl(output_dir / EVALUATIONS)
@@ -53,7 +56,7 @@ def write_summary(output_dir: Path, *, sampler: str, seed: int, planned_steps: i
 
 
 def _first_and_last(evaluations: list[dict[str, Any]], mode: str, end: int | None) -> tuple[Any, Any]:
-    """The first evaluation of a mode and the last one; no last one where there is but one, unless the run ended there."""
+    """First and last evaluation of a mode; the last is None if there is only one, unless the run ended there."""
     chosen = [line for line in evaluations if line.get("mode") == mode]
     if not chosen:
         return None, None

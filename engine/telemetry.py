@@ -1,6 +1,6 @@
-"""How far sampler and trainer are apart in a step, how fast both are, and how busy the machine is.
+"""Metrics of a step: how far sampler and trainer are apart, how fast both are, and how busy the machine is.
 
-The only importer of NVIDIA's management library.
+This is the only module that imports NVIDIA's management library.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 class SamplingGap:
-    """Collects, token by token, the sampler's log-probability minus the trainer's for the sampled id."""
+    """Collects the sampler's log-probability minus the trainer's for each sampled token."""
 
     def __init__(self) -> None:
         self._differences: list[Tensor] = []
 
     def add(self, logprobs: Tensor, sampling_logprobs: Tensor) -> None:
-        """The trainer's (T,) at the start of the update, and the sampler's (T,)."""
+        """Add the trainer's log-probabilities (T,) at the start of the update, and the sampler's (T,)."""
         self._differences.append((sampling_logprobs - logprobs.detach()).float())
 
     def take_metrics(self) -> dict[str, float]:
-        """Spread over the tokens since the last call, in nats; nothing if there were none."""
+        """Spread of the differences over the tokens since the last call, in nats; empty if there were none."""
         if not self._differences:
             return {}
         gap = torch.cat(self._differences)
@@ -46,10 +46,10 @@ class SamplingGap:
 
 
 class SamplingAlarm:
-    """Says so when sampler and trainer drift apart, once each time it happens.
+    """Logs an error when sampler and trainer drift apart, once each time that happens.
 
     Args:
-        limit: ``sampling_kl`` beyond which, either way, something is wrong.
+        limit: largest absolute value of ``sampling_kl`` that counts as normal.
     """
 
     def __init__(self, limit: float) -> None:
@@ -57,12 +57,12 @@ class SamplingAlarm:
         self.raised = False
 
     def check(self, sampling_kl: float, groups: list[RolloutGroup], policy_version: int) -> bool:
-        """Whether ``sampling_kl`` is outside its band; logs the versions of both sides as it leaves it.
+        """Say whether ``sampling_kl`` is outside its band, and log the versions of both sides as it leaves the band.
 
         Args:
-            sampling_kl: of the step's tokens; NaN where there were none.
-            groups: what was sampled.
-            policy_version: of the trainer, as it computed its log-probabilities.
+            sampling_kl: value over the step's tokens; NaN if there were none.
+            groups: the groups that were sampled.
+            policy_version: version of the weights with which the trainer computed its log-probabilities.
         """
         outside = not math.isnan(sampling_kl) and abs(sampling_kl) > self._limit
         if outside and not self.raised:
@@ -90,12 +90,16 @@ def speed_metrics(groups: list[RolloutGroup], sampling_seconds: float, update_se
 
 
 def sync_metrics(report: SyncReport) -> dict[str, float]:
-    """What a weight sync moved; its time is ``time/sync``."""
+    """What a weight sync moved; the time that it took is ``time/sync``."""
     return {"sync/bytes": float(report.bytes_copied), "sync/tensors": float(report.num_tensors)}
 
 
 def device_metrics(device: torch.device) -> dict[str, float]:
-    """How busy the machine is: an NVIDIA GPU's utilisation, memory and power; otherwise the processors since the last call."""
+    """How busy the machine is.
+
+    On CUDA, the metrics are the utilisation, memory and power of the NVIDIA GPU. Otherwise, they are the memory in use,
+    and the load of the processors since the last call.
+    """
     if device.type != "cuda":
         return {"device/cpu_percent": psutil.cpu_percent(), "device/memory_percent": psutil.virtual_memory().percent}
     library, handle = _nvml(device.index or 0)
@@ -115,15 +119,15 @@ def device_metrics(device: torch.device) -> dict[str, float]:
 
 @lru_cache(maxsize=8)
 def _nvml(index: int) -> tuple[Any, Any]:
-    """NVIDIA's library and the handle of torch's device ``index``; (None, None) where there is none."""
+    """NVIDIA's library and the handle of torch's device ``index``; (None, None) if they cannot be used."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)  # NVML does not heed CUDA_VISIBLE_DEVICES
+        uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)  # NVML ignores CUDA_VISIBLE_DEVICES
         if uuid is None:
             return pynvml, pynvml.nvmlDeviceGetHandleByIndex(index)
         return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    except Exception as error:  # a missing package, library, driver or permission: metrics are never worth a run
+    except Exception as error:  # missing package, library, driver or permission: metrics must not end a run
         logger.info("no GPU metrics (%s); install nvidia-ml-py to have them", error)
         return None, None

@@ -1,20 +1,23 @@
 """Lets torchvision, torchaudio and torchcodec stand beside a torch that they were not built for.
 
-A wheel built for CUDA cannot load its native library beside a CPU build of torch (nor can any mismatched pair), and the
-registries' default wheels are CUDA builds. Two things then break every transformers vision-language class, and vLLM:
+A wheel built for CUDA cannot load its native library beside a CPU build of torch, nor can any other mismatched pair,
+and the registries' default wheels are CUDA builds. Two things then break every transformers vision-language class, and
+vLLM:
 
-- ``import torchvision`` survives the missing library, but registers fake kernels for two operators that nobody has
-  declared and dies with "operator torchvision::nms does not exist". Declaring the two schemas and going on is enough:
-  image transforms need no native operator, and only ``torchvision.ops.nms`` itself stays unusable.
-- ``import torchaudio`` and ``import torchcodec`` die with an OSError, which transformers, datasets and vLLM do not
-  catch: they only expect that a package may be absent. Both are marked as absent, which they are for all purposes.
+- ``import torchvision`` survives the missing library, but then registers fake kernels for two operators that nobody has
+  declared, and fails with "operator torchvision::nms does not exist". It is enough to declare the two schemas and go
+  on: image transforms need no native operator, and only ``torchvision.ops.nms`` itself stays unusable.
+- ``import torchaudio`` and ``import torchcodec`` fail with an OSError, which transformers, datasets and vLLM do not
+  catch: they only expect that a package may be absent. Both packages are marked as absent, because they cannot be used
+  anyway.
 
-Nothing is guessed from names of files or versions: each package is imported, and only what fails is treated. A schema that
-is declared *before* a library that works ends the process, in C++; after a failed import that library is never tried again.
+Nothing is guessed from the names of files or from versions: each package is imported, and only what fails is treated.
+If a schema is declared *before* a working library is loaded, the process ends in C++. After a failed import, the
+library is never tried again, so declaring the schemas is safe.
 
-Subprocesses that import torchvision need the same cure before anything else runs; vLLM's plugins are loaded too late,
-as importing vLLM is what fails. Hence a start-up hook (``assets/startup``) that travels in ``PYTHONPATH``.
-A program of one's own is started with it by::
+Subprocesses that import torchvision need the same cure before anything else runs. vLLM's plugins are loaded too late
+for that, because importing vLLM is what fails. Therefore ``PYTHONPATH`` carries a start-up hook (``assets/startup``).
+To start a program of your own with the hook::
 
     python -m balcaprl.torchvision_compat vllm.entrypoints.openai.api_server --model ...
 """
@@ -43,16 +46,16 @@ _SCHEMAS = {
 _HIDEABLE = ("torchaudio", "torchcodec")
 _STARTUP = Path(__file__).resolve().parent / "assets" / "startup"
 _ABSENT = "BALCAPRL_ABSENT_PACKAGES"
-"""Environment variable: folders of packages that were found broken, for children of this process."""
+"""Environment variable that tells children of this process the folders of packages that were found broken."""
 _declared: list[Any] = []
-"""torch's handles of declared schemas; they are withdrawn when a handle dies."""
+"""torch's handles of the declared schemas; torch withdraws the schemas when a handle dies."""
 
 
 def ensure_importable() -> tuple[str, ...]:
-    """Import the three packages, and cure in this process and in its future children those that cannot be.
+    """Import the three packages, and cure those that fail, in this process and in its future children.
 
-    Does nothing where they are absent, healthy, being imported or already cured; says in the log what it did. A package that
-    fails for a reason that is not ours to mend is left alone: whoever needs it gets its error.
+    Packages that are absent, healthy, being imported or already cured are left as they are. The log says what was done.
+    A torchvision that fails for a reason that cannot be cured here is left alone, and whoever needs it gets its error.
 
     Returns:
         Names of the packages that this call cured or hid in this process.
@@ -74,9 +77,9 @@ def ensure_importable() -> tuple[str, ...]:
 
 
 def cure_on_import() -> None:
-    """From here on a torchvision whose import fails is cured, and what the parent process found broken is absent.
+    """Prepare the cure of a failing torchvision import, and mark as absent what the parent process found broken.
 
-    Imports nothing; the start-up hook calls it in every child.
+    Imports none of the packages; the start-up hook calls this function in every child.
     """
     if not any(isinstance(finder, _TorchvisionFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _TorchvisionFinder())
@@ -89,7 +92,7 @@ def cure_on_import() -> None:
 def subprocess_env(env: os._Environ[str] | dict[str, str] | None = None) -> dict[str, str]:
     """A copy of ``env`` (default: this process's) in which Python subprocesses cure themselves as they start.
 
-    Finds out first what is broken here, which imports the three packages.
+    This function first finds out what is broken here, for which it imports the three packages.
     """
     ensure_importable()
     result = dict(os.environ if env is None else env)
@@ -104,7 +107,7 @@ def _hook_variables(env: os._Environ[str] | dict[str, str]) -> dict[str, str]:
 
 
 class _TorchvisionFinder(MetaPathFinder):
-    """Finds torchvision where it is, and has its first failure answered by ``_exec_with_cure``."""
+    """Finds torchvision where it is, and lets ``_exec_with_cure`` handle its first failure."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -114,7 +117,7 @@ class _TorchvisionFinder(MetaPathFinder):
         spec = PathFinder.find_spec(fullname, path)
         if spec is None or spec.loader is None:
             return None
-        # On this one loader, so that it stays what it is for everything else that asks it.
+        # Replace the method on this one loader object only, so that nothing changes for other users of its class.
         spec.loader.exec_module = partial(_exec_with_cure, spec.loader.exec_module)  # type: ignore[method-assign]
         return spec
 
@@ -129,7 +132,8 @@ def _exec_with_cure(exec_module: Callable[[ModuleType], None], module: ModuleTyp
         if declared is None:
             raise
         try:
-            # What was imported before the failure stays imported: the native library is not tried a second time.
+            # Modules that were imported before the failure stay imported: the native library is not tried a second
+            # time.
             exec_module(module)
         except Exception:
             raise error from None
@@ -142,7 +146,7 @@ def _exec_with_cure(exec_module: Callable[[ModuleType], None], module: ModuleTyp
 
 
 def _declare_missing_ops() -> Any:
-    """Declare the schemas that are missing; torch's handle of them, or None where none is missing."""
+    """Declare the missing schemas; return torch's handle of them, or None if none is missing."""
     import torch
 
     missing = [name for name in _SCHEMAS if not hasattr(torch.ops.torchvision, name)]
@@ -181,7 +185,7 @@ def _mark_absent(name: str) -> None:
 
 
 def _package_folder(name: str) -> Path | None:
-    """Folder of an installed package, without importing it."""
+    """Folder of an installed package, found without importing the package."""
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -189,7 +193,7 @@ def _package_folder(name: str) -> Path | None:
 
 
 def main(argv: list[str]) -> None:
-    """Become ``python -m <module> <args>`` with the cure in place; the process id stays."""
+    """Replace this process by ``python -m <module> <args>`` with the cure in place; the process id stays the same."""
     if not argv:
         raise SystemExit("usage: python -m balcaprl.torchvision_compat <module> [arguments ...]")
     env = subprocess_env()

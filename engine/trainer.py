@@ -58,9 +58,9 @@ NUM_REPORT_IMAGES = 12
 
 
 class Trainer:
-    """Trains a policy by balanced reinforcement learning; a run is determined by its config.
+    """Trains a policy by balanced reinforcement learning; a run is determined by its configuration.
 
-    Its state (step, policy version, data cursor, optimiser, random state) is what a checkpoint holds.
+    A checkpoint holds the trainer's state: step, policy version, data cursor, optimiser and random state.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Trainer:
         clear_partial_checkpoints(config.output_dir)
         resumed = self._checkpoint_to_resume()
         checkpoint, state = resumed or (None, None)
-        # the user's own code first: it fails before anything heavy is loaded
+        # Load the user's own code first, so that it fails before anything heavy is loaded.
         custom = CustomRewards(config.reward.custom)
         self.dataset: Dataset = load_dataset(config.data, seed=config.seed)
         references = self.dataset.some_references()
@@ -143,7 +143,7 @@ class Trainer:
         )
 
     def train(self) -> dict[str, Any]:
-        """Run until ``config.steps`` steps are done, or a signal asks to stop; returns the run's summary."""
+        """Run until ``config.steps`` steps are done or a signal asks to stop; return the run's summary."""
         config = self.config
         with self._open_logs(), self._stop_on_signals(), self._left_whole_if_it_diverges():
             if self.resumed_from is None:
@@ -174,7 +174,10 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ one step
 
     def sample_groups(self) -> SampledStep:
-        """The next images and ``group_size`` completions of each, on their way to the judge; the next step's are begun."""
+        """The next images with ``group_size`` completions each, which are on their way to the judge.
+
+        With staleness 1, this also begins to sample the next step.
+        """
         sampled = self.pipeline.take(self.step)
         self.num_unfinite = refuse_unfinite_samples(sampled.groups)
         if self.step + 1 < self.config.steps:
@@ -182,17 +185,17 @@ class Trainer:
         return sampled
 
     def score_groups(self, sampled: SampledStep) -> ScoreStats:
-        """Wait until every completion is judged; one that cannot be scored is counted and left out."""
+        """Wait until every completion is judged; a completion that cannot be scored is counted and left out."""
         with self.timer("score"):
             return sampled.scorer.finish()
 
     def begin_update(self, groups: list[RolloutGroup]) -> None:
-        """What the update can do before the last completions are judged."""
+        """Do the part of the update that can be done before the last completions are judged."""
         with self.timer("update"):
             self.update.begin(groups)
 
     def update_policy(self, groups: list[RolloutGroup]) -> dict[str, float]:
-        """``epochs_per_batch`` updates from one batch of rollouts; returns the loss metrics of the last."""
+        """Make ``epochs_per_batch`` updates from one batch of rollouts; return the loss metrics of the last update."""
         with self.timer("update"):
             return {**self.update.run(groups), **self.gap.take_metrics()}
 
@@ -204,7 +207,7 @@ class Trainer:
             self.sync_report = self.sampler.sync(self.policy_version)
 
     def log_step(self, sampled: SampledStep, stats: ScoreStats, losses: dict[str, float]) -> None:
-        """Write the step's metrics and completions, and move the progress line."""
+        """Write the step's metrics and completions, and update the progress line."""
         times = self.timer.finish_step()
         groups = sampled.groups
         self.alarm.check(losses["sampling_kl"], groups, self.policy_version - 1)
@@ -242,7 +245,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ evaluation
 
     def evaluate_if_due(self) -> None:
-        """Evaluate every ``evaluation.every`` steps, and after the last."""
+        """Evaluate every ``evaluation.every`` steps, and after the last step."""
         every = self.config.evaluation.every
         if self.step == self.config.steps or (every and self.step % every == 0):
             self.evaluate()
@@ -297,13 +300,13 @@ class Trainer:
             self.save()
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment.
+        """Write a checkpoint of this moment, and return its path.
 
-        While updates are refused nothing older is dropped for it: what was good may be needed.
+        While updates are being refused, no older checkpoint is removed, because the last good one may be needed.
 
         Raises:
-            DivergedError: weights or moments are not good to go on from; nothing was written.
-            SaveError: the disk cannot take it; nothing is left of the attempt.
+            DivergedError: weights or moments are not fit to resume from; nothing was written.
+            SaveError: the disk is full or cannot be written; the partial checkpoint is removed.
         """
         self.pipeline.settle()
         self.log.sync()
@@ -320,14 +323,14 @@ class Trainer:
         return save_checkpoint(self.config.output_dir, state, self.policy.save, keep)
 
     def stop_if_nothing_is_learnt(self, groups: list[RolloutGroup], stats: ScoreStats) -> None:
-        """End a run whose rewards are not given, or tell nothing apart, step after step; what it learnt before is saved."""
+        """Save and end a run whose rewards are missing, or tell nothing apart, for too many steps in a row."""
         try:
             self.watch.check(groups, stats)
         except NothingToLearnError as error:
             raise NothingToLearnError(f"{error}. The run is saved at step {self.step}: {self.save()}") from error
 
     def finish(self) -> dict[str, Any]:
-        """Write summary and report."""
+        """Write summary and report, and return the summary."""
         summary = write_summary(
             self.config.output_dir,
             sampler=self.sampler.name,
@@ -345,7 +348,7 @@ class Trainer:
         self.claim.release()
 
     def _checkpoint_to_resume(self) -> tuple[Path, TrainerState] | None:
-        """The newest whole checkpoint of the run folder and its state, if this run may go on from it."""
+        """The newest whole checkpoint of the run folder and its state, or None; refuse a run that may not resume."""
         config = self.config
         if list_checkpoints(config.output_dir) and not config.checkpoint.resume:
             raise ValueError(
@@ -358,7 +361,10 @@ class Trainer:
         return found
 
     def _measure_from(self, state: TrainerState | None, *, passed: bool) -> Reference | None:
-        """The reference, made before a checkpoint's weights are put into a policy that was passed; noted in the origin."""
+        """Make the reference of the divergence and note it in the origin; None if there is no divergence term.
+
+        This must come before a checkpoint's weights are loaded into a policy that was passed.
+        """
         config, policy = self.config, self.policy
         unsaved = unsaved_parameters(policy.model)
         if unsaved:
@@ -377,7 +383,7 @@ class Trainer:
         return reference
 
     def _take_over(self, sampler: Sampler) -> None:
-        """Check a sampler that was passed, and show it the weights of a resumed run."""
+        """Check a sampler that was passed, and give it the weights of a resumed run."""
         of = getattr(sampler, "policy", None)
         if of is not None and of is not self.policy:
             raise ValueError(
@@ -400,9 +406,9 @@ class Trainer:
 
     @contextmanager
     def _open_logs(self) -> Iterator[None]:
-        """The run's files; when they are closed, another run may go on in the folder."""
+        """Open the run's files; when they are closed, another run may use the folder."""
         config = self.config
-        if not self.claim.is_held:  # trained before, and now once more
+        if not self.claim.is_held:  # an earlier call of ``train`` has released the claim
             self.claim = claim_run_folder(config)
         with self.claim:
             plain = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -422,7 +428,7 @@ class Trainer:
 
     @contextmanager
     def _saved_if_the_judge_stops(self) -> Iterator[None]:
-        """A step that the judge cannot score never was: the run is saved as it stood before it, and ends with the error."""
+        """If the judge cannot score a step, save the run as it was before that step, and raise the error again."""
         stream, rng = self.stream.state_dict(), torch.get_rng_state()
         try:
             yield
@@ -433,7 +439,7 @@ class Trainer:
 
     @contextmanager
     def _left_whole_if_it_diverges(self) -> Iterator[None]:
-        """A run that diverges ends with the reason, and writes nothing over what is good."""
+        """If the run diverges, save nothing more, and add the step and the newest checkpoint to the error."""
         try:
             yield
         except DivergedError as error:
@@ -446,7 +452,7 @@ class Trainer:
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step under way, saved; a second one ends it at once."""
+        """End and save the run after the present step on SIGINT or SIGTERM; end it at once on a second signal."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -468,12 +474,15 @@ class Trainer:
 
 
 def claim_run_folder(config: TrainConfig) -> Claim:
-    """Make ``output_dir`` this process's own; a run of before there were marks is known by its checkpoints."""
+    """Make ``output_dir`` this process's own.
+
+    The folder of a run from before marks were introduced is recognised by its checkpoints.
+    """
     return claim_folder(config.output_dir, "run", option="output_dir", adopt=bool(list_checkpoints(config.output_dir)))
 
 
 def load_policy(config: TrainConfig, checkpoint: Path | None) -> Policy:
-    """The policy of a config, or of a checkpoint of its run."""
+    """The policy of a configuration, or of a checkpoint of its run."""
     from balcaprl.assets import demo_model_path
 
     base = demo_model_path() if config.model.path == "demo" else config.model.path
@@ -485,7 +494,7 @@ def load_policy(config: TrainConfig, checkpoint: Path | None) -> Policy:
         freeze_vision=config.model.freeze_vision,
         fused_layers=config.model.fused_layers,
         base=base,
-        verify=checkpoint is None,  # one that is resumed from has been compared with its manifest already
+        verify=checkpoint is None,  # a checkpoint was already compared with its manifest
     )
     if config.model.autocast:
         policy.autocast_dtype = torch.bfloat16
@@ -504,12 +513,12 @@ def step_seed(seed: int, step: int) -> int:
 def make_reference(
     policy: Policy, start: Callable[[], Policy], before: dict[str, str] | None
 ) -> tuple[Reference, dict[str, str]]:
-    """What the divergence is measured from, and how a checkpoint tells it: kind and digest.
+    """Reference of the divergence, and the kind and digest by which a checkpoint records it.
 
     Args:
-        policy: what is trained.
-        start: the policy as the run began, or begins, with it; it may be ``policy`` itself.
-        before: what the checkpoint that is resumed from says; None: nothing.
+        policy: the policy that is trained.
+        start: function that returns the policy with which the run began or begins; this may be ``policy`` itself.
+        before: kind and digest in the checkpoint that the run resumes from; None if there are none.
     """
     if before is not None and before.get("kind") == WithoutAdapter.kind:
         return WithoutAdapter(policy), {"kind": WithoutAdapter.kind, "digest": digest_of(policy, WithoutAdapter.kind)}
@@ -521,5 +530,5 @@ def make_reference(
 
 
 def _name_of(part: Any) -> str | None:
-    """What a checkpoint calls a part that was passed to the trainer; None: it was not."""
+    """Name by which a checkpoint records a part that was passed to the trainer; None if none was passed."""
     return None if part is None else str(getattr(part, "name", type(part).__name__))

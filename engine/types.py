@@ -28,11 +28,11 @@ REWARD_NAMES = ("precision", "recall", "linguistic")
 
 
 class RunStoppedError(RuntimeError):
-    """A run cannot go on, or should not; the message says why and what to do."""
+    """A run cannot or should not go on; the message says why, and what to do."""
 
 
 class DivergedError(RunStoppedError):
-    """Weights, optimiser or what the policy samples are no longer good to learn from."""
+    """The weights, the optimiser or the policy's samples are no longer good to learn from."""
 
 
 class JudgeStoppedError(RunStoppedError):
@@ -40,7 +40,7 @@ class JudgeStoppedError(RunStoppedError):
 
 
 class PromptError(ValueError):
-    """A sample that no prompt can be made of; the message says why, and does not name the sample."""
+    """A sample cannot be made into a prompt; the message says why, and does not name the sample."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Sample:
     """One image with its reference caption, as a dataset yields it."""
 
     sample_id: str
-    """Unique in its dataset; names the sample in logs and errors."""
+    """Identifier that is unique in the dataset; it names the sample in logs and errors."""
     load_image: Callable[[], Image.Image]
-    """Returns the image, decoded, in RGB, within the pixel budget. May raise ``ImageError``."""
+    """Function that returns the image, decoded, in RGB, within the pixel budget. It may raise ``ImageError``."""
     reference: str
     """The reference caption; never empty."""
     instruction: str
@@ -58,11 +58,11 @@ class Sample:
     facts: Any = None
     """What is known of the image beyond the reference; a scene graph for drawn scenes."""
     image_id: str | None = None
-    """Names the image where several samples may show the same one."""
+    """Identifier of the image, if several samples may show the same one."""
 
     @property
     def image_identity(self) -> str:
-        """The same for all samples of one image."""
+        """Identifier that is the same for all samples of one image."""
         return self.sample_id if self.image_id is None else self.image_id
 
 
@@ -101,17 +101,17 @@ class Assertion:
     text: str
     """The claim in a normal form, such as ``red circle: size = large``."""
     spans: tuple[tuple[int, int], ...]
-    """Where the completion says it: half-open character ranges, repetitions included."""
+    """Where the completion makes the claim, as half-open character ranges; repetitions are included."""
     verified: bool
-    """True of the image."""
+    """Whether the claim is true of the image."""
     pointable: bool
-    """Refers to something visible that can be located."""
+    """Whether the claim refers to something visible that can be located."""
     reason: str = ""
-    """What settles it, in a few words, where the judge says so."""
+    """Reason for the verdict in a few words, if the judge gives one."""
 
     @property
     def counted(self) -> bool:
-        """Whether the precision reward counts it."""
+        """Whether the precision reward counts the claim."""
         return self.verified and self.pointable
 
 
@@ -130,15 +130,16 @@ class RewardBreakdown:
     precision: float = math.nan
     recall: float = math.nan
     linguistic: float = math.nan
-    """Before any length rule."""
+    """Linguistic reward before any length rule."""
     clarity: float = math.nan
-    """1 to 5, like ``fluency`` and ``coherence``; ``linguistic`` is their mean, mapped by (s - 1) / 4."""
+    """Grade from 1 to 5, like ``fluency`` and ``coherence``. ``linguistic`` is the mean s of the three, mapped by (s -
+    1) / 4."""
     fluency: float = math.nan
     coherence: float = math.nan
     assertions: tuple[Assertion, ...] = ()
     reference_units: tuple[ReferenceUnit, ...] = ()
     error: str | None = None
-    """Why there is no score, where there is none."""
+    """Why a score is missing, if one is."""
     extra: Mapping[str, float] = field(default_factory=dict)
     """Custom rewards by name; NaN where there is no score."""
 
@@ -149,7 +150,7 @@ class RewardBreakdown:
 
     @property
     def b_capscore(self) -> float:
-        """Harmonic mean of the three rewards: 0 if one is 0, NaN if one is missing."""
+        """Harmonic mean of the three rewards: 0 if one of them is 0, NaN if one is missing."""
         if any(math.isnan(r) for r in self.rewards):
             return math.nan
         if min(self.rewards) <= 0.0:
@@ -164,7 +165,7 @@ class Rollout:
     completion: Completion
     breakdown: RewardBreakdown | None = None
     length: float = math.nan
-    """Of the completion, in the unit of ``reward.length_unit``."""
+    """Length of the completion, in the unit of ``reward.length_unit``."""
     reference_length: float = math.nan
     advantage: float = math.nan
 
@@ -181,7 +182,7 @@ class RolloutGroup:
     prompt: Prompt
     rollouts: list[Rollout] = field(default_factory=list)
     policy_version: int | None = None
-    """Of the weights that it was sampled from, where the sampler knows."""
+    """Version of the weights that the group was sampled from; None if the sampler does not know it."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""From scored rollouts to gradients: choose, cut into parts, pack, run, add up.
+"""From scored rollouts to gradients: select, split into parts, pack, run and accumulate.
 
-A prompt goes through the model once per group and part, its images once; hidden states are taken where a completion token
-is predicted, and go to the loss without logits. The loss divides by a global denominator: neither the cut nor what is left
-out changes the result.
+If prompts are shared, a prompt and its images go through the model once per group and part; otherwise, a prompt goes
+through once per completion. Hidden states are taken at the positions that predict a completion token, and go to the
+loss without logits. The loss divides by a global denominator, so neither the split nor the rollouts that are left out
+change the result.
 """
 
 from __future__ import annotations
@@ -30,24 +31,25 @@ from balcaprl.types import Prompt, Rollout, RolloutGroup, RunStoppedError
 _MEANS = ("clip_fraction", "ratio_mean", "kl", "sampling_kl")
 LOSS_METRICS = ("loss", *_MEANS, "ratio_max")
 _MAX_FIRST_KL, _MAX_FIRST_KL_ROUNDED = 1e-6, 1e-2
-"""Divergence of a policy from itself, by its forwards with and without gradients: in float32, and rounded to bfloat16."""
+"""Largest divergence of a policy from itself that is accepted before the first update, in float32 and in bfloat16. The
+two sides come from forwards with and without gradients, which may round differently."""
 _REFUSALS = ("num_nonfinite_updates", "num_refused_updates")
 
 
 Members = list[tuple[int, list[int]]]
-"""(group, its rollouts) of a part, as ``Plan`` has them."""
+"""Members of a part, as in ``Plan``: for each group its index, and the indices of its rollouts."""
 
 
 @dataclass
 class UpdatePart:
-    """One part of a batch, packed, with its slice of what the loss needs."""
+    """One part of a batch, packed, with its slice of the loss's inputs."""
 
     members: Members
     packed: PackedBatch
     sampling_logprobs: Tensor
     num_tokens: int
     hidden: Tensor | None = None
-    """Of a forward that is made and waits for its loss."""
+    """Hidden states of a forward that was made in advance and still waits for its loss."""
     old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
 
@@ -56,12 +58,14 @@ class PolicyUpdate:
     """Updates a policy from batches of scored rollouts.
 
     Args:
-        policy: What is trained.
-        optimizer: Of its parameters.
-        config: The run's; ``loss``, ``optim`` and the sampling temperature count.
-        reference: What the divergence is measured from, if it is.
-        on_first_logprobs: Called with the log-probabilities (T,) of each part's first forward, and the sampler's (T,).
-        starts_at_reference: The reference is what training starts from: there must be no divergence before the first update.
+        policy: The policy that is trained.
+        optimizer: Optimiser of the policy's parameters.
+        config: The run's configuration; ``loss``, ``optim`` and the sampling temperature are used.
+        reference: The policy that the divergence is measured from; None if there is no divergence term.
+        on_first_logprobs: Function that gets the log-probabilities (T,) of each part's first forward, and the sampler's
+            (T,).
+        starts_at_reference: Whether training starts from the reference, so that the divergence must be 0 before the
+            first update.
     """
 
     def __init__(
@@ -80,9 +84,9 @@ class PolicyUpdate:
         self._begun: tuple[Sequence[RolloutGroup], UpdatePart] | None = None
 
     def begin(self, groups: Sequence[RolloutGroup]) -> None:
-        """Make the first part's forward while the batch is still being judged; ``run`` goes on from there.
+        """Run the forward of the first part while the batch is still being judged; ``run`` continues from there.
 
-        Which of its rollouts will have an advantage of 0 is not known yet: those of this part take part.
+        It is not known yet which rollouts will have an advantage of 0, so this part contains those as well.
         """
         plan, sharing = self._plan(groups, [_places_with_tokens(group) for group in groups])
         if plan.parts:
@@ -92,12 +96,12 @@ class PolicyUpdate:
             self._begun = groups, part
 
     def run(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        """``epochs_per_batch`` updates from one batch; the metrics of the last, and of the batch.
+        """Make ``epochs_per_batch`` updates from one batch; return the metrics of the last update and of the batch.
 
         Raises:
             RuntimeError: ``begin`` was given another batch.
             DivergedError: too many updates in a row were refused.
-            RunStoppedError: the policy does not start at its reference, and should.
+            RunStoppedError: the policy does not start at its reference, although it should.
         """
         peak = PeakMemory(self.policy.device)
         begun_of, begun = self._begun or (groups, None)
@@ -136,10 +140,11 @@ class PolicyUpdate:
     def pack_parts(
         self, groups: Sequence[RolloutGroup], begun: UpdatePart | None = None
     ) -> tuple[list[UpdatePart], dict[str, float]]:
-        """The batch in parts, and what they say of it: how many, and the tokens that go through the model.
+        """Pack the batch in parts, and return the parts with metrics.
 
-        Rollouts that carry no gradient are left out: empty ones, and, unless the divergence term is on, those whose advantage
-        is exactly 0. Their tokens still count in the global denominator. ``begun`` is the first part if there is one.
+        The metrics include the number of parts and the number of tokens that go through the model. Rollouts that carry
+        no gradient are left out: empty ones and, unless there is a divergence term, those whose advantage is exactly 0.
+        Their tokens still count in the global denominator. ``begun`` is the first part, if ``begin`` has made one.
         """
         taken = {index: set(places) for index, places in begun.members} if begun else {}
         left = [
@@ -158,14 +163,17 @@ class PolicyUpdate:
         return parts, metrics
 
     def _places(self, group: RolloutGroup) -> list[int]:
-        """The rollouts of a group that have a gradient, once their advantages are known."""
+        """Indices of the group's rollouts that have a gradient, once their advantages are known."""
         every = _places_with_tokens(group)
         return [j for j in every if self.reference is not None or group.rollouts[j].advantage != 0.0]
 
     def _plan(
         self, groups: Sequence[RolloutGroup], places: Sequence[Sequence[int]], *, num_begun: int = 0
     ) -> tuple[Plan, Sharing]:
-        """How the given rollouts of each group are cut, beside parts that have begun, and in which layout they are packed."""
+        """Split the given rollouts of each group into parts, and choose the layout in which they are packed.
+
+        ``num_begun`` is the number of parts that exist already.
+        """
         settings = self.config.optim
         lengths = [
             GroupLengths(
@@ -185,7 +193,7 @@ class PolicyUpdate:
         return cut(lengths, count, settings.token_budget), "shared" if shares else "repeated"
 
     def _pack(self, groups: Sequence[RolloutGroup], members: Members, sharing: Sharing) -> UpdatePart:
-        """One part: the given rollouts, in order."""
+        """Pack the given rollouts into one part, in order."""
         by_group = [(groups[i].prompt, [groups[i].rollouts[j] for j in places]) for i, places in members]
         rollouts = [rollout for _, each in by_group for rollout in each]
         sampling = [value for rollout in rollouts for value in rollout.completion.sampling_logprobs]
@@ -197,7 +205,7 @@ class PolicyUpdate:
         )
 
     def _add_reference(self, part: UpdatePart) -> None:
-        """The reference's log-probabilities, if the part has none yet."""
+        """Compute the reference's log-probabilities, if there is a reference and the part has none yet."""
         if self.reference is not None and part.reference_logprobs is None:
             with torch.no_grad():
                 temperature = self.config.rollout.sampling.temperature
@@ -206,7 +214,7 @@ class PolicyUpdate:
     def _accumulate(
         self, groups: Sequence[RolloutGroup], parts: list[UpdatePart], normalizer: float
     ) -> dict[str, float]:
-        """Gradients of all parts; returns the loss and the token-weighted means of its metrics."""
+        """Accumulate the gradients of all parts; return the loss and the token-weighted means of its metrics."""
         num_tokens = sum(part.num_tokens for part in parts)
         shares = [part.num_tokens / num_tokens for part in parts]
         rows = []
@@ -214,18 +222,18 @@ class PolicyUpdate:
             result = self._loss(part, self._advantages(groups, part), normalizer)
             result.loss.backward()
             rows.append(torch.stack([getattr(result, name).detach() for name in LOSS_METRICS]))
-        # One read for all parts: on a GPU each would wait for what is queued.
+        # Read the metrics of all parts at once: on a GPU, each read waits for all work that is queued.
         columns = dict(zip(LOSS_METRICS, torch.stack(rows).double().T.tolist(), strict=True))
         means = {name: sum(s * v for s, v in zip(shares, columns[name], strict=True)) for name in _MEANS}
         return {"loss": sum(columns["loss"]), **means, "ratio_max": max(columns["ratio_max"])}
 
     def _advantages(self, groups: Sequence[RolloutGroup], part: UpdatePart) -> Tensor:
-        """(R,) of the part's rollouts."""
+        """Advantages (R,) of the part's rollouts."""
         values = [groups[i].rollouts[j].advantage for i, places in part.members for j in places]
         return torch.tensor(values, dtype=torch.float32, device=self.policy.device)
 
     def _loss(self, part: UpdatePart, advantages: Tensor, normalizer: float) -> PolicyLoss:
-        """The loss of one part; its first forward leaves behind what later epochs need."""
+        """Loss of one part; the first forward also keeps the log-probabilities that later epochs need."""
         settings = self.config.loss
         self._add_reference(part)
         is_first = part.old_logprobs is None
@@ -260,7 +268,7 @@ class PolicyUpdate:
         return result
 
     def _normalizer(self, groups: Sequence[RolloutGroup]) -> float:
-        """The global denominator of the loss, the same however the batch is split."""
+        """Global denominator of the loss, which is the same however the batch is split."""
         lengths = [len(r.completion.token_ids) for g in groups for r in g.rollouts]
         if self.config.loss.reduction == "token-mean":
             return float(max(1, sum(lengths)))
@@ -274,15 +282,15 @@ def _places_with_tokens(group: RolloutGroup) -> list[int]:
 
 
 def to_policy_group(prompt: Prompt, rollouts: Sequence[Rollout]) -> Group:
-    """What the policy needs of some rollouts of one prompt."""
+    """The given rollouts of one prompt, in the form that the policy takes."""
     completions = [torch.tensor(r.completion.token_ids, dtype=torch.long) for r in rollouts]
     return Group(prompt.prompt_ids, completions, prompt.image_inputs, prompt.sample.sample_id)
 
 
 class PeakMemory:
-    """The most memory in use since it was made: of PyTorch's allocator on CUDA, else of this process.
+    """Peak of the memory in use since the object was made: PyTorch's allocator on CUDA, otherwise this process.
 
-    Linux keeps the peak of a process, and forgets it when asked; elsewhere the present memory stands for it.
+    Linux keeps the peak of a process, and resets it on request. On other systems, the present memory is given instead.
     """
 
     _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -296,7 +304,7 @@ class PeakMemory:
                 self._CLEAR.write_text("5")
 
     def gib(self) -> float:
-        """In GiB."""
+        """The peak in GiB."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 2**30
         with suppress(OSError, StopIteration):

@@ -1,9 +1,14 @@
 """The demo's warm start: a tiny captioner that sees well and writes badly, made from scratch.
 
-Four supervised phases on drawn scenes. The image tower learns to see, through a linear head that is thrown away; bare
-attribute lists teach the text model to read what the tower saw; clean captions teach it to write; and captions damaged at
-the stated rates of ``FlawRates`` teach it the flaws that reinforcement learning has to remove. (Trained on flawed captions
-alone, a model of this size never learns to see.) Seeds come from the training split.
+It is trained on drawn scenes in four supervised phases:
+
+1. The image tower learns to see, through a linear head that is thrown away.
+2. Bare attribute lists teach the text model to read what the tower saw.
+3. Clean captions teach the text model to write.
+4. Captions damaged at the rates of ``FlawRates`` teach it the flaws that reinforcement learning has to remove.
+
+A model of this size that is trained only on flawed captions never learns to see. The seeds of the scenes come from the
+training split.
 """
 
 from __future__ import annotations
@@ -41,11 +46,11 @@ class Phase:
     """One supervised phase."""
 
     style: PhaseStyle
-    """``tower``: no captions, but what is in each part of the image. ``labels``: bare attribute lists. ``clean``: true,
-    well-formed captions. ``flawed``: captions damaged at the stated rates."""
+    """``tower``: no captions, but targets that say what is in each part of the image. ``labels``: bare attribute lists.
+    ``clean``: true, well-formed captions. ``flawed``: captions damaged at the stated rates."""
     steps: int
     lr: float
-    """Peak learning rate; it warms up linearly and falls along a cosine."""
+    """Peak learning rate, which is reached by a linear warm-up and followed by a cosine decay."""
     final_lr_ratio: float = 0.05
     warmup_steps: int = 30
 
@@ -60,11 +65,11 @@ class WarmstartConfig:
     seed: int = 0
     scenes: SceneConfig = field(default_factory=SceneConfig)
     tower_scenes: SceneConfig = field(default_factory=lambda: SceneConfig(count_weights=(0, 0, 0, 0, 1)))
-    """What the tower is trained on: crowded scenes, so that more is to be seen in each image."""
+    """Scenes on which the tower is trained; they are crowded, so that each image shows more."""
     batch_size: int = 32
-    """Captions of one step."""
+    """Number of images, or of images with captions, per step."""
     bucket: int = 8
-    """Batches whose captions are sorted by length together, so that little is padding."""
+    """Number of batches whose captions are sorted by length together, so that there is little padding."""
     weight_decay: float = 0.01
     beta2: float = 0.98
     max_grad_norm: float = 1.0
@@ -73,7 +78,7 @@ class WarmstartConfig:
     vision_hidden_size: int = 128
     vision_depth: int = 3
     rates: FlawRates = field(default_factory=FlawRates)
-    """Flaws of the last phase's captions."""
+    """Rates of the flaws in the last phase's captions."""
     tower: Phase = Phase("tower", steps=2000, lr=2e-3)
     phases: tuple[Phase, ...] = (
         Phase("labels", steps=650, lr=1.5e-3),
@@ -83,9 +88,9 @@ class WarmstartConfig:
 
 
 def grid_targets(scene: Scene, tokens: int) -> torch.Tensor:
-    """What each image token has to tell: (tokens * tokens, 7) of presence, row, column and the four attributes.
+    """What each image token shows: presence, row, column and the four attributes, as (tokens * tokens, 7).
 
-    An object belongs to the token that holds its centre; attributes of empty tokens are -100.
+    An object belongs to the token that holds its centre; the attributes of empty tokens are -100.
     """
     targets = torch.full((tokens, tokens, 3 + len(_GRID_CLASSES)), -100)
     targets[..., 0] = 0
@@ -118,7 +123,10 @@ class _ImageBatches(IterableDataset):
 def train_tower(
     model: Any, folder: Path, config: WarmstartConfig, phase: Phase, first_scene: int, report: Callable[[str], None]
 ) -> None:
-    """Teach the image tower to see, through a linear head that is thrown away: what is in each token's part of the image."""
+    """Train the image tower to tell what is in each token's part of the image.
+
+    The tower learns through a linear head that is thrown away afterwards.
+    """
     tokens = config.tower_scenes.side // 28
     sizes = [2, tokens, tokens, *(len(classes) for classes in _GRID_CLASSES.values())]
     tower = model.model.visual
@@ -193,7 +201,7 @@ def _load_processor(folder: Path) -> Any:
 
 
 def _encode(processor: Any, images: list[Any], captions: list[str]) -> dict[str, torch.Tensor]:
-    """Processor output with ``labels`` (B, T): the caption and its end, -100 elsewhere."""
+    """Processor output with ``labels`` (B, T): the ids of the caption and its end token, -100 elsewhere."""
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": INSTRUCTION}]}
     prompt = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     end = processor.tokenizer.eos_token
@@ -241,14 +249,15 @@ def train_phase(
 
 
 def build_warmstart(folder: Path, config: WarmstartConfig, report: Callable[[str], None] = print) -> Path:
-    """Build the warm start's checkpoint folder from its configuration alone.
+    """Build the warm start's checkpoint folder from nothing but its configuration.
 
-    Writes a stock transformers folder (bfloat16 weights) and ``warmstart.json``: the recipe and the weights' SHA-256. What each
-    phase ends with is kept in ``<folder>.phases`` and not made twice: a build that was interrupted goes on with the phase
-    that it was in. The weights are not expected to be the same bits on another kind of processor.
+    Writes a stock transformers folder (bfloat16 weights) and ``warmstart.json``, which holds the configuration and the
+    SHA-256 of the weights. The model after each phase is kept in ``<folder>.phases`` and not trained twice: a build
+    that was interrupted continues with the phase that it was in. On another kind of processor, the bits of the weights
+    may differ.
 
     Raises:
-        ForeignPathError: one of the two folders holds what no warm start wrote.
+        ForeignPathError: one of the two folders holds files that no warm start wrote.
         PathInUseError: another process builds there.
     """
     work = folder.with_name(folder.name + ".phases")
@@ -295,7 +304,10 @@ def _load_model(folder: Path) -> Any:
 
 
 def _fingerprint(config: WarmstartConfig, index: int) -> str:
-    """Of everything that the state after phase ``index`` follows from: flaw rates count once captions are flawed."""
+    """Hash of everything that determines the state after phase ``index``.
+
+    Flaw rates are included only from the phase with flawed captions on.
+    """
     plain = asdict(replace(config, phases=config.phases[:index]))
     if not any(phase.style == "flawed" for phase in config.phases[:index]):
         del plain["rates"]

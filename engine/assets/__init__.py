@@ -5,15 +5,15 @@ from pathlib import Path
 _FOLDER = Path(__file__).parent
 
 DEMO_TOKENIZER = _FOLDER / "demo_tokenizer.json"
-"""The warm start's vocabulary: every word of the scenes world as one token, trained on its captions. It ships, so that
-changing how captions are written does not change what a token id means."""
+"""Tokenizer of the warm start, trained on the captions of the scenes world, with one token for each word of that world.
+It ships with the package, so that a change in how captions are written does not change what a token id means."""
 
 
 def demo_model_path() -> Path:
-    """The demo's warm start, a stock checkpoint folder.
+    """Folder of the demo's warm start, a stock checkpoint.
 
     Raises:
-        FileNotFoundError: if this installation lacks it.
+        FileNotFoundError: this installation lacks the folder.
     """
     path = _FOLDER / "demo_model"
     if not (path / "model.safetensors").is_file():

@@ -1,9 +1,9 @@
-// Grouped advantages: see kernels/ops/grouped_advantages.py for the mathematics and every edge rule.
+// Grouped advantages; kernels/ops/grouped_advantages.py has the mathematics and every edge rule.
 //
-// The rewards are read once. A batch of groups is laid out in double so that the same entry of neighbouring groups lies side by
-// side: the statistics of several groups are then taken at once, without a branch, and each group is still summed up in the
-// order of its rollouts. The same input gives the same bits on every machine and at any number of threads, and a group's
-// result depends on that group alone (for gdpo: on the batch).
+// The rewards are read once. A batch of groups is converted to double and laid out so that the same entries of
+// neighbouring groups are adjacent in memory. The statistics of several groups can then be computed at once, without a
+// branch, and each group is still summed in the order of its rollouts. The same input gives the same bits on every
+// machine and with any number of threads. A group's result depends only on that group (for gdpo: on the whole batch).
 
 #include <algorithm>
 #include <atomic>
@@ -26,11 +26,11 @@ using balcaprl::GroupTotals;
 using balcaprl::Status;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kMaxReward = 1e150;  // beyond it a weighted sum of rewards may overflow
+constexpr double kMaxReward = 1e150;  // with larger rewards a weighted sum could overflow
 constexpr double kMaxWeight = 1e30;
 constexpr double kRounding = 64 * std::numeric_limits<double>::epsilon();
-constexpr int64_t kBatchValues = 2048;     // of one batch of groups: stays in the first-level cache
-constexpr int64_t kBlockValues = 1 << 16;  // of one block of work for a thread
+constexpr int64_t kBatchValues = 2048;     // rewards in a batch of groups, so that it stays in the first-level cache
+constexpr int64_t kBlockValues = 1 << 16;  // rewards in a block of work for a thread
 
 constexpr int64_t kWidth = balcaprl::kGroupsPadding;
 
@@ -45,8 +45,8 @@ struct Shape {
 };
 
 struct LengthMask {
-  const double* lengths;            // null: no mask
-  const double* reference_lengths;  // as long as lengths
+  const double* lengths;            // null if there is no mask
+  const double* reference_lengths;  // same size as lengths
   int64_t reward;                   // the column that the mask gates
   double low;
   double high;
@@ -59,7 +59,7 @@ struct LengthMask {
 
 struct Problem {
   Shape shape;
-  const double* weights;  // null: all 1
+  const double* weights;  // null if all weights are 1
   LengthMask mask;
   Method method;
   double eps;
@@ -67,12 +67,12 @@ struct Problem {
   double weight(int64_t k) const { return weights == nullptr ? 1.0 : weights[k]; }
 };
 
-// The memory of one block of work. Of a batch of groups, `width` of them side by side (a multiple of kWidth):
+// The memory of one block of work. It holds one batch of groups at a time.
 struct Workspace {
-  int64_t width;
-  double* values;  // values[(j * K + k) * width + g]: rollout j, reward k; NaN where there is no score, or no group
-  double* totals;  // totals[j * width + g]
-  double* scored;  // 1 where the rollout has a score, else 0, as totals
+  int64_t width;   // number of groups that lie side by side, a multiple of kWidth
+  double* values;  // values[(j * K + k) * width + g]: group g, rollout j, reward k; NaN if there is no score or group
+  double* totals;  // totals[j * width + g]: group g, rollout j
+  double* scored;  // scored[j * width + g]: 1 if the rollout has a score, otherwise 0
 
   static int64_t doubles(int64_t width, int64_t group_size, int64_t num_rewards) {
     return width * group_size * (num_rewards + 2);
@@ -84,8 +84,8 @@ struct Workspace {
         scored(totals + groups * group_size) {}
 };
 
-// Fills `values` with the rewards of `num_groups` groups from `first_group` on, mask applied. kRewards is their number where
-// it is known to the compiler, else 0; `scored` is only written for methods that need it.
+// Fills `values` with the rewards of `num_groups` groups from `first_group` on and applies the length mask. kRewards is
+// the number of rewards if it is known at compile time, otherwise 0. `scored` is written only for methods that need it.
 template <typename T, int kRewards>
 void load(const T* rewards, const Problem& problem, int64_t first_group, int64_t num_groups, Workspace& work) {
   const int64_t num_rewards = kRewards > 0 ? kRewards : problem.shape.num_rewards;
@@ -106,13 +106,13 @@ void load(const T* rewards, const Problem& problem, int64_t first_group, int64_t
     }
     for (int64_t g = 0; masked && g < num_groups; ++g) {
       double& x = to[problem.mask.reward * width + g];
-      // A missing score stays missing, and what is too large is still to be found.
+      // A missing score stays missing, and a reward that is too large stays in place for the later check.
       if (std::fabs(x) <= kMaxReward && problem.mask.rejects((first_group + g) * size + j)) x = 0.0;
     }
   }
 }
 
-// c-gdpo: totals = sum over rewards of weight * z.
+// For c-gdpo and gdpo: totals = sum over rewards of weight * z. Returns false on a bad reward.
 bool add_normalised(const Problem& problem, bool scale, Workspace& work) {
   const int64_t num_rewards = problem.shape.num_rewards, size = problem.shape.group_size;
   std::fill(work.totals, work.totals + size * work.width, 0.0);
@@ -127,7 +127,7 @@ bool add_normalised(const Problem& problem, bool scale, Workspace& work) {
   return true;
 }
 
-// grpo: z of the weighted sums of the scores that are there.
+// For grpo: totals = z of the weighted sum of the scores that exist. Returns false on a bad reward.
 bool normalise_sums(const Problem& problem, Workspace& work) {
   const int64_t num_rewards = problem.shape.num_rewards, size = problem.shape.group_size, width = work.width;
   bool good = true;
@@ -141,7 +141,8 @@ bool normalise_sums(const Problem& problem, Workspace& work) {
         any |= x == x;
         total += x == x ? problem.weight(k) * x : 0.0;
       }
-      // Row j of the sums lies at or before row j of the values: what is still to be read is not written over.
+      // The sums overwrite the values. Row j of the sums lies at or before row j of the values, so that nothing is
+      // overwritten before it is read.
       work.values[j * width + g] = any ? total : NAN;
     }
   }
@@ -155,7 +156,7 @@ bool normalise_sums(const Problem& problem, Workspace& work) {
   return true;
 }
 
-// Advantages of one batch of groups into work.totals. False on a bad reward.
+// Writes the advantages of one batch of groups to work.totals. Returns false on a bad reward.
 template <typename T>
 bool normalise(const T* rewards, const Problem& problem, int64_t first_group, int64_t num_groups, Workspace& work) {
   switch (problem.shape.num_rewards) {
@@ -164,7 +165,7 @@ bool normalise(const T* rewards, const Problem& problem, int64_t first_group, in
     case 3: load<T, 3>(rewards, problem, first_group, num_groups, work); break;
     default: load<T, 0>(rewards, problem, first_group, num_groups, work); break;
   }
-  // The squares of floats, and of their differences in double, are well inside the range of double.
+  // Float rewards need no scaling: the squares of their differences are well inside the range of double.
   constexpr bool kScale = std::is_same<T, double>::value;
   return problem.method == kSumFirst ? normalise_sums(problem, work) : add_normalised(problem, kScale, work);
 }
@@ -183,9 +184,10 @@ Status check_arguments(const Problem& problem) {
   return !good ? balcaprl::kBadLengths : good_reference ? balcaprl::kOk : balcaprl::kBadReferenceLengths;
 }
 
-// gdpo: what the totals (NaN for a rollout without a score) are divided by. The batch mean is 0 by construction (every z sums
-// to 0 over its group), so that only the std is needed: taking the mean away would move rounding noise into flat groups.
-// Totals that differ by no more than the rounding of their terms are flat.
+// Divisor of the totals for gdpo; a total is NaN for a rollout without a score. The batch mean is 0 by construction
+// (every z sums to 0 over its group), so only the std is needed; subtracting the mean would move rounding noise into
+// flat groups. Totals that differ by no more than the rounding of their terms count as flat; the divisor is then
+// infinite, which makes every advantage 0.
 double batch_divisor(const double* totals, const Problem& problem) {
   double weights = 0.0;
   for (int64_t k = 0; k < problem.shape.num_rewards; ++k) weights += std::fabs(problem.weight(k));
@@ -193,10 +195,10 @@ double batch_divisor(const double* totals, const Problem& problem) {
   return std > 0.0 ? std + problem.eps : kInfinity;
 }
 
-// The work of one thread at a time: groups [begin, end), in batches.
+// Settings and status that all blocks of work share.
 struct Job {
-  int64_t batch_groups;
-  double* totals;  // (R), gdpo only
+  int64_t batch_groups;  // groups in a batch
+  double* totals;        // (R) totals for gdpo; null for other methods
   std::atomic<int32_t> status{balcaprl::kOk};
 };
 
@@ -257,8 +259,9 @@ int32_t run(const T* rewards, const Problem& problem, float* advantages) {
 
 }  // namespace
 
-// rewards (R, K); weights (K) or null; lengths and reference_lengths (R) or both null; advantages (R), written. The
-// caller has checked that group_size divides num_rollouts and, where lengths are given, 0 <= masked_reward < num_rewards.
+// Sizes: rewards (R, K), weights (K) or null, lengths and reference_lengths (R) or both null. Writes advantages (R).
+// The caller has checked that group_size divides num_rollouts, and that 0 <= masked_reward < num_rewards if lengths are
+// given.
 #define BALCAPRL_GROUPED_ADVANTAGES(suffix, type)                                                                   \
   BALCAPRL_EXPORT int32_t balcaprl_grouped_advantages_##suffix(                                                     \
       const type* rewards, int64_t num_rollouts, int64_t num_rewards, int64_t group_size, const double* weights,    \

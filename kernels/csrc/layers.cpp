@@ -1,4 +1,5 @@
-// RMSNorm, silu(gate) * up and rotary positions over many rows, forward and backward, for kernels/ops/native_layers.py. All arrays are float32.
+// RMSNorm, silu(gate) * up and rotary positions over many rows, forward and backward, for kernels/ops/native_layers.py.
+// All arrays are float32.
 #include "layers.h"
 
 #include <algorithm>
@@ -14,7 +15,7 @@ namespace {
 using balcaprl::layer_table;
 using balcaprl::parallel_for;
 
-// Of the gradient of the weight each block of rows has a sum of its own.
+// Sizes of the blocks of work. Each block of kRows rows has its own sum of the weight's gradient.
 constexpr int64_t kRows = 64;
 constexpr int64_t kColumns = 512;
 constexpr int64_t kNumbers = 8192;
@@ -23,7 +24,7 @@ int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / siz
 
 }  // namespace
 
-// x, out (num_rows, size), weight (size), rstd (num_rows).
+// Sizes: x and out (num_rows, size), weight (size), rstd (num_rows).
 BALCAPRL_EXPORT int32_t balcaprl_rms_norm(int64_t num_rows, int64_t size, const float* x, const float* weight, double eps,
                                           float* out, float* rstd) {
   const auto& table = layer_table();
@@ -36,8 +37,8 @@ BALCAPRL_EXPORT int32_t balcaprl_rms_norm(int64_t num_rows, int64_t size, const 
   return balcaprl::kOk;
 }
 
-// grad_x as x; grad_weight (size) or null. The gradient of the weight is summed in float32 within blocks of rows, in float64 over
-// them.
+// Sizes: grad, x and grad_x (num_rows, size), weight (size), rstd (num_rows), grad_weight (size) or null. The gradient
+// of the weight is summed in float32 within a block of rows, and in float64 over the blocks.
 BALCAPRL_EXPORT int32_t balcaprl_rms_norm_backward(int64_t num_rows, int64_t size, const float* grad, const float* x,
                                                    const float* weight, const float* rstd, float* grad_x,
                                                    float* grad_weight) {
@@ -68,7 +69,7 @@ BALCAPRL_EXPORT int32_t balcaprl_rms_norm_backward(int64_t num_rows, int64_t siz
   return balcaprl::kOk;
 }
 
-// gate, up, out (count).
+// Sizes: gate, up and out (count).
 BALCAPRL_EXPORT int32_t balcaprl_silu_mul(int64_t count, const float* gate, const float* up, float* out) {
   const auto& table = layer_table();
   parallel_for(blocks_of(count, kNumbers), [&](int64_t block) {
@@ -88,7 +89,8 @@ BALCAPRL_EXPORT int32_t balcaprl_silu_mul_backward(int64_t count, const float* g
   return balcaprl::kOk;
 }
 
-// x, out (num_tokens, num_heads, 2 * half), cos, sin (num_tokens, 2 * half). turn_back != 0: the gradient, see layers.h.
+// Sizes: x and out (num_tokens, num_heads, 2 * half), cos and sin (num_tokens, 2 * half). With turn_back != 0 it
+// computes the gradient, see layers.h.
 BALCAPRL_EXPORT int32_t balcaprl_rotate(int64_t num_tokens, int64_t num_heads, int64_t half, const float* x,
                                         const float* cos, const float* sin, int32_t turn_back, float* out) {
   const auto& table = layer_table();

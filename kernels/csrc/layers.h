@@ -1,5 +1,6 @@
-// Elementwise layers of a transformer on float32 rows: RMSNorm, SwiGLU's silu(gate) * up, and rotary positions. One pass each where
-// PyTorch's own operations take four to eight. Implemented once per instruction set in simd/layers.cpp.
+// Elementwise layers of a transformer on float32 rows: RMSNorm, SwiGLU's silu(gate) * up, and rotary positions. Each
+// takes one pass; PyTorch runs four to eight operations. The code is compiled once per instruction set, in
+// simd/layers.cpp.
 #pragma once
 
 #include <cstdint>
@@ -9,17 +10,17 @@
 namespace balcaprl {
 
 struct LayerTable {
-  // out = x * rstd * weight with rstd = 1 / sqrt(mean(x^2) + eps), which is returned.
+  // Writes out = x * rstd * weight and returns rstd = 1 / sqrt(mean(x^2) + eps).
   float (*rms_norm)(const float* x, const float* weight, int64_t size, double eps, float* out);
-  // grad_x of a row from its output's gradient; adds grad * x * rstd to weight_sums unless that is null.
+  // Writes grad_x of a row from the gradient of its output; adds grad * x * rstd to weight_sums unless that is null.
   void (*rms_norm_backward)(const float* grad, const float* x, const float* weight, int64_t size, float rstd,
                             float* grad_x, float* weight_sums);
-  // out = silu(gate) * up.
+  // Writes out = silu(gate) * up.
   void (*silu_mul)(const float* gate, const float* up, int64_t size, float* out);
   void (*silu_mul_backward)(const float* grad, const float* gate, const float* up, int64_t size, float* grad_gate,
                             float* grad_up);
-  // out = x * cos + [-x2, x1] * sin for a head x = [x1, x2] of 2 * half numbers; cos and sin have as many. With `turn_back` what
-  // the gradient of out makes of that of x: the transposed matrix.
+  // Writes out = x * cos + [-x2, x1] * sin for a head x = [x1, x2]; x, cos and sin have 2 * half numbers each. With
+  // `turn_back` it multiplies by the transposed matrix instead, which turns the gradient of out into that of x.
   void (*rotate)(const float* x, const float* cos, const float* sin, int64_t half, bool turn_back, float* out);
 };
 

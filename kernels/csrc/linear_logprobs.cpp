@@ -1,9 +1,11 @@
-// What the language-model head does beside its matrix products, on the logits of a chunk of tokens: statistics of the softmax,
-// log-probability of the target, and the gradient, written over the logits. linear_logprobs and linear_policy_loss share it.
+// The work of the language-model head between its matrix products, on the logits of a chunk of tokens: statistics of
+// the softmax, log-probability of the target, and the gradient, which is written over the logits. linear_logprobs and
+// linear_policy_loss use it.
 //
-// Rows of logits lie `row_stride` values apart. `targets`, `row_max`, `row_sum`, `logprobs` and `grad_logprobs` have one
-// value per row of the chunk. `rows` lists, rising, the rows that have a gradient; the gradient of rows[i] goes to row i, so
-// that the matrix products after it see only those. Work is cut into blocks that do not depend on the number of threads.
+// Rows of logits are `row_stride` values apart. `targets`, `row_max`, `row_sum`, `logprobs` and `grad_logprobs` have
+// one value per row of the chunk. `rows` lists the rows that have a gradient, in rising order. The gradient of row
+// rows[i] is written to row i, so that the following matrix products use only rows with a gradient. The blocks of work
+// do not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -20,15 +22,15 @@ using balcaprl::softmax_table;
 using balcaprl::SoftmaxRow;
 using balcaprl::SoftmaxStats;
 
-constexpr int64_t kStripe = 1024;    // columns
-constexpr int64_t kRowPart = 16384;  // columns
-constexpr int64_t kRowBlock = 8;
+constexpr int64_t kStripe = 1024;    // columns in a block of work that covers all rows
+constexpr int64_t kRowPart = 16384;  // columns in a block of work that covers one row
+constexpr int64_t kRowBlock = 8;     // rows in a block of work
 
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 int64_t size_of(int32_t type) { return type == balcaprl::kFloat32 ? 4 : 2; }
 
-// The logits of a chunk, or of a range of its columns.
+// The logits of a chunk of tokens, or a range of columns of these logits.
 struct Logits {
   char* data;
   int32_t type;
@@ -38,7 +40,7 @@ struct Logits {
   char* at(int64_t row, int64_t column) const { return data + (row * row_stride + column) * size_of(type); }
 };
 
-// What is known of each row once its statistics are.
+// Statistics, target and gradient of each row, from which the parameters of the row's gradient follow.
 struct RowValues {
   float scale;
   const int64_t* targets;
@@ -49,7 +51,7 @@ struct RowValues {
 
   SoftmaxRow row(int64_t t) const {
     const float gradient = grad_logprobs[t] * scale;
-    // 1 - p by way of expm1: near p = 1 it keeps its digits.
+    // 1 - p is computed as -expm1(log p), which stays accurate when p is near 1.
     return SoftmaxRow{max[t], scale, -gradient / sum[t], -gradient * std::expm1(logprobs[t])};
   }
 };
@@ -69,8 +71,8 @@ bool valid_targets(const int64_t* targets, int64_t count, int64_t vocabulary) {
 
 }  // namespace
 
-// Writes row_max, row_sum, logprobs and, where `entropy` is not null, entropy. A row whose logits are not finite gives
-// NaN or an infinity in logprobs.
+// Writes row_max, row_sum and logprobs, and entropy if `entropy` is not null. A row whose logits are NaN or +inf, or
+// all -inf, or -inf at the target, gets NaN or an infinity in logprobs.
 BALCAPRL_EXPORT int32_t balcaprl_softmax_stats(int32_t type, const void* logits, int64_t row_stride, int64_t num_rows,
                                                int64_t vocabulary, double scale, const int64_t* targets,
                                                float* row_max, float* row_sum, float* logprobs, float* entropy) {
@@ -92,8 +94,8 @@ BALCAPRL_EXPORT int32_t balcaprl_softmax_stats(int32_t type, const void* logits,
   return balcaprl::kOk;
 }
 
-// Writes the gradient of the logits over them. The logits are columns [first_column, first_column + num_columns) of the
-// vocabulary; targets count from its start.
+// Overwrites the logits with their gradient. The logits are columns [first_column, first_column + num_columns) of the
+// vocabulary; targets are column numbers of the whole vocabulary.
 BALCAPRL_EXPORT int32_t balcaprl_softmax_gradient(int32_t type, void* logits, int64_t row_stride, int64_t first_column,
                                                   int64_t num_columns, const int64_t* rows, int64_t num_rows,
                                                   double scale, const int64_t* targets, const float* row_max,
@@ -109,7 +111,7 @@ BALCAPRL_EXPORT int32_t balcaprl_softmax_gradient(int32_t type, void* logits, in
   };
   if (num_rows == 0) return balcaprl::kOk;
   if (rows[num_rows - 1] == num_rows - 1) {
-    // No row moves, so each is written from its start to its end, as memory likes it best.
+    // No row moves, so each row is written from start to end, which is fastest for memory.
     const int64_t parts = blocks_of(num_columns, kRowPart);
     parallel_for(num_rows * parts, [&](int64_t block) {
       const int64_t begin = block % parts * kRowPart;
@@ -117,7 +119,8 @@ BALCAPRL_EXPORT int32_t balcaprl_softmax_gradient(int32_t type, void* logits, in
     });
     return balcaprl::kOk;
   }
-  // Stripes of columns, each from the first row to the last: a row then never moves onto one that is still to be read.
+  // Each block takes a stripe of columns and goes through its rows in order, so that a row never overwrites one that is
+  // still to be read.
   parallel_for(blocks_of(num_columns, kStripe), [&](int64_t block) {
     const int64_t begin = block * kStripe;
     for (int64_t i = 0; i < num_rows; ++i) write(i, begin, std::min(kStripe, num_columns - begin));
@@ -125,7 +128,8 @@ BALCAPRL_EXPORT int32_t balcaprl_softmax_gradient(int32_t type, void* logits, in
   return balcaprl::kOk;
 }
 
-// marks[v] = 1 for the columns whose softmax reaches eps in one of the rows or that are one's target, else 0.
+// Sets marks[v] to 1 if the softmax of column v is at least eps in one of the rows, or if v is the target of one of
+// them; otherwise to 0.
 BALCAPRL_EXPORT int32_t balcaprl_softmax_mark(int32_t type, const void* logits, int64_t row_stride, int64_t vocabulary,
                                               const int64_t* rows, int64_t num_rows, double scale,
                                               const int64_t* targets, const float* row_max, const float* row_sum,
@@ -139,7 +143,7 @@ BALCAPRL_EXPORT int32_t balcaprl_softmax_mark(int32_t type, const void* logits, 
     int32_t seen[kStripe] = {};
     for (int64_t i = 0; i < num_rows; ++i) {
       const int64_t t = rows[i];
-      // p >= eps said of the logit itself; a little lower, so that rounding only ever keeps one more.
+      // The logit at which p = eps, lowered a little so that rounding can only keep a column too many.
       const double threshold = static_cast<double>(row_max[t]) + (log_eps + std::log(row_sum[t]) - 1e-5) / scale;
       table.mark[type](all.at(t, begin), size, static_cast<float>(threshold), seen);
       const int64_t target = targets[t] - begin;
@@ -150,7 +154,8 @@ BALCAPRL_EXPORT int32_t balcaprl_softmax_mark(int32_t type, const void* logits, 
   return balcaprl::kOk;
 }
 
-// The gradient of the listed rows and columns, both rising, into `out` (num_rows, num_columns), apart from the logits.
+// Writes the gradient of the listed rows and columns, both in rising order, to `out` (num_rows, num_columns), which
+// must not overlap with the logits.
 BALCAPRL_EXPORT int32_t balcaprl_softmax_gather_gradient(int32_t type, const void* logits, int64_t row_stride,
                                                          const int64_t* rows, int64_t num_rows, const int64_t* columns,
                                                          int64_t num_columns, double scale, const int64_t* targets,

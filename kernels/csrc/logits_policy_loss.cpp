@@ -1,5 +1,5 @@
-// Gradient of the policy loss with respect to logits: each logit read once, each gradient written once, into the logits
-// themselves or another array. The forward is balcaprl_softmax_stats of linear_logprobs.cpp.
+// Gradient of the policy loss with respect to logits. Each logit is read once, and each gradient is written once, to
+// the logits' own memory or to another array. The forward is balcaprl_softmax_stats of linear_logprobs.cpp.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace {
 
-// Columns of one row that a block takes: small enough that few rows still feed all threads.
+// Columns of one row in a block of work: few enough that even a few rows give work to all threads.
 constexpr int64_t kTile = 16384;
 
 struct Matrix {
@@ -24,8 +24,9 @@ struct Matrix {
 
 }  // namespace
 
-// For row t with gradient g = grad_logprobs[t]: out[t][v] = g * scale * ([v == targets[t]] - exp((x - row_max) * scale) /
-// row_sum). A row with g == 0 is set to 0 and not read. `out` is `logits` with the same stride, or does not overlap it.
+// Writes out[t][v] = g * scale * ([v == targets[t]] - exp((logits[t][v] - row_max[t]) * scale) / row_sum[t]) for row t
+// with gradient g = grad_logprobs[t]. A row with g == 0 is set to 0 and not read. `out` must be `logits` with the same
+// stride, or not overlap with `logits`.
 BALCAPRL_EXPORT int32_t balcaprl_logits_gradient(int32_t type, const void* logits, int64_t row_stride, int64_t num_rows,
                                                  int64_t vocabulary, double scale, const int64_t* targets,
                                                  const float* row_max, const float* row_sum, const float* logprobs,
@@ -45,7 +46,7 @@ BALCAPRL_EXPORT int32_t balcaprl_logits_gradient(int32_t type, const void* logit
       std::memset(to.at(t, begin), 0, static_cast<size_t>(size * value_bytes));
       return;
     }
-    // 1 - p by way of expm1: near p = 1 it keeps its digits.
+    // 1 - p is computed as -expm1(log p), which stays accurate when p is near 1.
     const balcaprl::SoftmaxRow row{row_max[t], static_cast<float>(scale), -gradient / row_sum[t],
                                    -gradient * std::expm1(logprobs[t])};
     table.gradient[type](from.at(t, begin), to.at(t, begin), size, row, targets[t] - begin);

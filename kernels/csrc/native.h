@@ -1,7 +1,8 @@
-// What every file of the native library shares: the export mark, the status codes, the version of the C interface.
+// Definitions that every file of the native library shares: the export macro, the status codes and the version of the C
+// interface.
 //
-// Conventions: plain C interface, row-major contiguous arrays, sizes as int64_t, no exception leaves a function, the caller
-// owns all memory. Each function returns a Status; kernels/ops/native.py turns it into a Python error.
+// Conventions: plain C interface, row-major contiguous arrays, sizes as int64_t. No exception leaves a function, and
+// the caller owns all memory. A function that can fail returns a Status, which kernels/ops turns into a Python error.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,7 @@
 
 namespace balcaprl {
 
-// Raise it with every change of a signature, a status code or an enumeration, here and in kernels/ops/native.py.
+// Increase this version here and in kernels/ops/native.py when a signature, a status code or an enumeration changes.
 constexpr int32_t kAbiVersion = 3;
 
 enum Status : int32_t {

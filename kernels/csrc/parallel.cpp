@@ -10,14 +10,14 @@
 namespace balcaprl {
 namespace {
 
-// The entries of the OpenMP runtime that every compiler's runtime on Linux offers: GCC's calling convention.
+// Entry points in GCC's calling convention, which the OpenMP runtime of every compiler on Linux offers.
 using GompParallel = void (*)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
 using MaxThreads = int (*)();
 
 std::atomic<GompParallel> gomp_parallel{nullptr};
 std::atomic<MaxThreads> max_threads{nullptr};
 
-// Threads that run_blocks would use now, for enough blocks.
+// Number of threads that run_blocks uses if there are enough blocks.
 int64_t num_threads() {
   const MaxThreads ask = max_threads.load(std::memory_order_acquire);
   return gomp_parallel.load(std::memory_order_acquire) == nullptr || ask == nullptr ? 1 : ask();
@@ -49,14 +49,16 @@ void run_blocks(int64_t num_blocks, Block body, const void* context) noexcept {
 
 }  // namespace balcaprl
 
-// Addresses of GOMP_parallel and omp_get_max_threads in the runtime that torch uses; null: run on the calling thread.
+// Sets the addresses of GOMP_parallel and omp_get_max_threads in the runtime that torch uses. With null addresses
+// blocks run on the calling thread.
 BALCAPRL_EXPORT void balcaprl_set_thread_runtime(void* parallel, void* maximum) {
   balcaprl::max_threads.store(reinterpret_cast<balcaprl::MaxThreads>(maximum), std::memory_order_release);
   balcaprl::gomp_parallel.store(reinterpret_cast<balcaprl::GompParallel>(parallel), std::memory_order_release);
 }
 
-// Runs num_blocks blocks; visits[b] becomes how often block b ran, runners[b] an address that tells its thread from others.
-// The first blocks wait for each other, at most a second, so that a thread that is slow to wake gets its share.
+// Runs num_blocks test blocks. visits[b] becomes the number of times that block b ran, and runners[b] an address that
+// identifies its thread. The first blocks wait for each other, for at most one second, so that a thread that wakes
+// slowly still gets a block.
 BALCAPRL_EXPORT int32_t balcaprl_probe_threads(int64_t num_blocks, int64_t* visits, int64_t* runners) {
   using Clock = std::chrono::steady_clock;
   const int64_t team = std::min(num_blocks, balcaprl::num_threads());

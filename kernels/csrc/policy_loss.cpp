@@ -1,5 +1,6 @@
-// The policy loss of a ragged batch: checks and spreads what belongs to rollouts over tokens, then loss, gradient and metrics
-// in one pass. See kernels/ops/token_loss.py, whose token_batch and token_loss these two functions are.
+// The policy loss of a ragged batch. balcaprl_token_batch checks values and copies each rollout's values to its tokens;
+// balcaprl_token_loss computes loss, gradient and metrics in one pass. They implement token_batch and token_loss of
+// kernels/ops/token_loss.py.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -15,13 +16,13 @@ namespace {
 
 using balcaprl::TokenSums;
 
-constexpr int64_t kBlock = 8192;  // tokens
+constexpr int64_t kBlock = 8192;  // tokens in a block of work
 
 enum Reduction : int32_t { kTokenMean = 0, kSequenceMean = 1, kConstant = 2 };
 
 int64_t num_blocks(int64_t num_tokens) { return (num_tokens + kBlock - 1) / kBlock; }
 
-// Whether all values are finite: none has an exponent of all ones. Null counts as finite.
+// Whether all values are finite, which means that no exponent is all ones. A null array counts as finite.
 bool finite(const float* values, int64_t begin, int64_t end) {
   if (values == nullptr) return true;
   uint32_t largest = 0;
@@ -50,8 +51,9 @@ double denominator_of(const int32_t* offsets, int64_t num_rollouts, int64_t num_
 
 }  // namespace
 
-// offsets (R + 1), advantages (R), the log-probabilities (T) or null; spread_advantages and scale (T), written. A
-// normalizer of 0 asks for the reduction's own. kBadOffsets or kBadValues where a value is not allowed.
+// Sizes: offsets (R + 1), advantages (R), log-probabilities (T) or null. Writes spread_advantages and scale, both (T).
+// With a normalizer of 0 the default denominator of the reduction is used. Returns kBadOffsets or kBadValues if a value
+// is not allowed.
 BALCAPRL_EXPORT int32_t balcaprl_token_batch(int64_t num_tokens, int64_t num_rollouts, const int32_t* offsets,
                                              const float* advantages, const float* logprobs, const float* old_logprobs,
                                              const float* sampling_logprobs, const float* reference_logprobs,
@@ -74,8 +76,8 @@ BALCAPRL_EXPORT int32_t balcaprl_token_batch(int64_t num_tokens, int64_t num_rol
   return balcaprl::kOk;
 }
 
-// All (T), old, sampling and reference log-probabilities or null; a cap of 0 asks for no importance sampling. Writes the
-// gradients (T) and 7 sums: the loss, then METRIC_SUMS.
+// All inputs are (T); old, sampling and reference log-probabilities may be null. A cap of 0 turns importance sampling
+// off. Writes the gradients (T) and 7 sums: the loss, then METRIC_SUMS of kernels/ops/token_loss.py.
 BALCAPRL_EXPORT int32_t balcaprl_token_loss(int64_t num_tokens, const float* logprobs, const float* old_logprobs,
                                             const float* advantages, const float* scale, const float* sampling_logprobs,
                                             const float* reference_logprobs, double clip_low, double clip_high,

@@ -34,8 +34,8 @@ SimdLevel simd_level() {
 
 }  // namespace balcaprl
 
-// Asks for a level (0 plain, 1 AVX2, 2 AVX-512), or with a negative number for none in particular. Returns the one in use
-// from now on: the best that there is, and not above the one asked for.
+// Sets the highest level to use (0 plain, 1 AVX2, 2 AVX-512); a negative number sets no limit. Returns the level that
+// is used from here on: the best that machine and build support within the limit.
 BALCAPRL_EXPORT int32_t balcaprl_set_simd_level(int32_t wanted) {
   const int32_t best = balcaprl::best_level();
   const int32_t level = wanted < 0 || wanted > best ? best : wanted;

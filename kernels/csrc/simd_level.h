@@ -1,5 +1,5 @@
-// Which instruction set the vector code runs with. Sources in kernels/csrc/simd/ are compiled once per level, each time into
-// its own namespace (plain, avx2, avx512); the callers pick one at run time.
+// Selects the instruction set of the vector code. The sources in kernels/csrc/simd/ are compiled once per level, each
+// time into a namespace of its own (plain, avx2, avx512), and callers choose a level at run time.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,11 @@ namespace balcaprl {
 
 enum SimdLevel : int32_t { kPlain = 0, kAvx2 = 1, kAvx512 = 2 };
 
-// The level in use: the best that this machine and this build have, unless a lower one was asked for.
+// Returns the level in use: the best that this machine and this build support, unless a lower one was asked for.
 SimdLevel simd_level();
 
-// One table of functions per level. `Table` is declared in the header of the code that is compiled per level.
+// Chooses among the tables of functions, one per level. The header of the code that is compiled per level declares
+// `Table`.
 template <typename Table>
 const Table& for_level(const Table& plain, const Table& avx2, const Table& avx512) {
   const SimdLevel level = simd_level();
@@ -20,8 +21,8 @@ const Table& for_level(const Table& plain, const Table& avx2, const Table& avx51
 
 }  // namespace balcaprl
 
-// Declares, or chooses among, the tables of all levels: BALCAPRL_SIMD_TABLES(SoftmaxTable, softmax_table) in a header, then
-// BALCAPRL_SIMD_CHOOSE(softmax_table) where it is used.
+// A header declares the tables of all levels with BALCAPRL_SIMD_TABLES(SoftmaxTable, softmax_table). A caller gets the
+// table of the level in use with BALCAPRL_SIMD_CHOOSE(softmax_table).
 #if defined(BALCAPRL_X86_LEVELS)
 #define BALCAPRL_SIMD_TABLES(type, name) \
   namespace plain {                      \

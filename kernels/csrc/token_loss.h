@@ -1,6 +1,6 @@
-// Loss, gradient and metric sums of tokens whose advantage and scale are spread: kernels/ops/token_loss.py has the contract,
-// kernels/ops/policy_loss.py the mathematics. Storage is float32, all arithmetic float64. Implemented once per
-// instruction set in simd/token_loss.cpp.
+// Loss, gradient and metric sums of tokens, from one advantage and one scale per token. kernels/ops/token_loss.py has
+// the contract, kernels/ops/policy_loss.py the mathematics. Storage is float32 and all arithmetic is float64. The code
+// is compiled once per instruction set, in simd/token_loss.cpp.
 #pragma once
 
 #include <cstdint>
@@ -9,24 +9,24 @@
 
 namespace balcaprl {
 
-// One value per token; those that may be null are not there.
+// Arrays with one value per token; a null array means that the input was not given.
 struct TokenInputs {
   const float* logprobs;
-  const float* old_logprobs;  // null: on-policy
+  const float* old_logprobs;  // null means on-policy
   const float* advantages;
   const float* scale;
-  const float* sampling_logprobs;   // or null
-  const float* reference_logprobs;  // or null
+  const float* sampling_logprobs;   // may be null
+  const float* reference_logprobs;  // may be null
 };
 
 struct TokenSettings {
   double clip_low;
   double clip_high;
-  double sampling_cap;  // 0: no importance sampling
+  double sampling_cap;  // 0 turns importance sampling off
   double kl_coef;
 };
 
-// In the order of loss_sum and METRIC_SUMS in kernels/ops/token_loss.py.
+// The order is loss_sum, then METRIC_SUMS of kernels/ops/token_loss.py.
 struct TokenSums {
   double loss = 0.0;
   double clipped = 0.0;
@@ -38,7 +38,7 @@ struct TokenSums {
 };
 
 struct TokenLossTable {
-  // Tokens [begin, end): writes their gradients and sums.
+  // Writes the gradients and the sums of tokens [begin, end).
   void (*token_loss)(const TokenInputs& inputs, const TokenSettings& settings, int64_t begin, int64_t end,
                      float* gradients, TokenSums* sums);
 };

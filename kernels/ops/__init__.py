@@ -1,11 +1,11 @@
-"""Kernels of group-relative policy optimisation. Each op takes ``impl="auto"``, or the name of one implementation.
+"""Kernels of group-relative policy optimisation. Each op takes ``impl="auto"`` or the name of one implementation.
 
-One file per op holds its mathematics, its public function, its plain-PyTorch reference and its registration with
+Each op has one file with its mathematics, its public function, its plain-PyTorch reference and its registration with
 ``torch.library`` as ``balcaprl::<op>``. ``balcaprl.kernels.native.is_available()`` tells whether the compiled CPU
-library is there. This package imports torch, triton, numpy and the standard library only.
+library can be used. This package imports only torch, triton, numpy and the standard library.
 """
 
-# The ops are imported here, not on demand: an op and its file share a name, and the function must be the one found.
+# The ops are imported eagerly because an op and its file share a name: ``balcaprl.kernels.<op>`` must be the function.
 from balcaprl.kernels.grouped_advantages import grouped_advantages
 from balcaprl.kernels.linear_logprobs import LogProbs, linear_logprobs
 from balcaprl.kernels.linear_policy_loss import linear_policy_loss

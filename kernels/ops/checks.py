@@ -1,7 +1,6 @@
-"""Argument checks that the ops share. Each raises ValueError with the argument's name first.
+"""Argument checks that the ops share. Each check raises ValueError with a message that starts with the argument's name.
 
-Only what can be told without reading a tensor's values is checked here, so that ``torch.compile`` can trace it; each op
-checks values in its body.
+These checks never read a tensor's values, so that ``torch.compile`` can trace them. Each op checks values in its body.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ def check_tensor(
     Args:
         name: the argument's name.
         value: what the caller passed.
-        shape: the size of each dimension; a string stands for any size and names it in the message.
-        dtypes: those that are allowed; None allows every real floating type.
-        device: where it must be; None allows any.
+        shape: the size of each dimension; a string allows any size and names the dimension in the message.
+        dtypes: the allowed dtypes; None allows every real floating type.
+        device: the device that the tensor must be on; None allows any.
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
@@ -47,7 +46,7 @@ def check_tensor(
 
 
 def check_impl(op: str, impl: str, impls: Sequence[str]) -> None:
-    """Checks that the op has the implementation that is asked for."""
+    """Checks that ``impl`` is ``auto`` or one of the op's implementations."""
     if impl != "auto" and impl not in impls:
         names = ", ".join(repr(i) for i in ("auto", *impls))
         raise ValueError(f"impl: {op} has {names}; got {impl!r}")

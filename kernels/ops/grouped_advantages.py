@@ -1,32 +1,35 @@
-"""From a group's rewards to its advantages.
+"""Advantages of the rollouts of a group, from the group's rewards.
 
-For group i, rollout j, reward k, over the finite entries of the group only (NaN: the judge gave no score)::
+For group i, rollout j, reward k, over the finite entries of the group only (NaN means that the judge gave no score)::
 
     z_k(i,j) = (r_k(i,j) - mean_j r_k(i,.)) / (std_j r_k(i,.) + eps)        std with ddof 1
     A(i,j)   = sum_k w_k z_k(i,j)
 
 =============  ======================================================================================================
 ``c-gdpo``     the two lines above
-``gdpo``       then, over the scored rollouts of the whole batch, ``A <- (A - mean A) / (std A + eps)``. The mean is 0
-               by construction (every z sums to 0 over its group), so that nothing is taken away: that would only
-               move rounding noise into flat groups
-``grpo``       ``total(i,j) = sum_k w_k r_k(i,j)`` over the scores that are there, then one normalisation of the total
+``gdpo``       the two lines above, then ``A <- (A - mean A) / (std A + eps)`` over the scored rollouts of the whole
+               batch. The mean is 0 by construction (every z sums to 0 over its group), so the code does not subtract
+               it: a subtraction would only move rounding noise into flat groups
+``grpo``       ``total(i,j) = sum_k w_k r_k(i,j)`` over the scores that exist, then one normalisation of the total
 =============  ======================================================================================================
 
 Edge rules:
 
-- A missing score contributes 0 and stays out of its reward's mean and std. For ``grpo`` it stays out of the rollout's
-  total, so that a rollout with some scores missing has a smaller total; only one with none at all counts as missing.
+- A missing score contributes 0 and is left out of its reward's mean and std. For ``grpo`` it is left out of the
+  rollout's total, so that a rollout with some scores missing has a smaller total; a rollout counts as missing only if
+  it has no score at all.
 - A rollout with no score at all gets exactly 0, and is not part of the batch statistics of ``gdpo``.
-- Fewer than two scores in a group, or all equal ones, contribute exactly 0.
-- For ``gdpo`` a batch is flat, and all its advantages exactly 0, also where they differ by no more than the rounding of
-  their terms: 64 units in the last place of ``sum_k |w_k|``. Dividing such noise by its own std would
+- A reward contributes exactly 0 to a group in which it has fewer than two scores, or only equal scores.
+- For ``gdpo`` a batch also counts as flat, with all advantages exactly 0, if its advantages differ by no more than the
+  rounding of their terms: 64 units in the last place of ``sum_k |w_k|``. Dividing such noise by its own std would
   make it as large as a signal.
-- The length mask sets ``masked_reward`` to 0 where ``lengths / reference_lengths`` leaves ``length_bounds`` (both ends
-  are inside), before anything else. A missing score stays missing.
+- Before anything else, the length mask sets ``masked_reward`` to 0 where ``lengths / reference_lengths`` is outside
+  ``length_bounds`` (a ratio equal to a bound is inside). A missing score stays missing.
 
-All arithmetic is in float64, on values moved to the group's smallest and divided by its range: 0.9999 with a spread of
-1e-6 keeps its order, 1e30 does not overflow. Rewards carry no gradient, and none flows through this op.
+All arithmetic is in float64. Each implementation first subtracts one of the group's own values (the reference: the
+smallest), so that rewards around 0.9999 with a spread of 1e-6 keep their order. It scales the differences where their
+squares could overflow (the reference: by the group's range), so that rewards of 1e30 are allowed. Rewards carry no
+gradient, and no gradient flows through this op.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from balcaprl.kernels.checks import check_choice, check_impl, check_number, chec
 METHODS = ("c-gdpo", "gdpo", "grpo")
 IMPLS = ("reference", "native", "triton")
 
-# Beyond these a weighted sum may leave the range of float64, or an advantage that of float32.
+# Larger values could overflow: a weighted sum in float64, or an advantage in float32.
 _MAX_REWARD = 1e150
 _MAX_WEIGHT = 1e30
 _VALUE_ERRORS = {
@@ -52,7 +55,7 @@ _VALUE_ERRORS = {
     native.BAD_REFERENCE_LENGTHS: "reference_lengths: expected finite numbers > 0",
 }
 _ROUNDING = 64
-_MAX_TRITON_GROUP = 512  # a group lies in one tile
+_MAX_TRITON_GROUP = 512  # a group must fit in one tile
 _LENGTH_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 
@@ -74,24 +77,25 @@ def grouped_advantages(
     Args:
         rewards: (R, K) float32 or float64; NaN is a missing score. The rollouts of a group are contiguous.
         group_size: rollouts per group; divides R.
-        weights: K numbers; None: all 1.
-        lengths: (R,) completion lengths, float or int, >= 0. Goes with ``reference_lengths`` and ``masked_reward``: all
-            three or none.
-        reference_lengths: (R,) in the same unit, > 0.
-        masked_reward: the column of ``rewards`` that the length mask gates; negative counts from the end.
-        length_bounds: lowest and highest length ratio at which that reward counts; the highest may be infinite.
+        weights: K numbers, the weight of each reward; None means that all are 1.
+        lengths: (R,) completion lengths, float or int, >= 0. ``lengths``, ``reference_lengths`` and ``masked_reward``
+            must be given together or not at all.
+        reference_lengths: (R,) reference lengths in the unit of ``lengths``, > 0.
+        masked_reward: index of the column of ``rewards`` that the length mask gates; a negative index counts from the
+            end.
+        length_bounds: lowest and highest length ratio at which the masked reward counts; the highest may be infinite.
         method: ``c-gdpo``, ``gdpo`` or ``grpo``.
-        eps: added to each standard deviation, >= 0.
-        impl: ``native`` (CPU), ``triton`` (CUDA; CPU under Triton's interpreter; groups of at most 512), ``reference`` or
-            ``auto``.
+        eps: number >= 0 that is added to each standard deviation.
+        impl: ``native`` (CPU), ``triton`` (CUDA, or CPU under Triton's interpreter; groups of at most 512),
+            ``reference`` or ``auto``.
 
     Returns:
-        (R,) float32 on the device of ``rewards``, without gradient. The same input gives the same bits; for ``c-gdpo``
-        and ``grpo`` a group's advantages do not depend on the other groups.
+        Advantages, (R,) float32 on the device of ``rewards``, without gradient. The same input gives the same bits; for
+        ``c-gdpo`` and ``grpo`` a group's advantages do not depend on the other groups.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device, range or value; the message starts with its name.
-        RuntimeError: ``impl="native"`` and the compiled library is not available.
+        RuntimeError: ``impl`` is ``native`` and the compiled library is not available.
     """
     check_tensor("rewards", rewards, shape=("R", "K"), dtypes=(torch.float32, torch.float64))
     check_choice("method", method, METHODS)
@@ -139,9 +143,9 @@ def grouped_advantages_reference(
     method: str = "c-gdpo",
     eps: float = 1e-4,
 ) -> Tensor:
-    """The specification, in plain PyTorch and in the dtype of ``rewards``; arguments as above, unchecked.
+    """The specification of ``grouped_advantages``, in plain PyTorch; takes the same arguments and does not check them.
 
-    Returns (R,) in the dtype of ``rewards``.
+    Computes in the dtype of ``rewards`` and returns (R,) advantages in that dtype.
     """
     num_rollouts, num_rewards = rewards.shape
     if num_rollouts == 0:
@@ -160,7 +164,7 @@ def grouped_advantages_reference(
     if method == "gdpo":
         noise = _ROUNDING * torch.finfo(rewards.dtype).eps * weights.abs().sum()
         _, batch_std, batch_flat = _moments(advantages_R.masked_fill(~scored_R, torch.nan)[None, :, None], noise)
-        # Only the std: the module's docstring says why there is no mean to take away.
+        # The mean is 0 and is not subtracted; the module's docstring says why.
         advantages_R = torch.where(
             batch_flat, 0.0, advantages_R / torch.where(batch_flat, 1.0, batch_std + eps)
         ).flatten()
@@ -170,7 +174,7 @@ def grouped_advantages_reference(
 def _apply_length_mask(
     rewards: Tensor, lengths: Tensor, reference_lengths: Tensor, masked_reward: int, length_bounds: tuple[float, float]
 ) -> Tensor:
-    """``rewards`` with the gated column 0 where the length ratio leaves the bounds and the score is there."""
+    """A copy of ``rewards`` whose gated column is 0 where a score exists and the length ratio is outside the bounds."""
     ratio_R = lengths.double() / reference_lengths.double()
     outside_R = (ratio_R < length_bounds[0]) | (ratio_R > length_bounds[1])
     rewards = rewards.clone()
@@ -180,11 +184,14 @@ def _apply_length_mask(
 
 
 def _moments(values_NGK: Tensor, noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Over dim 1, NaN excluded: deviations from the mean (0 for NaN), std with ddof 1, and whether there is no spread
-    beyond ``noise``.
+    """Deviations, standard deviation and flatness of the values along dim 1, with NaN entries excluded.
 
-    Shapes (N, G, K), (N, 1, K), (N, 1, K). The shift to the smallest value makes equal entries exactly 0 and keeps a
-    tiny spread on a large offset; the division by the range keeps the squares from overflowing or vanishing.
+    Subtracting the smallest value makes equal entries exactly 0 and preserves a tiny spread on a large offset. Dividing
+    by the range keeps the squares from overflowing or vanishing.
+
+    Returns:
+        Deviations from the mean, (N, G, K), 0 where the entry is NaN; std with ddof 1, (N, 1, K); and (N, 1, K) bool,
+        true where there are fewer than two entries or the range does not exceed ``noise``.
     """
     present = ~values_NGK.isnan()
     count = present.sum(dim=1, keepdim=True)
@@ -202,7 +209,10 @@ def _moments(values_NGK: Tensor, noise: Tensor | float = 0.0) -> tuple[Tensor, T
 def _check_mask(
     rewards: Tensor, lengths: Tensor | None, reference_lengths: Tensor | None, masked_reward: int | None
 ) -> int | None:
-    """The gated column as an index >= 0, or None; the mask's three arguments come together or not at all."""
+    """Checks the three arguments of the length mask; returns the gated column as an index >= 0, or None without a mask.
+
+    The three arguments must be given together or not at all.
+    """
     arguments = {"lengths": lengths, "reference_lengths": reference_lengths, "masked_reward": masked_reward}
     missing = [name for name, value in arguments.items() if value is None]
     if len(missing) == 3:
@@ -230,7 +240,7 @@ def _check_bounds(length_bounds: tuple[float, float]) -> tuple[float, float]:
 
 
 def _weights_tensor(weights: Sequence[float] | Tensor | None, rewards: Tensor) -> Tensor | None:
-    """Weights as (K,) float64 on the device of ``rewards``."""
+    """Checks the weights and returns them as (K,) float64 on the device of ``rewards``, or None for no weights."""
     if weights is None:
         return None
     num_rewards = rewards.shape[1]
@@ -242,8 +252,8 @@ def _weights_tensor(weights: Sequence[float] | Tensor | None, rewards: Tensor) -
     return torch.tensor([float(w) for w in weights], dtype=torch.float64, device=rewards.device)
 
 
-# Defined and implemented by hand: torch.library.custom_op would wrap each call in checks of mutation and autograd, which take
-# longer than the work itself.
+# The op is defined and implemented by hand because torch.library.custom_op would wrap each call in checks for mutation
+# and autograd, which take longer than the op's own work.
 _LIBRARY = torch.library.Library("balcaprl", "FRAGMENT")
 _LIBRARY.define(
     "grouped_advantages(Tensor rewards, int group_size, Tensor? weights, Tensor? lengths, Tensor? reference_lengths, "
@@ -255,7 +265,7 @@ _LIBRARY.define(
 def _grouped_advantages_impl(
     rewards, group_size, weights, lengths, reference_lengths, masked_reward, length_low, length_high, method, eps, impl
 ):
-    """Chooses the implementation and checks values, out of sight of the tracer."""
+    """Chooses the implementation and checks values; a tracer does not see this body."""
     if impl == "auto":
         impl = _choose(rewards, group_size)
     mask = (lengths, reference_lengths, masked_reward, (length_low, length_high))
@@ -286,7 +296,7 @@ _grouped_advantages_op = torch.ops.balcaprl.grouped_advantages.default
 
 
 def _choose(rewards: Tensor, group_size: int) -> str:
-    """The fastest implementation that can run."""
+    """Returns the fastest implementation that can run on these tensors."""
     if rewards.device.type == "cuda" and launch.has_triton() and group_size <= _MAX_TRITON_GROUP:
         return "triton"
     if rewards.device.type != "cpu":
@@ -300,7 +310,7 @@ def _choose(rewards: Tensor, group_size: int) -> str:
 def _check_values(
     rewards: Tensor, weights: Tensor | None, lengths: Tensor | None, reference_lengths: Tensor | None
 ) -> None:
-    """The checks that the native implementation makes itself."""
+    """Checks values for the reference; the native and Triton implementations check values themselves."""
     if (rewards.abs() > _MAX_REWARD).any():
         raise ValueError(_VALUE_ERRORS[native.BAD_REWARDS])
     if weights is not None and not (weights.abs() <= _MAX_WEIGHT).all():
@@ -322,7 +332,7 @@ def _grouped_advantages_native(
     method: str,
     eps: float,
 ) -> Tensor:
-    """``kernels/csrc/grouped_advantages.cpp``: one thread, rewards read once."""
+    """Runs ``kernels/csrc/grouped_advantages.cpp``, which reads the rewards once."""
     library = native.library()
     function = (
         library.balcaprl_grouped_advantages_f64
@@ -330,7 +340,7 @@ def _grouped_advantages_native(
         else library.balcaprl_grouped_advantages_f32
     )
     rewards = rewards.contiguous()
-    # Named, so that the converted copies live until the call returns.
+    # The list keeps the converted copies alive until the call returns.
     doubles = [None if t is None else t.double().contiguous() for t in (weights, lengths, reference_lengths)]
     advantages = torch.empty(rewards.shape[0], dtype=torch.float32)
     status = function(
@@ -359,7 +369,7 @@ def _grouped_advantages_triton(
     method: str,
     eps: float,
 ) -> Tensor:
-    """``triton_grouped_advantages.py``: one launch, and one number read back that says whether the values are allowed."""
+    """Runs ``triton_grouped_advantages.py``: one launch, then one read of a number whose bits flag forbidden values."""
     from balcaprl.kernels import triton_grouped_advantages
 
     rounding = _ROUNDING * torch.finfo(torch.float64).eps

@@ -1,16 +1,17 @@
-"""How every Triton kernel is launched: one table per kernel, and the record by which the compile suite knows a kernel.
+"""Launch tables of the Triton kernels, and the records that describe the kernels to the compile suite.
 
-Three things are here, and none of them imports triton, so that a machine without it imports ``balcaprl.kernels``:
+This module does not import triton, so that ``balcaprl.kernels`` can be imported without triton. It has three parts:
 
 - ``TABLES``: tile sizes, warps and pipeline stages of each kernel, per architecture and storage width. ``launch`` looks
   them up; a launcher writes ``kernel[grid](..., **launch("_op_fwd_kernel", x.device, x.dtype).kwargs())``.
-- ``KernelSpec``: one compiled variant of a kernel with what its machine code must show. A module that has kernels lists
-  them in ``KERNEL_SPECS``; ``bench/compile_report.py`` and ``tests/kernels/test_compiled.py`` find them there.
-- ``check_triton``: whether a Triton kernel can run on a device at all.
+- ``KernelSpec``: one compiled variant of a kernel, with the requirements on its machine code. A module that has kernels
+  lists their specs in ``KERNEL_SPECS``; ``bench/compile_report.py`` and ``tests/kernels/test_compiled.py`` read them.
+- ``check_triton``: checks that Triton kernels can run on a device at all.
 
-Rows are keyed by (compute capability x 10, bytes per element). The row with the highest capability that does not exceed
-the device's own table applies: sm_86, sm_89 and sm_120 have 99 KiB of shared memory per block and no
-wgmma or tcgen05 instructions, so they take the rows of sm_80, and the suite holds those rows to 99 KiB.
+Rows are keyed by (compute capability x 10, bytes per element). ``table_architecture`` maps a device to one of
+``ARCHITECTURES``, and the row with the highest capability up to that architecture applies. sm_86, sm_89 and sm_120 have
+99 KiB of shared memory per block and no wgmma or tcgen05 instructions, so they take the rows of sm_80, and the compile
+suite limits those rows to 99 KiB.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ from typing import Literal
 import torch
 
 ARCHITECTURES = (80, 90, 100)
-"""Those that have tables and are compiled in the suite: A100, H100, B200."""
+"""Architectures that have launch tables and that the compile suite compiles for: A100, H100, B200."""
 
 TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-"""Triton's names of the storage dtypes that kernels take."""
+"""Triton's names for the storage dtypes that the kernels accept."""
 _NAMES = {**TRITON_TYPES, torch.float64: "fp64"}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One row: how a kernel is compiled and launched."""
+    """One row of a launch table: how a kernel is compiled and launched."""
 
     blocks: Mapping[str, int]
-    """Tile sizes, by the name of the kernel's constexpr."""
+    """Tile sizes, keyed by the name of the kernel's constexpr."""
     num_warps: int
     num_stages: int = 1
 
     def kwargs(self) -> dict[str, int | bool]:
-        """Keyword arguments of a launch. Contraction to fused multiply-add is asked for by name: the default of Triton
-        3.9 (on) warns that it will change."""
+        """Keyword arguments of a launch. ``enable_fp_fusion`` (fused multiply-add) is set explicitly because Triton 3.9
+        warns that its default (on) will change."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return {**self.blocks, **options}
 
@@ -55,12 +56,15 @@ Table = Mapping[tuple[int, int], Launch]
 
 
 def _streaming(half: Launch, single: Launch) -> Table:
-    """The same rows on every architecture: what a memory-bound kernel wants is bytes in flight, and enough blocks."""
+    """Rows of a memory-bound kernel: the same on every architecture.
+
+    Such a kernel only needs enough bytes in flight and enough blocks, whatever the architecture.
+    """
     return {(80, 2): half, (80, 4): single}
 
 
 def _products(half: Launch, half_90: Launch, half_100: Launch, single: Launch) -> Table:
-    """Rows of a matrix product in half precision by architecture, and in float32, where no tensor core helps."""
+    """Rows of a matrix product: half precision by architecture, and one float32 row, which uses no tensor core."""
     return {(80, 2): half, (90, 2): half_90, (100, 2): half_100, (80, 4): single}
 
 
@@ -69,7 +73,7 @@ def _tile(tokens: int, columns: int, dims: int, warps: int, stages: int) -> Laun
 
 
 TABLES: dict[str, Table] = {
-    # With 1024 values the batch step's variant spills on sm_90 and sm_100.
+    # With BLOCK_VALUES of 1024 the gdpo variant, which has the batch step, spills registers on sm_90 and sm_100.
     "_grouped_advantages_kernel": {
         (80, 4): Launch({"BLOCK_VALUES": 512}, 8),
         (80, 8): Launch({"BLOCK_VALUES": 512}, 8),
@@ -77,7 +81,6 @@ TABLES: dict[str, Table] = {
     "_token_batch_kernel": {(80, 4): Launch({"BLOCK_T": 1024}, 8)},
     "_token_loss_kernel": {(80, 4): Launch({"BLOCK_T": 1024}, 8)},
     "_token_sums_kernel": {(80, 8): Launch({"BLOCK_P": 128}, 4)},
-    # Three stages on sm_90: with four the entropy's variant spills.
     "_head_stats_kernel": _products(
         _tile(128, 128, 64, 8, 3), _tile(256, 128, 64, 8, 4), _tile(128, 128, 64, 8, 4), _tile(64, 64, 32, 8, 2)
     ),
@@ -92,8 +95,8 @@ TABLES: dict[str, Table] = {
     ),
     "_logits_stats_kernel": _streaming(Launch({"BLOCK_V": 2048}, 2), Launch({"BLOCK_V": 2048}, 4)),
     "_logits_gradient_kernel": _streaming(Launch({"BLOCK_V": 2048}, 4), Launch({"BLOCK_V": 1024}, 4)),
-    # On sm_90 the fastest that spill nothing (bench/tune.py on an H200); elsewhere the largest that keep a head of 128 in
-    # registers.
+    # The rows of sm_90 are the fastest that do not spill (bench/tune.py on an H200). The other rows have the largest
+    # tiles that keep a head dimension of 128 in registers.
     "_shared_prefix_fwd_kernel": {
         (80, 2): Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
         (90, 2): Launch({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3),
@@ -115,21 +118,22 @@ TABLES: dict[str, Table] = {
         (100, 4): Launch({"BLOCK_M": 16, "BLOCK_N": 32}, 8),
     },
 }
-"""Kernel name to its rows, keyed by (architecture, bytes per element)."""
+"""Launch table of each kernel, by kernel name; a table's rows are keyed by (architecture, bytes per element)."""
 
 _overrides: dict[str, dict[str, int]] = {}
 
 
 def launch(kernel: str, device: torch.device | int, dtype: torch.dtype) -> Launch:
-    """The row that applies.
+    """Looks up the row of the launch table that applies to a kernel.
 
     Args:
-        kernel: its function's name, such as ``_logits_loss_fwd_kernel``.
-        device: where it runs, or an architecture of ``ARCHITECTURES``. A CPU (the interpreter) takes the rows of sm_80.
-        dtype: storage dtype that the rows distinguish; only its width counts.
+        kernel: name of the kernel's function, such as ``_logits_stats_kernel``.
+        device: device that the kernel runs on, or one of ``ARCHITECTURES``. A CPU (the interpreter) takes the rows of
+            sm_80.
+        dtype: storage dtype of the kernel's tensors; only its width selects the row.
 
     Raises:
-        ValueError: there is no such row.
+        ValueError: the table has no row for this kernel, architecture and width.
     """
     arch = device if isinstance(device, int) else table_architecture(device)
     table = TABLES.get(kernel, {})
@@ -145,7 +149,10 @@ def launch(kernel: str, device: torch.device | int, dtype: torch.dtype) -> Launc
 
 @contextlib.contextmanager
 def overridden(kernel: str, **blocks: int) -> Iterator[None]:
-    """For tests: other tile sizes within the context, so that small tensors take many tiles under the interpreter."""
+    """Replaces a kernel's tile sizes within the context.
+
+    Tests use it so that small tensors need many tiles under the interpreter.
+    """
     _overrides[kernel] = blocks
     try:
         yield
@@ -154,7 +161,7 @@ def overridden(kernel: str, **blocks: int) -> Iterator[None]:
 
 
 def table_architecture(device: torch.device) -> int:
-    """The architecture of ``ARCHITECTURES`` whose rows a device takes."""
+    """The one of ``ARCHITECTURES`` whose rows apply to a device."""
     if device.type != "cuda":
         return 80
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -167,17 +174,17 @@ def _cuda_table_architecture(index: int) -> int:
     return {9: 90, 10: 100}.get(major, 80)
 
 
-# Whether a Triton kernel can run.
+# Checks that a Triton kernel can run.
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether triton is installed; it is not imported for that."""
+    """Whether triton is installed; looks for the package without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs kernels on CPU tensors. It is decided when triton is imported."""
+    """Whether Triton's interpreter runs kernels on CPU tensors. Triton reads TRITON_INTERPRET when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "True", "on")
 
 
@@ -185,7 +192,7 @@ def check_triton(device: torch.device) -> None:
     """Checks that ``impl="triton"`` can run on ``device``.
 
     Raises:
-        ValueError: it cannot; the message says why and what to do.
+        ValueError: it cannot run; the message says why and what to do.
     """
     if not has_triton():
         raise ValueError("impl: 'triton' needs the triton package, which is not installed")
@@ -199,69 +206,72 @@ def check_triton(device: torch.device) -> None:
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current CUDA device: makes it the one that the tensors are on."""
+    """Context in which ``device`` is the current CUDA device, on which Triton launches kernels; no effect on a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-# What the compile suite knows of a kernel.
+# Description of a kernel for the compile suite.
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one launch does at a real shape, counted by hand; sizes in bytes."""
+    """The work of one launch at a real shape, counted by hand."""
 
     shape: str
-    """Named sizes, such as ``T=8192 V=151936``."""
+    """The sizes of that shape, such as ``T=8192 V=151936``."""
     floor_bytes: int
-    """The least that any implementation of this step moves: every input read once, every output written once."""
+    """Bytes that any implementation of this step must move: every input read once and every output written once."""
     moved_bytes: int
-    """What this kernel asks of global memory, reads that tiles repeat included (a cache may serve those)."""
+    """Bytes that this kernel requests from global memory, including repeated reads, which a cache may serve."""
     operations: int
-    """Floating-point operations, a fused multiply-add counted as two."""
+    """Number of floating-point operations; a fused multiply-add counts as two."""
     unit: Literal["tensor", "fp32", "fp64"] = "fp32"
-    """What executes them: tensor cores in half precision, or ordinary float32 or float64 lanes."""
+    """Hardware that executes the operations: half-precision tensor cores, or ordinary float32 or float64 lanes."""
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One variant of a kernel, as ``triton.compile`` needs it, and what its machine code must show."""
+    """One variant of a kernel: what ``triton.compile`` needs, and the requirements on the machine code."""
 
     kernel: Callable[..., object]
     """The ``triton.jit`` function."""
     dtype: torch.dtype
-    """Names the variant, and the launch table's row."""
+    """Storage dtype of the variant; it is part of the variant's name and selects the launch table's row."""
     arguments: Mapping[str, str]
     """Triton type of every argument that is not a constexpr, such as ``*bf16``, ``i64``, ``fp32``."""
     constexprs: Mapping[str, object]
     """The constexprs that do not come from the launch table; arguments passed as None belong here."""
     work: Callable[[Launch], Work]
-    """Of one launch at a real shape, given the tile sizes."""
+    """Function from a row of the launch table to the work of one launch at a real shape."""
     variant: str = ""
-    """Tells variants of the same kernel and dtype apart."""
+    """Name that distinguishes variants of the same kernel and dtype."""
     divisible: frozenset[str] = field(default_factory=frozenset)
-    """Integer arguments that are multiples of 16 at real shapes; pointers always are, as torch allocates them. Triton
-    specialises a launch on that, and only then proves wide access to be aligned. What differs from one batch to the next
-    and aligns nothing is ``do_not_specialize``: else a step now and then would wait seconds for a compiler."""
+    """Names of the integer arguments that are multiples of 16 at real shapes; pointers always are, because torch aligns
+    what it allocates. Triton specialises a launch on this property, and can only then prove that wide accesses are
+    aligned. A kernel lists an argument that changes from batch to batch and affects no alignment in
+    ``do_not_specialize``; otherwise a training step would now and then wait seconds for a compilation."""
     wide_load: bool = True
-    """It must load 128 bits at once from global memory (or more, or by the tensor memory accelerator)."""
+    """Whether the kernel must load at least 128 bits at once from global memory, or use the tensor memory accelerator
+    for loads."""
     wide_store: bool = False
-    """It must store so."""
+    """Whether the kernel must store at least 128 bits at once to global memory, or use the tensor memory accelerator
+    for stores."""
     tensor_core: bool = False
-    """It must use the architecture's tensor-core instruction."""
+    """Whether the kernel must use the architecture's tensor-core instruction."""
 
     @property
     def name(self) -> str:
-        """Kernel, dtype and variant, as tables and tests show it."""
+        """Kernel, dtype and variant joined by hyphens, as tables and tests show it."""
         kernel: str = self.kernel.__name__
         return "-".join(part for part in (kernel, _NAMES[self.dtype], self.variant) if part)
 
     def launch(self, arch: int) -> Launch:
-        """Its row on one of ``ARCHITECTURES``."""
+        """The row of the launch table for one of ``ARCHITECTURES``."""
         return launch(self.kernel.__name__, arch, self.dtype)
 
 
 def registered_kernels() -> list[KernelSpec]:
-    """Every ``KERNEL_SPECS`` of the package's modules, in the order of their names. Imports triton.
+    """Collects the ``KERNEL_SPECS`` of all modules of this package, in the order of the modules' names; imports triton.
 
     Raises:
         ValueError: two variants have the same name.

@@ -1,17 +1,18 @@
-"""Log-probabilities and entropies of chosen tokens straight from hidden states, without the (T, V) logits.
+"""Log-probabilities of chosen tokens, and entropies, directly from hidden states, without storing the (T, V) logits.
 
 For token t with hidden state h_t, vocabulary rows w_v, temperature tau and target y_t::
 
     z_tv       = h_t . w_v / tau
     logprobs_t = z_t,y - log sum_v exp(z_tv)
-    entropy_t  = - sum_v p_tv log p_tv,    p_t = softmax(z_t)                    detached: nothing flows back through it
+    entropy_t  = - sum_v p_tv log p_tv,    p_t = softmax(z_t)                    detached: it has no gradient
 
 With g the gradient of ``logprobs``::
 
     d z_tv = g_t ([v = y_t] - p_tv) / tau,     d hidden = dz W,     d weight = dz^T hidden
 
-Softmax and sums are in float32, or float64 for float64 inputs; the products with ``weight`` are in its own dtype, and
-accumulate in float32. The backward computes the logits again, of the tokens whose gradient is not exactly zero:
+Softmax and sums are computed in float32, or in float64 for float64 inputs. Matrix products with ``weight`` run in the
+dtype of ``weight`` and accumulate in float32. The backward recomputes the logits; ``native`` and ``triton`` do so only
+for tokens whose gradient is not exactly zero. The implementations are:
 
 =============  =======================================================================================================
 ``reference``  plain PyTorch, any device: chunks of tokens, at most 2^24 logits (or one token's) at once
@@ -19,7 +20,7 @@ accumulate in float32. The backward computes the logits again, of the tokens who
 ``triton``     CUDA, not float64: online softmax over vocabulary tiles, no logits in the forward; ``triton_head.py``
 =============  =======================================================================================================
 
-Under autocast, hidden and weight are cast to its dtype.
+Under autocast, hidden and weight are cast to autocast's dtype.
 """
 
 from __future__ import annotations
@@ -44,31 +45,31 @@ _MAX_CHUNK_LOGITS = 1 << 24
 
 
 class LogProbs(NamedTuple):
-    """Both (T,), float64 for float64 inputs, else float32."""
+    """Log-probabilities and entropies, both (T,); float64 for float64 inputs, otherwise float32."""
 
     logprobs: Tensor
-    """Of the targets; differentiable in ``hidden`` and ``weight``, once."""
+    """Log-probabilities of the targets; differentiable once in ``hidden`` and ``weight``."""
     entropy: Tensor
-    """Of the whole distribution, in nats; detached."""
+    """Entropy of each token's distribution over the vocabulary, in nats; detached."""
 
 
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, impl: str = "auto"
 ) -> LogProbs:
-    """Log-probabilities of ``targets`` under softmax(hidden @ weight.T / temperature).
+    """Log-probabilities of ``targets``, and entropies, under softmax(hidden @ weight.T / temperature).
 
     Args:
-        hidden: (T, D) float32, float64, bfloat16 or float16.
-        weight: (V, D), dtype and device as ``hidden``.
-        targets: (T,) int64, 0 <= target < V.
-        temperature: > 0, divides the logits.
-        impl: ``native`` (CPU), ``triton`` (CUDA; CPU under Triton's interpreter), ``reference`` or ``auto``. Only
-            ``reference`` has float64.
+        hidden: (T, D) hidden states, float32, float64, bfloat16 or float16.
+        weight: (V, D) weight of the language-model head, with the dtype and device of ``hidden``.
+        targets: (T,) int64 token ids, 0 <= target < V.
+        temperature: number > 0 that divides the logits.
+        impl: ``native`` (CPU), ``triton`` (CUDA, or CPU under Triton's interpreter), ``reference`` or ``auto``. Only
+            ``reference`` supports float64.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or range, or the logits are not finite; the message
             starts with the argument's name.
-        RuntimeError: ``impl="native"`` and the compiled library is not available.
+        RuntimeError: ``impl`` is ``native`` and the compiled library is not available.
     """
     hidden, weight = check_head(hidden, weight, targets, temperature)
     check_impl("linear_logprobs", impl, IMPLS)
@@ -77,10 +78,10 @@ def linear_logprobs(
 
 
 def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Checks what can be told without reading values; returns hidden and weight as autocast wants them.
+    """Checks the arguments without reading tensor values; returns hidden and weight, cast if autocast is enabled.
 
     Raises:
-        ValueError: starts with the argument's name.
+        ValueError: an argument has a wrong shape, dtype, device or range; the message starts with its name.
     """
     check_tensor("hidden", hidden, shape=("T", "D"), dtypes=_DTYPES)
     check_tensor("weight", weight, shape=("V", hidden.shape[1]), dtypes=_DTYPES, device=hidden.device)
@@ -94,10 +95,10 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: flo
 
 
 def resolve_impl(impl: str, hidden: Tensor) -> str:
-    """The implementation that ``impl`` means for ``hidden``; ``auto`` is the fastest that can run.
+    """Returns the implementation to run for ``hidden``; ``auto`` becomes the fastest one that can run.
 
     Raises:
-        ValueError: it cannot run on such tensors; starts with ``impl``.
+        ValueError: ``impl`` cannot run on such tensors; the message starts with ``impl``.
     """
     has_dtype = hidden.dtype != torch.float64
     if impl == "auto":
@@ -121,11 +122,11 @@ def resolve_impl(impl: str, hidden: Tensor) -> str:
 def linear_logprobs_reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, filter_eps: float | None = None
 ) -> LogProbs:
-    """The specification, in plain PyTorch with autograd's own gradient, each chunk recomputed in the backward.
+    """The specification, in plain PyTorch with autograd's own gradient; the backward recomputes each chunk.
 
-    ``filter_eps`` is ``linear_policy_loss``'s: columns that it leaves out get no gradient.
+    ``filter_eps`` has the meaning that ``linear_policy_loss`` gives it: columns that it leaves out get no gradient.
     """
-    # Which of the two is a product's first operand in the backward is autograd's choice.
+    # Both are made gapless because in the backward autograd chooses which one is a product's first operand.
     chunks, hidden, weight = [], gapless(hidden), gapless(weight)
     for begin, end in chunk_ranges(hidden.shape[0], weight.shape[0]):
         arguments = (hidden[begin:end], weight, targets[begin:end], temperature, filter_eps)
@@ -136,7 +137,10 @@ def linear_logprobs_reference(
 
 
 def chunk_ranges(num_tokens: int, vocabulary: int) -> list[tuple[int, int]]:
-    """Half-open token ranges whose logits are held at once; whole filter blocks where they are longer than one."""
+    """Splits the tokens into half-open ranges whose logits are held at once.
+
+    A range longer than ``FILTER_BLOCK`` consists of whole filter blocks (the last range may end earlier).
+    """
     size = max(1, min(_MAX_CHUNK_TOKENS, _MAX_CHUNK_LOGITS // max(vocabulary, 1)))
     if size > FILTER_BLOCK:
         size -= size % FILTER_BLOCK
@@ -144,7 +148,7 @@ def chunk_ranges(num_tokens: int, vocabulary: int) -> list[tuple[int, int]]:
 
 
 def _chunk_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """(tokens, V) logits over temperature, in the compute dtype."""
+    """(tokens, V) logits divided by the temperature, in the compute dtype."""
     return (hidden @ weight.T).to(compute_dtype(hidden.dtype)) / temperature
 
 
@@ -157,13 +161,16 @@ def _chunk_logprobs(
         logits = torch.where(kept, logits, logits.detach())
     log_softmax = logits.log_softmax(dim=-1)
     detached = log_softmax.detach()
-    # A probability that underflows to 0 with a logarithm of -inf adds nothing: xlogy's convention, on log p.
+    # A probability of 0 has a logarithm of -inf and must add 0 to the entropy; the clamp prevents 0 * -inf = NaN.
     entropy = -(detached.exp() * detached.clamp(min=torch.finfo(detached.dtype).min)).sum(dim=-1)
     return log_softmax.gather(1, targets[:, None])[:, 0], entropy
 
 
 def kept_columns(softmax_TV: Tensor, targets: Tensor, filter_eps: float) -> Tensor:
-    """(T, V) bool: what ``filter_eps`` keeps of the gradient, blocks of ``FILTER_BLOCK`` tokens beginning at row 0."""
+    """(T, V) bool: which entries of the logits' gradient ``filter_eps`` keeps.
+
+    Blocks of ``FILTER_BLOCK`` tokens, counted from row 0, keep the same columns for all of their tokens.
+    """
     kept = softmax_TV >= filter_eps
     kept.scatter_(1, targets[:, None], True)
     for block in kept.split(FILTER_BLOCK):
@@ -173,8 +180,12 @@ def kept_columns(softmax_TV: Tensor, targets: Tensor, filter_eps: float) -> Tens
 
 
 def reference_rows(head: native_head.Head) -> tuple[SoftmaxRows, Tensor]:
-    """What the op's forward gives, in the compute dtype. The reference's backward needs only log-probabilities."""
-    # Written in place: results laid between the chunks' buffers would keep the allocator from using those again.
+    """Softmax rows and (T,) entropies by the reference, in the compute dtype.
+
+    Max and sum of the rows are left 0, because the reference's backward does not use them.
+    """
+    # All results go into one tensor that is allocated first: results allocated between the buffers of the chunks would
+    # keep the allocator from reusing these buffers.
     values = torch.zeros(4, head.hidden.shape[0], dtype=compute_dtype(head.hidden.dtype), device=head.hidden.device)
     for begin, end in chunk_ranges(head.hidden.shape[0], head.weight.shape[0]):
         arguments = (head.hidden[begin:end], head.weight, head.targets[begin:end], head.temperature)
@@ -186,7 +197,7 @@ def reference_rows(head: native_head.Head) -> tuple[SoftmaxRows, Tensor]:
 def reference_gradients(
     head: native_head.Head, grad_logprobs: Tensor, needs: tuple[bool, bool], filter_eps: float | None
 ) -> HeadGradients:
-    """The formula of the module's docstring; ``grad_weight`` is summed over chunks in the compute dtype."""
+    """Gradients by the formula in the module's docstring; sums ``grad_weight`` over chunks in the compute dtype."""
     dtype = compute_dtype(head.hidden.dtype)
     grad_hidden = head.hidden.new_empty(head.hidden.shape) if needs[0] else None
     grad_weight = head.weight.new_zeros(head.weight.shape, dtype=dtype) if needs[1] else None
@@ -207,10 +218,10 @@ def reference_gradients(
 
 
 def check_logprobs(head: native_head.Head, *results: Tensor) -> None:
-    """Checks the (T,) results of a forward: they are finite unless an input was not, or a target out of range.
+    """Checks that the (T,) results of a forward are finite, and raises for the argument that is to blame if not.
 
     Raises:
-        ValueError: starts with the argument's name.
+        ValueError: a target is out of range, or the logits are not finite; the message starts with the argument's name.
     """
     if torch.stack([result.isfinite().all() for result in results]).all():
         return
@@ -219,7 +230,7 @@ def check_logprobs(head: native_head.Head, *results: Tensor) -> None:
 
 
 def check_targets(head: native_head.Head) -> None:
-    """Checks the values of ``targets``."""
+    """Checks that all ``targets`` are token ids of the vocabulary."""
     targets, vocabulary = head.targets, head.weight.shape[0]
     if targets.numel() and not ((targets >= 0) & (targets < vocabulary)).all():
         raise ValueError(
@@ -234,7 +245,7 @@ def check_targets(head: native_head.Head) -> None:
     "-> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor row_sum)",
 )
 def _linear_logprobs_op(hidden, weight, targets, temperature, impl):
-    """Checks values, out of sight of the tracer. ``row_max`` and ``row_sum`` are for the backward."""
+    """The forward, with its checks of values, which a tracer does not see. The backward uses all but the entropies."""
     impl = resolve_impl(impl, hidden)
     head = native_head.Head.of(hidden, weight, targets, temperature)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -244,9 +255,10 @@ def _linear_logprobs_op(hidden, weight, targets, temperature, impl):
 
 
 def head_rows(head: native_head.Head, impl: str, *, with_entropy: bool = True) -> tuple[SoftmaxRows, Tensor]:
-    """The forward of an implementation; values of ``targets`` are checked here or by ``check_logprobs``.
+    """Runs the forward of an implementation; returns the softmax rows and the (T,) entropies.
 
-    Without ``with_entropy`` the entropies need not be right.
+    For ``triton`` a target out of range gives NaN, which ``check_logprobs`` finds; the others check ``targets`` here.
+    If ``with_entropy`` is false, the entropies may be wrong.
     """
     if impl == "triton":
         from balcaprl.kernels import triton_head
@@ -283,7 +295,7 @@ def linear_logprobs_backward(
     needs_weight,
     impl,
 ):
-    """Gradients of both factors; one that is not needed is (0,)."""
+    """Gradients of hidden and weight; a gradient that is not needed has shape (0,)."""
     impl, needs = resolve_impl(impl, hidden), (needs_hidden, needs_weight)
     head = native_head.Head.of(hidden, weight, targets, temperature)
     rows = SoftmaxRows(row_max.contiguous(), row_sum.contiguous(), logprobs.contiguous())
@@ -301,7 +313,10 @@ def head_gradients(
     filter_eps: float | None,
     impl: str,
 ) -> HeadGradients:
-    """The backward of an implementation, from its own forward's rows and the (T,) gradient of the log-probabilities."""
+    """Runs the backward of an implementation.
+
+    Uses the softmax rows of the same implementation's forward and the (T,) gradient of the log-probabilities.
+    """
     if impl == "triton":
         from balcaprl.kernels import triton_head
 

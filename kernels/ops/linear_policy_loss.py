@@ -1,22 +1,25 @@
-"""The clipped policy loss straight from hidden states and the language-model head, without the (T, V) logits.
+"""The clipped policy loss directly from hidden states and the language-model head, without storing the (T, V) logits.
 
-``linear_logprobs`` and ``policy_loss`` (their modules have the mathematics) in one op. The loss needs of each token only
-its log-probability, and its gradient with respect to that, g_t, is known as soon as that is. Hence:
+This op combines ``linear_logprobs`` and ``policy_loss``; their modules have the mathematics. The loss depends on token
+t only through its log-probability, so g_t, the gradient with respect to that log-probability, is known as soon as the
+log-probability is. This has three consequences:
 
-- The backward leaves out tokens whose g_t is exactly zero: no advantage, stopped by the clip. That is exact.
-- The gradients of hidden and weight are made in the forward, while the logits of a chunk of tokens are there: three
-  matrix products, not four. They are made if an input requires a gradient, and the backward hands them out.
-- On a GPU (``triton``) the logits are computed again, tile by tile, where the chunks would be too many
-  (``triton_head_chunks``), for ``filter_eps``, and for float16: that in the backward, as a scaled loss must reach such
-  gradients before they are rounded.
+- When ``native`` and ``triton`` compute gradients, they leave out tokens whose g_t is exactly zero because the
+  advantage is 0 or the token is clipped. The result stays exact.
+- If an input requires a gradient, the forward computes the gradients of hidden and weight while the logits of a chunk
+  of tokens are in memory: three matrix products instead of four (``reference`` recomputes the logits). The backward
+  only returns these gradients.
+- On a GPU ``triton`` recomputes the logits tile by tile if there would be too many chunks
+  (``triton_head_chunks``), for ``filter_eps``, and for float16. For float16 this happens in the backward, because a
+  loss scale must be applied to the gradients before they are rounded.
 
-``filter_eps`` makes the backward cheaper and approximate, as cut cross-entropy does (arXiv 2411.09009): a vocabulary column
-whose softmax stays below it for a whole block of tokens, and that is the target of none of them, *may* be left out
-of their gradient. No entry of d z (see ``linear_logprobs``) with a softmax of at least ``filter_eps`` is ever left out, so
-that each one that is missing is smaller than filter_eps * |g_t| / temperature. The loss and the metrics stay exact.
-Blocks are the implementation's: ``FILTER_BLOCK`` tokens and single columns on the CPU, a tile of the matrix product
-on a GPU. It pays where distributions are peaked, as a trained policy's are, and on a CPU: on an H200 its products have so
-far been slower than the whole ones.
+``filter_eps`` makes the gradient cheaper and approximate, as in cut cross-entropy (arXiv 2411.09009). If the softmax of
+a vocabulary column stays below ``filter_eps`` for a whole block of tokens and the column is the target of none of them,
+the column *may* be left out of their gradient. An entry of d z (see ``linear_logprobs``) whose softmax is at least
+``filter_eps`` is never left out, so every missing entry is smaller than filter_eps * |g_t| / temperature. The loss and
+the metrics stay exact. The block depends on the implementation: ``FILTER_BLOCK`` tokens and single columns on the CPU,
+a tile of the matrix product on a GPU. ``filter_eps`` saves time on a CPU if the distributions are peaked, as those of a
+trained policy are. On an H200 the filtered products have so far been slower than the unfiltered ones.
 """
 
 from __future__ import annotations
@@ -78,31 +81,34 @@ def linear_policy_loss(
     logprobs_out: Tensor | None = None,
     impl: str = "auto",
 ) -> PolicyLoss:
-    """Loss and metrics of T completion tokens of R rollouts, from what predicts each token.
+    """Loss and metrics of T completion tokens of R rollouts, from the hidden states that predict the tokens.
 
     Args:
-        hidden: (T, D) float32, float64, bfloat16 or float16: the state that predicts token t.
-        weight: (V, D) of the head, dtype and device as ``hidden``; under autocast both are cast.
-        targets: (T,) int64, the tokens, 0 <= target < V.
-        old_logprobs: (T,) floating, of the policy at the start of this batch's updates; None: on-policy, this forward's own.
-        advantages: (R,) floating.
-        cu_seqlens: (R + 1,) int32: rollout j has tokens cu_seqlens[j] to cu_seqlens[j + 1]. From 0 to T, never falling.
-        clip_low: as all that follow up to ``normalizer``, see ``policy_loss``.
-        temperature: > 0, divides the logits.
-        filter_eps: None: exact. Else above 0 and at most 1, see the module's docstring; 2^-12 is below what bfloat16 keeps
-            of a gradient.
-        logprobs_out: (T,) floating; receives the log-probabilities, detached: the ``old_logprobs`` of later updates.
-        impl: ``native`` (CPU), ``triton`` (CUDA; CPU under Triton's interpreter), ``reference`` or ``auto``. Only
-            ``reference`` has float64.
+        hidden: (T, D) float32, float64, bfloat16 or float16; row t is the hidden state that predicts token t.
+        weight: (V, D) weight of the head, with the dtype and device of ``hidden``; autocast casts both.
+        targets: (T,) int64 ids of the completion tokens, 0 <= target < V.
+        old_logprobs: (T,) floating log-probabilities under the policy at the start of this batch's updates; None means
+            on-policy: the log-probabilities of this forward.
+        advantages: (R,) floating, the advantage of each rollout.
+        cu_seqlens: (R + 1,) int32 offsets, never falling, from 0 to T: rollout j has tokens cu_seqlens[j] to
+            cu_seqlens[j + 1] - 1.
+        clip_low: see ``policy_loss`` for this argument and for all others up to ``normalizer``.
+        temperature: number > 0 that divides the logits.
+        filter_eps: None for exact gradients, or a threshold above 0 and at most 1, see the module's docstring; 2^-12 is
+            below the precision of a bfloat16 gradient.
+        logprobs_out: (T,) floating tensor that receives the detached log-probabilities, for use as ``old_logprobs`` of
+            later updates.
+        impl: ``native`` (CPU), ``triton`` (CUDA, or CPU under Triton's interpreter), ``reference`` or ``auto``. Only
+            ``reference`` supports float64.
 
     Returns:
         The loss, differentiable once in ``hidden`` and ``weight``, and the detached metrics; float64 for float64
-        inputs, else float32.
+        inputs, otherwise float32.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype, device, range, or a value that is not finite; the message
-            starts with its name.
-        RuntimeError: ``impl="native"`` and the compiled library is not available.
+        ValueError: an argument has a wrong shape, dtype, device or range, or a value that is not finite; the message
+            starts with the argument's name.
+        RuntimeError: ``impl`` is ``native`` and the compiled library is not available.
     """
     hidden, weight = check_head(hidden, weight, targets, temperature)
     arguments = LossArguments(
@@ -145,13 +151,16 @@ def linear_policy_loss_reference(
     filter_eps: float | None = None,
     **options: Any,
 ) -> PolicyLoss:
-    """The specification, in plain PyTorch with autograd's own gradient; arguments as above, unchecked, but no ``impl``."""
+    """The specification of ``linear_policy_loss``, in plain PyTorch with autograd's own gradient.
+
+    Takes the same arguments except ``logprobs_out`` and ``impl``, and does not check them.
+    """
     logprobs, _ = linear_logprobs_reference(hidden, weight, targets, temperature=temperature, filter_eps=filter_eps)
     return policy_loss_reference(logprobs, old_logprobs, advantages, cu_seqlens, **options)
 
 
 def _gradients_in_forward(hidden: Tensor, impl: str) -> bool:
-    """Whether the op's forward makes the gradients; told without resolving ``impl``, so that it can be traced."""
+    """Whether the op's forward computes the gradients; does not resolve ``impl``, so that it can be traced."""
     return hidden.dtype != torch.float16 or (hidden.device.type == "cpu" and impl != "triton")
 
 
@@ -163,7 +172,10 @@ def _gradients_in_forward(hidden: Tensor, impl: str) -> bool:
     "Tensor logprobs, Tensor row_max, Tensor row_sum, Tensor grad_hidden, Tensor grad_weight)",
 )
 def _linear_policy_loss_op(hidden, weight, targets, *rest):
-    """Checks values, out of sight of the tracer. ``grad_hidden`` and ``grad_weight`` are (0,) where they are not made."""
+    """The forward, with its checks of values, which a tracer does not see.
+
+    ``grad_hidden`` and ``grad_weight`` have shape (0,) if the forward does not compute them.
+    """
     arguments = LossArguments(*rest[:_NUM_LOSS])
     temperature, filter_eps, *needs, impl = rest[_NUM_LOSS:]
     if not _gradients_in_forward(hidden, impl):
@@ -183,7 +195,7 @@ def _linear_policy_loss_op(hidden, weight, targets, *rest):
 def _forward(
     head: Head, arguments: LossArguments, filter_eps: float | None, needs: tuple[bool, bool], impl: str
 ) -> tuple[list[TokenLoss], SoftmaxRows, HeadGradients]:
-    """Loss by parts of the tokens, softmax rows, and the gradients that are needed."""
+    """Returns the loss of each part of the tokens, the softmax rows, and the gradients that are needed."""
     num_tokens = head.hidden.shape[0]
     batch = token_batch(arguments, num_tokens, compute_dtype(head.hidden.dtype), impl)
     parts: list[TokenLoss] = []
@@ -232,7 +244,7 @@ def _setup_context(ctx, inputs, output):
     ctx.temperature, ctx.filter_eps, *ctx.needs, ctx.impl = inputs[3 + _NUM_LOSS :]
     ctx.made = _gradients_in_forward(hidden, ctx.impl)
     _, metrics, grad_logprobs, logprobs, row_max, row_sum, *made = output
-    # Else the backward would get zeros as large as the gradients, made anew, for outputs that nobody differentiates.
+    # Stops autograd from allocating full-size zero gradients for the outputs that are not differentiable.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(metrics, grad_logprobs, logprobs, row_max, row_sum, *made)
     if ctx.made:
@@ -249,7 +261,7 @@ def _backward(ctx, grad_loss, *_):
         gradients = [_scaled(gradient, grad_loss) for gradient in ctx.saved_tensors]
     else:
         grad_logprobs, *saved = ctx.saved_tensors
-        # A product on the device: the number is not needed here.
+        # Multiplying by the tensor avoids reading grad_loss as a number, which would wait for the device.
         arguments = (grad_logprobs * grad_loss, *saved, ctx.temperature, ctx.filter_eps, *ctx.needs, ctx.impl)
         gradients = linear_logprobs_backward(*arguments)
     wanted = (g if needed else None for g, needed in zip(gradients, ctx.needs, strict=True))
@@ -257,10 +269,11 @@ def _backward(ctx, grad_loss, *_):
 
 
 def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
-    """gradient * grad_loss: the saved tensor itself where it may be given away, so that nothing of its size is copied.
+    """Returns gradient * grad_loss, in the storage of ``gradient`` where possible, to avoid a copy of that size.
 
-    It may if the graph is freed after this backward; then autograd makes it the parameter's ``.grad`` as it is. While
-    torch.compile traces, values cannot be read and memory is not ours to reuse.
+    The saved tensor may be overwritten and returned if the graph is freed after this backward; autograd then uses it
+    directly as the parameter's ``.grad``. While torch.compile traces, values cannot be read and memory must not be
+    reused, so the product is a new tensor.
     """
     plain = type(gradient) is Tensor and type(grad_loss) is Tensor and not torch.compiler.is_compiling()
     if not plain or _graph_is_kept():
@@ -270,7 +283,7 @@ def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
 
 
 def _graph_is_kept() -> bool:
-    """Whether the running backward was asked to ``retain_graph``; yes where torch cannot tell."""
+    """Whether the running backward was called with ``retain_graph``; assumed true if torch cannot tell."""
     kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if kept is None else kept()
 

@@ -1,4 +1,4 @@
-"""The clipped policy loss straight from logits, for trainers that hold them: ``policy_loss`` behind a log-softmax.
+"""The clipped policy loss from logits: a log-softmax followed by ``policy_loss``, for trainers that have the logits.
 
 For token t with logits z_t, temperature tau and target y_t::
 
@@ -9,17 +9,18 @@ With g_t = d loss / d logprobs_t, which the forward computes with the loss, and 
 
     d loss / d z_tv = g_t ([v = y_t] - p_tv) / tau
 
-The forward reads the logits once and keeps three numbers per token; the backward reads them once and writes once. Rows whose
-g_t is exactly 0 (no advantage, stopped by the clip) are not read again. No float32 copy and no softmax is ever stored.
+The forward reads the logits once and keeps four numbers per token. The backward reads the logits once and writes the
+gradient once. ``native`` and ``triton`` do not read rows again whose g_t is exactly 0 (no advantage, or clipped), and
+store neither a float32 copy of the logits nor a softmax.
 
-``inplace_grad=True``: the backward writes the gradient over the logits and hands their storage on, so that it needs no
-memory of its own. After that backward the logits are gone. Autograd knows of the write: a second backward through this loss,
-and the backward of any other op that saved the logits, raise its "modified by an inplace operation" error. What autograd
-cannot see is the caller's own reading of the values after ``backward()``: they are gradients then. A leaf's ``.grad`` shares
-its storage.
+With ``inplace_grad=True`` the backward writes the gradient over the logits and returns their storage as the gradient,
+so that the gradient needs no extra memory. The logits are lost after that backward. Autograd knows about the write: a
+second backward through this loss, and the backward of any other op that saved the logits, raise autograd's "modified by
+an inplace operation" error. Autograd cannot detect that the caller reads the logits tensor after ``backward()``; the
+tensor then holds gradients. If the logits are a leaf, their ``.grad`` shares their storage.
 
-What logits may hold: -inf at a token that is not the target is a forbidden token, with probability and gradient 0. NaN, +inf,
--inf at the target, or a row without a finite logit raise ValueError.
+A logit of -inf marks a forbidden token, which gets probability 0 and gradient 0; the target must not be forbidden.
+NaN, +inf, -inf at the target, or a row without a finite logit raise ValueError.
 """
 
 from __future__ import annotations
@@ -68,35 +69,36 @@ def logits_policy_loss(
     inplace_grad: bool = False,
     impl: str = "auto",
 ) -> PolicyLoss:
-    """Loss and metrics of T completion tokens of R rollouts; the mathematics are above and in ``policy_loss``.
+    """Loss and metrics of T completion tokens of R rollouts; the module's docstring has the mathematics.
+
+    ``policy_loss`` describes the arguments from ``old_logprobs`` to ``normalizer`` in full.
 
     Args:
-        logits: (T, V) float32, float64, bfloat16 or float16, with gradient; row t predicts token t. Rows may lie apart
-            (a slice of columns); anything else that is not contiguous is copied. Float64 is computed in float64, all
-            else in float32.
-        targets: (T,) int64, 0 <= target < V.
-        old_logprobs: (T,) floating, or None for on-policy; this and all from here to ``normalizer`` as ``policy_loss``
-            takes them.
-        advantages: (R,) floating.
-        cu_seqlens: (R + 1,) int32.
-        clip_low: 0 <= clip_low <= 1.
-        clip_high: >= 0.
-        sampling_logprobs: (T,) floating.
-        sampling_ratio_cap: > 0; needs ``sampling_logprobs``.
-        reference_logprobs: (T,) floating.
-        kl_coef: >= 0; above 0 it needs ``reference_logprobs``.
+        logits: (T, V) float32, float64, bfloat16 or float16, with gradient; row t predicts token t. Rows need not be
+            adjacent (a slice of columns); any other non-contiguous layout is copied. Float64 logits are computed in
+            float64, all others in float32.
+        targets: (T,) int64 token ids, 0 <= target < V.
+        old_logprobs: (T,) floating log-probabilities at the start of this batch's updates, or None for on-policy.
+        advantages: (R,) floating, the advantage of each rollout.
+        cu_seqlens: (R + 1,) int32 offsets of the rollouts' tokens.
+        clip_low: lower clip range, 0 <= clip_low <= 1.
+        clip_high: upper clip range, >= 0.
+        sampling_logprobs: (T,) floating log-probabilities that the sampler returned.
+        sampling_ratio_cap: cap of the importance weight, > 0; needs ``sampling_logprobs``.
+        reference_logprobs: (T,) floating log-probabilities under the reference policy.
+        kl_coef: coefficient of the KL term, >= 0; a value above 0 needs ``reference_logprobs``.
         reduction: ``token-mean``, ``sequence-mean`` or ``constant``.
-        normalizer: > 0, the global denominator.
-        temperature: > 0, divides the logits.
-        inplace_grad: the logits' storage becomes their gradient in the backward; the module's docstring has the rules.
-            The rows must not overlap.
-        impl: ``native`` (CPU), ``triton`` (CUDA; CPU under Triton's interpreter), ``reference`` or ``auto``. Only
-            ``reference`` has float64.
+        normalizer: the global denominator, > 0.
+        temperature: number > 0 that divides the logits.
+        inplace_grad: whether the backward overwrites the logits with their gradient; the module's docstring has the
+            rules. The rows must not overlap.
+        impl: ``native`` (CPU), ``triton`` (CUDA, or CPU under Triton's interpreter), ``reference`` or ``auto``. Only
+            ``reference`` supports float64.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype, device, range, or a value that has no meaning; the message
-            starts with its name.
-        RuntimeError: ``impl="native"`` and the compiled library is not available.
+        ValueError: an argument has a wrong shape, dtype, device or range, or a value that is not allowed; the message
+            starts with the argument's name.
+        RuntimeError: ``impl`` is ``native`` and the compiled library is not available.
     """
     check_tensor("logits", logits, shape=("T", "V"), dtypes=_DTYPES)
     check_tensor("targets", targets, shape=(logits.shape[0],), dtypes=(torch.int64,), device=logits.device)
@@ -137,24 +139,26 @@ def logits_policy_loss_reference(
     temperature: float = 1.0,
     **options: Any,
 ) -> PolicyLoss:
-    """The specification, in plain PyTorch with autograd's own gradient; arguments as above, unchecked, but no ``impl`` and no
-    ``inplace_grad``."""
+    """The specification of ``logits_policy_loss``, in plain PyTorch with autograd's own gradient.
+
+    Takes the same arguments except ``impl`` and ``inplace_grad``, and does not check them.
+    """
     log_softmax = (logits.to(compute_dtype(logits.dtype)) / temperature).log_softmax(dim=-1)
     logprobs = log_softmax.gather(1, targets[:, None])[:, 0]
     return policy_loss_reference(logprobs, old_logprobs, advantages, cu_seqlens, **options)
 
 
 def _rows_stand_apart(logits: Tensor) -> bool:
-    """Whether each row is contiguous and no two share memory."""
+    """Whether each row is contiguous and no two rows share memory."""
     num_tokens, vocabulary = logits.shape
     return (logits.stride(1) == 1 or vocabulary <= 1) and (logits.stride(0) >= vocabulary or num_tokens <= 1)
 
 
 def _resolve(impl: str, logits: Tensor) -> str:
-    """The implementation that ``impl`` means; ``auto`` is the fastest that can run.
+    """Returns the implementation to run; ``auto`` becomes the fastest one that can run.
 
     Raises:
-        ValueError: it cannot run on such logits.
+        ValueError: ``impl`` cannot run on such logits.
     """
     has_dtype = logits.dtype != torch.float64
     if impl == "auto":
@@ -182,7 +186,10 @@ def _resolve(impl: str, logits: Tensor) -> str:
     "-> (Tensor loss, Tensor metrics, Tensor row_max, Tensor row_sum, Tensor logprobs, Tensor grad_logprobs)",
 )
 def _logits_policy_loss_op(logits, targets, *rest):
-    """Checks values, out of sight of the tracer; returns the loss, (5,) metrics, and four (T,) for the backward."""
+    """The forward, with its checks of values, which a tracer does not see.
+
+    Returns the loss, the (5,) metrics, and four (T,) tensors for the backward.
+    """
     arguments, (temperature, _, impl) = LossArguments(*rest[:-3]), rest[-3:]
     impl, dtype = _resolve(impl, logits), compute_dtype(logits.dtype)
     batch = token_batch(arguments, logits.shape[0], dtype, impl)
@@ -200,17 +207,20 @@ def _logits_policy_loss_fake(logits, *_):
 
 
 def _with_rows(logits: Tensor) -> Tensor:
-    """The logits, copied if their columns are not contiguous."""
+    """Returns the logits, or a contiguous copy if the values of a row are not contiguous."""
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
 def _row_stats(logits: Tensor, targets: Tensor, temperature: float, impl: str) -> SoftmaxRows:
-    """What each row's gradient is made of, and the log-probabilities; NaN, or an error, for a target out of range."""
+    """Softmax rows of the logits: what the gradient needs, and the log-probabilities of the targets.
+
+    A target out of range raises, or with ``triton`` gives a log-probability of NaN.
+    """
     if impl == "triton":
         from balcaprl.kernels import triton_logits
 
         return triton_logits.stats(logits, targets, 1.0 / temperature)
-    # The reference's backward needs none of the first two.
+    # The reference leaves max and sum at 0: its backward does not use them.
     rows = SoftmaxRows(*(logits.new_zeros(len(targets), dtype=compute_dtype(logits.dtype)) for _ in range(3)))
     if impl == "native":
         write_stats(logits, targets, 1.0 / temperature, rows, None)
@@ -223,7 +233,7 @@ def _row_stats(logits: Tensor, targets: Tensor, temperature: float, impl: str) -
 
 
 def _chunks(logits: Tensor) -> list[slice]:
-    """Rows that the reference takes at once."""
+    """The ranges of rows that the reference processes at once."""
     size = max(1, _CHUNK_LOGITS // max(logits.shape[1], 1))
     return [slice(begin, begin + size) for begin in range(0, logits.shape[0], size)]
 
@@ -236,7 +246,10 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
 
 
 def _check_logprobs(logprobs: Tensor, logits: Tensor, targets: Tensor) -> None:
-    """One flag is read from the device; what was wrong is looked for only then."""
+    """Checks that all log-probabilities are finite.
+
+    Reads one flag from the device, and searches for the cause only if the flag says that a value is not finite.
+    """
     finite = logprobs.isfinite()
     if not finite.all():
         _check_targets(targets, logits.shape[1])
@@ -259,7 +272,7 @@ _ROW_SCHEMA = (
     schema=f"(Tensor logits, {_ROW_SCHEMA}) -> Tensor",
 )
 def _backward_op(logits, *rest):
-    """The gradient of the logits, apart from them."""
+    """Returns the gradient of the logits as a new tensor."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _write_gradient(_with_rows(logits), out, *rest)
     return out
@@ -276,7 +289,7 @@ def _backward_fake(logits, *_):
     schema=f"(Tensor(a!) logits, {_ROW_SCHEMA}) -> ()",
 )
 def _backward_inplace_op(logits, *rest):
-    """The gradient of the logits, over them."""
+    """Overwrites the logits with their gradient."""
     _write_gradient(logits, logits, *rest)
 
 
@@ -311,7 +324,7 @@ def _write_gradient(
     for chunk in _chunks(logits):
         gradient = grad_logprobs[chunk, None] / temperature
         values = (logits[chunk].to(logprobs.dtype) / temperature).softmax(dim=-1) * -gradient
-        # 1 - p by way of expm1: near p = 1 it keeps its digits.
+        # 1 - p is computed as -expm1(log p), which stays accurate when p is near 1.
         values.scatter_(1, targets[chunk, None], -gradient * rows.logprobs[chunk, None].expm1())
         out[chunk] = values.masked_fill_(gradient == 0.0, 0.0)
 
@@ -319,7 +332,7 @@ def _write_gradient(
 def _write_gradient_native(
     logits: Tensor, targets: Tensor, rows: SoftmaxRows, grad_logprobs: Tensor, scale: float, out: Tensor
 ) -> None:
-    """``kernels/csrc/logits_policy_loss.cpp``."""
+    """Writes the gradient with ``kernels/csrc/logits_policy_loss.cpp``."""
     status = native.library().balcaprl_logits_gradient(
         DTYPES.index(logits.dtype),
         logits.data_ptr(),
@@ -345,7 +358,8 @@ def _backward(ctx, grad_loss, *_):
     logits, *tensors = ctx.saved_tensors
     arguments = (*tensors, grad_loss, ctx.temperature, ctx.impl)
     if ctx.inplace_grad:
-        # Detached, it shares storage and version counter with the logits: the write is seen wherever they were saved.
+        # The detached tensor shares storage and version counter with the logits, so that autograd notices the write
+        # wherever the logits were saved.
         gradient = logits.detach()
         _backward_inplace_op(gradient, *arguments)
     else:

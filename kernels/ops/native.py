@@ -1,10 +1,11 @@
-"""The only loader of the compiled library (``kernels/csrc``), through ctypes: no compiler, no libtorch at run time.
+"""Loads the compiled library (``kernels/csrc``) through ctypes, with no compiler and no libtorch at run time.
 
-Loading is tried once, at the first call. Where it fails everything else still works: ops with ``impl="auto"`` run their
-reference after one warning, ``impl="native"`` raises with the reason.
+No other module loads the library. Loading is tried once, at the first call. If it fails, everything else still works:
+ops with ``impl="auto"`` run their reference after one warning, and ``impl="native"`` raises with the reason.
 
-The library brings no threads of its own. It runs its blocks on the team of the OpenMP runtime that torch's kernels use,
-with ``torch.get_num_threads()`` threads; where that runtime has no entry that it knows it runs on the calling thread.
+The library starts no threads of its own. It runs its blocks of work on the thread team of the OpenMP runtime that
+torch's kernels use, with ``torch.get_num_threads()`` threads. If the entry points of that runtime cannot be found, the
+library runs on the calling thread.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 LIBRARY_NAME = "libbalcaprl_native.so"
-ABI_VERSION = 3  # as kAbiVersion in kernels/csrc/native.h
+ABI_VERSION = 3  # must equal kAbiVersion in kernels/csrc/native.h
 
 # Status codes of kernels/csrc/native.h.
 OK = 0
@@ -37,7 +38,7 @@ _PTR = ctypes.c_void_p
 _REAL = ctypes.c_double
 _CODE = ctypes.c_int32
 _GROUPED_ADVANTAGES = [_PTR, _INT, _INT, _INT, _PTR, _PTR, _PTR, _INT, _REAL, _REAL, _CODE, _REAL, _PTR]
-_SOFTMAX_ROWS = [_CODE, _PTR, _INT]  # type of the logits, logits, row stride
+_SOFTMAX_ROWS = [_CODE, _PTR, _INT]  # dtype code of the logits, pointer to the logits, row stride
 _SIGNATURES = {
     "balcaprl_rotate": [_INT, _INT, _INT, *[_PTR] * 3, _CODE, _PTR],
     "balcaprl_rms_norm": [_INT, _INT, _PTR, _PTR, _REAL, _PTR, _PTR],
@@ -56,55 +57,56 @@ _SIGNATURES = {
     "balcaprl_grouped_advantages_f32": _GROUPED_ADVANTAGES,
     "balcaprl_grouped_advantages_f64": _GROUPED_ADVANTAGES,
 }
-_LIBRARY_PATH = Path(__file__).resolve().parent / LIBRARY_NAME  # once: resolving it costs more than a small op
+_LIBRARY_PATH = Path(__file__).resolve().parent / LIBRARY_NAME  # resolved once: this takes longer than a small op
 _TEAM_ENTRIES = ("GOMP_parallel", "omp_get_max_threads")
 _REINSTALL = "Install balcaprl again on a machine with cmake and a C++17 compiler (pip install -v shows the build)."
 
 
 SIMD_LEVELS = ("plain", "avx2", "avx512")
 SIMD_VARIABLE = "BALCAPRL_SIMD"
-"""Environment variable with the highest of ``SIMD_LEVELS`` to use; read when the library is loaded."""
+"""Environment variable that names the highest of ``SIMD_LEVELS`` to use; it is read when the library is loaded."""
 
 
 def library_path() -> Path:
-    """Where the library is expected: beside this module."""
+    """The path at which the library is expected, beside this module."""
     return _LIBRARY_PATH
 
 
 def is_available() -> bool:
-    """Whether the compiled library is there, loads, and has this module's interface version."""
+    """Whether the compiled library exists, loads, and has the interface version that this module needs."""
     return _load(library_path())[0] is not None
 
 
 def unavailable_reason() -> str | None:
-    """Why the library cannot be used and what to do about it; None where it can."""
+    """Why the library cannot be used and what to do about it; None if it can be used."""
     return _load(library_path())[1]
 
 
 def library() -> ctypes.CDLL:
-    """The loaded library, its functions typed.
+    """Returns the loaded library, whose functions have ctypes signatures.
 
     Raises:
-        RuntimeError: it is not available; the message says why.
+        RuntimeError: the library is not available; the message says why.
     """
     handle, reason = _load(library_path())
     if handle is None:
         raise RuntimeError(f"impl='native' cannot run: {reason}")
-    # The thread count is kept per calling thread, and torch sets it in a new thread only when it is asked.
+    # OpenMP keeps the thread count per calling thread, and torch sets it in a new thread only when asked for it.
     torch.get_num_threads()
     return handle
 
 
 def set_simd_level(level: str | None) -> str:
-    """Asks the vector code for an instruction set, one of ``SIMD_LEVELS``; None: the best that there is.
+    """Selects the instruction set of the vector code. Must not be called while an op runs in another thread.
 
-    Not while an op runs in another thread.
+    Args:
+        level: the highest of ``SIMD_LEVELS`` to use; None selects the best level of this machine.
 
     Returns:
-        The level in use from now on: not above ``level``, and not above what this machine has.
+        The selected level, which is neither above ``level`` nor above what this machine supports.
 
     Raises:
-        ValueError: no such level.
+        ValueError: ``level`` is not one of ``SIMD_LEVELS``.
         RuntimeError: the library is not available.
     """
     return _set_simd_level(library(), level)
@@ -119,7 +121,7 @@ def _set_simd_level(handle: ctypes.CDLL, level: str | None) -> str:
 
 @functools.cache
 def warn_unavailable() -> None:
-    """Says once per process that ``impl="auto"`` runs without the library."""
+    """Warns once per process that ``impl="auto"`` runs without the library."""
     warnings.warn(
         f"balcaprl.kernels runs plain PyTorch on the CPU: {unavailable_reason()}", RuntimeWarning, stacklevel=2
     )
@@ -127,7 +129,7 @@ def warn_unavailable() -> None:
 
 @functools.cache
 def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
-    """The library at ``path``, or None and the reason."""
+    """Loads the library at ``path``; returns the library and None, or None and the reason for the failure."""
     if not path.is_file():
         return None, f"the native library is not installed (no {path}). {_REINSTALL}"
     try:
@@ -149,14 +151,18 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def probe_threads(num_blocks: int) -> list[tuple[int, int]]:
-    """Runs empty blocks over the library's threads: for each block how often it ran (1), and a number naming its thread."""
+    """Runs empty blocks on the library's threads, for tests.
+
+    Returns:
+        For each block, how often it ran (1 is correct) and a number that identifies its thread.
+    """
     visits, runners = torch.zeros(2, num_blocks, dtype=torch.int64)
     library().balcaprl_probe_threads(num_blocks, visits.data_ptr(), runners.data_ptr())
     return list(zip(visits.tolist(), runners.tolist(), strict=True))
 
 
 def _hand_over_threads(handle: ctypes.CDLL) -> None:
-    """Tells the library where torch's OpenMP runtime starts a team of threads, if that can be found."""
+    """Gives the library the entry points of torch's OpenMP runtime, if they can be found."""
     handle.balcaprl_set_thread_runtime.argtypes = [_PTR, _PTR]
     handle.balcaprl_set_thread_runtime.restype = None
     entries = thread_runtime()
@@ -166,10 +172,10 @@ def _hand_over_threads(handle: ctypes.CDLL) -> None:
 
 @functools.cache
 def thread_runtime() -> tuple[int, int] | None:
-    """Addresses of ``GOMP_parallel`` and ``omp_get_max_threads`` in the runtime that torch uses; None: not found.
+    """Addresses of ``GOMP_parallel`` and ``omp_get_max_threads`` in torch's OpenMP runtime; None if not found.
 
-    The process's global scope comes first, as it did when torch itself was linked: a runtime that was loaded ahead of torch
-    (vLLM preloads Intel's) is the one that torch runs on. Then torch's library and what that depends on.
+    The process's global scope is searched first, as the dynamic linker did for torch itself: if a runtime was loaded
+    before torch (vLLM preloads Intel's), torch runs on that one. Torch's library and its dependencies come second.
     """
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     for name in (None, str(torch_library)):

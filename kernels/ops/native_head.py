@@ -1,17 +1,17 @@
-"""The language-model head on the CPU: torch's matrix products, and the library's softmax epilogues between them.
+"""The language-model head on the CPU: torch's matrix products, with the library's softmax epilogues between them.
 
-Tokens are taken in chunks whose logits fit a buffer (``chunk_size``). Per chunk: logits = hidden @ weight.T, statistics in
-one read, and where a gradient is wanted, it is written over the logits and multiplied with ``weight`` and ``hidden``
-at once: three matrix products in all. Work that gives nothing is left out:
+Tokens are processed in chunks whose logits fit a buffer (``chunk_size``). For each chunk, logits = hidden @ weight.T is
+computed and one read of the logits gives the softmax statistics. If a gradient is needed, it is written over the logits
+and multiplied with ``weight`` and ``hidden``: three matrix products in all. Two kinds of work are skipped:
 
-- Tokens whose gradient is exactly zero: the last two products do not see their rows. Exact.
+- Tokens whose gradient is exactly zero: their rows are left out of the last two products. The result stays exact.
 - With ``filter_eps``: columns whose softmax stays below it for all tokens of a block (``FILTER_BLOCK`` tokens) and
-  that are no target. Approximate; the products then see the other columns only, gathered.
+  that are not the target of any of them. The other columns are gathered for the products; the result is approximate.
 
-A batch of twice as many tokens as fit is taken whole, in two halves of the vocabulary (``_gradients_by_halves``).
-``_WeightSum`` says how the gradient of the weight is summed over chunks. Memory beyond inputs and results does not grow
-with the number of tokens, but for a few numbers per token. The room for logits is kept for the next call
-(``release_scratch``).
+A float32 batch of up to about twice as many tokens as fit the buffer is processed at once, in two halves of the
+vocabulary (``_gradients_by_halves``). ``_WeightSum`` describes how the gradient of the weight is summed over chunks.
+Memory beyond inputs and results does not grow with the number of tokens, except for a few numbers per token. The
+memory for logits is kept for the next call until ``release_scratch`` is called.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from balcaprl.kernels.native_softmax import (
 from balcaprl.kernels.products import gapless
 
 FILTER_BLOCK = 128
-"""Tokens that ``filter_eps`` looks at together."""
+"""Number of tokens in a block; ``filter_eps`` keeps or drops a column for all tokens of a block together."""
 
 _LOGITS_BYTES = 40 << 20
-# With the room in which gradients wait.
+# The logits of a chunk, plus the gradients that wait for their products.
 _BUFFER_BYTES = 56 << 20
-# Fewer tokens make slow products, and more passes over the gradient of the weight. More gain nothing, and their logits
-# leave the cache between the product and the epilogue.
+# Fewer tokens would make slow products and more passes over the gradient of the weight. More tokens would gain nothing,
+# and their logits would leave the cache between the product and the epilogue.
 _CHUNK_TOKENS = 512
 _TILE_BYTES = 12 << 20
 _TILE_COLUMNS = 4096
@@ -48,41 +48,44 @@ _POOL_BYTES = 8 << 20
 _MAX_HALF_SUMS = 2
 _PAGE_BYTES = 4096
 _MOST_SCRATCH_BYTES = 64 << 20
-# Above this share of the columns gathering costs more than it saves.
+# If a larger share of the columns is kept, gathering them costs more than it saves.
 _MAX_KEPT_SHARE = 0.4
 
 
 class Head(NamedTuple):
-    """What the logits are made of."""
+    """Inputs of the head: logits = hidden @ weight.T / temperature, and the target of each token."""
 
     hidden: Tensor
-    """(T, D), ``gapless``."""
+    """(T, D) hidden states, laid out as ``gapless`` returns them."""
     weight: Tensor
-    """(V, D)."""
+    """(V, D) weight of the head."""
     targets: Tensor
-    """(T,) int64, contiguous."""
+    """(T,) int64 target ids, contiguous."""
     temperature: float
 
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Head:
-        """From tensors of any layout."""
+        """Makes a head from tensors of any layout."""
         return cls(gapless(hidden), weight, targets.contiguous(), temperature)
 
     @property
     def scale(self) -> float:
-        """What the logits are multiplied by."""
+        """The factor 1 / temperature of the logits."""
         return 1.0 / self.temperature
 
 
 class HeadGradients(NamedTuple):
-    """In the dtype of hidden and weight, contiguous; None where not needed."""
+    """Gradients of hidden and weight in their dtype, contiguous; None for a gradient that is not needed."""
 
     hidden: Tensor | None
     weight: Tensor | None
 
 
 def chunk_size(num_tokens: int, vocabulary: int, itemsize: int) -> int:
-    """Tokens whose logits are computed at once. Chunks are about equal, and whole filter blocks if longer than one."""
+    """Number of tokens whose logits are computed at once.
+
+    Chunks have about equal sizes; a chunk longer than ``FILTER_BLOCK`` consists of whole filter blocks.
+    """
     most = _capacity(vocabulary, itemsize)
     if most > FILTER_BLOCK:
         most -= most % FILTER_BLOCK
@@ -94,12 +97,12 @@ def chunk_size(num_tokens: int, vocabulary: int, itemsize: int) -> int:
 
 
 def _capacity(vocabulary: int, itemsize: int) -> int:
-    """Tokens whose logits the buffer holds: at least one, else within ``_LOGITS_BYTES``."""
+    """Number of tokens whose logits fit ``_LOGITS_BYTES``: at least 1 and at most ``_CHUNK_TOKENS``."""
     return max(1, min(_CHUNK_TOKENS, _LOGITS_BYTES // max(1, vocabulary * itemsize)))
 
 
 def logprobs_and_entropy(head: Head) -> tuple[SoftmaxRows, Tensor]:
-    """The forward alone: the rows, and the (T,) float32 entropies."""
+    """Runs only the forward; returns the softmax rows and the (T,) float32 entropies."""
     num_tokens = head.hidden.shape[0]
     rows, entropy = SoftmaxRows.empty(num_tokens), torch.empty(num_tokens)
     with closing(_Buffer(head)) as buffer:
@@ -114,14 +117,14 @@ def logprobs_and_gradients(
     needs: tuple[bool, bool],
     filter_eps: float | None = None,
 ) -> tuple[SoftmaxRows, HeadGradients]:
-    """Forward and backward in one sweep, for a function of the log-probabilities that is known chunk by chunk.
+    """Forward and backward in one sweep, for a loss that can be evaluated chunk by chunk.
 
     Args:
-        head: the head.
-        gradient_of: takes the (n,) log-probabilities of tokens ``begin`` to ``end`` and returns their gradient, (n,).
-            Called once for every chunk, in order.
-        needs: which of hidden and weight want a gradient.
-        filter_eps: see the module's docstring.
+        head: inputs of the head.
+        gradient_of: function that takes the (n,) log-probabilities of tokens [begin, end) and the numbers ``begin`` and
+            ``end``, and returns the (n,) gradient of these log-probabilities. It is called once per chunk, in order.
+        needs: whether hidden needs a gradient, and whether weight does.
+        filter_eps: threshold of the filter, or None; see the module's docstring.
     """
     num_tokens = head.hidden.shape[0]
     rows, grad_logprobs = SoftmaxRows.empty(num_tokens), torch.empty(num_tokens)
@@ -140,16 +143,16 @@ def logprobs_and_gradients(
         tokens.grad_logprobs.copy_(gradient_of(tokens.rows.logprobs, chunk.start, chunk.stop))
         if any(needs):
             sums.add(chunk, logits, tokens)
-        del logits  # so that the buffer is free before the weight's second pass
+        del logits  # a reference would keep the buffer's memory alive while finish() needs it for the weight
     return rows, sums.finish(Tokens(head.hidden, head.targets, rows, grad_logprobs))
 
 
 def head_gradients(
     head: Head, rows: SoftmaxRows, grad_logprobs: Tensor, needs: tuple[bool, bool], filter_eps: float | None = None
 ) -> HeadGradients:
-    """The backward alone, where the (T,) float32 gradient of the log-probabilities arrives later.
+    """Runs only the backward, from the (T,) float32 gradient of the log-probabilities.
 
-    The logits of tokens that have one are computed again, from the ``rows`` of the forward.
+    Recomputes the logits of the tokens whose gradient is not zero; ``rows`` are the softmax rows of the forward.
     """
     every = Tokens(head.hidden, head.targets, rows, grad_logprobs)
     active = grad_logprobs.nonzero()[:, 0]
@@ -164,7 +167,7 @@ def head_gradients(
 
 
 def _gradients_of(head: Head, tokens: Tokens, needs: tuple[bool, bool], filter_eps: float | None) -> HeadGradients:
-    """Gradients from known softmax rows; ``tokens`` are the head's."""
+    """Gradients of hidden and weight; ``tokens`` are those of ``head``, with softmax rows and gradients filled in."""
     if _fits_by_halves(head, needs, filter_eps):
         return _gradients_by_halves(head, tokens, needs[0], lambda halves: None)
     sums = _Sums(head, needs, filter_eps)
@@ -175,7 +178,10 @@ def _gradients_of(head: Head, tokens: Tokens, needs: tuple[bool, bool], filter_e
 
 
 def _fits_by_halves(head: Head, needs: tuple[bool, bool], filter_eps: float | None) -> bool:
-    """Whether ``_gradients_by_halves`` can do what would take more than one chunk; in half precision its sum would round."""
+    """Whether a batch that needs more than one chunk can use ``_gradients_by_halves``.
+
+    Only float32 can: in half precision the sum over the two halves would be rounded.
+    """
     num_tokens, hidden_size = head.hidden.shape
     vocabulary, itemsize = head.weight.shape[0], head.weight.element_size()
     return (
@@ -188,16 +194,18 @@ def _fits_by_halves(head: Head, needs: tuple[bool, bool], filter_eps: float | No
 def _gradients_by_halves(
     head: Head, tokens: Tokens, needs_hidden: bool, look: Callable[[tuple[Tensor, Tensor]], None]
 ) -> HeadGradients:
-    """All tokens at once, in the memory of half of their logits: the products are larger, and nothing is summed over chunks.
+    """Computes the gradients of all tokens at once, with extra memory for only half of their logits.
 
-    The logits of the first half of the vocabulary lie where the gradient of the second half of the weight is written, and that
-    is written last. They fit as there are no more tokens than columns of ``weight``.
+    The products are larger than those of chunks, and nothing is summed over chunks. The logits of the first half of the
+    vocabulary are stored in the memory of the second half of the weight's gradient, which is written last. They fit
+    because there are no more tokens than columns of ``weight``.
 
     Args:
-        head: the head.
-        tokens: its tokens.
-        needs_hidden: whether hidden wants a gradient.
-        look: sees both halves of the logits before their gradient is written over them; then ``tokens`` has to be filled in.
+        head: inputs of the head.
+        tokens: all tokens of ``head``; softmax rows and gradients may be empty until ``look`` has returned.
+        needs_hidden: whether hidden needs a gradient.
+        look: function that gets both halves of the logits before their gradient overwrites them; it must fill in
+            what is missing in ``tokens``.
     """
     num_tokens, middle = head.hidden.shape[0], head.weight.shape[0] // 2
     grad_weight = torch.empty_like(head.weight)
@@ -225,7 +233,7 @@ def _gradients_by_halves(
 
 
 def _write_stats_of_halves(halves: tuple[Tensor, Tensor], head: Head, rows: SoftmaxRows) -> None:
-    """Writes the rows of the whole vocabulary's softmax from the statistics of its halves."""
+    """Writes the softmax rows of the whole vocabulary from the statistics of its two halves."""
     vocabulary, middle = head.weight.shape[0], halves[0].shape[1]
     if ((head.targets < 0) | (head.targets >= vocabulary)).any():
         raise ValueError(f"targets: expected token ids in [0, {vocabulary})")
@@ -237,27 +245,32 @@ def _write_stats_of_halves(halves: tuple[Tensor, Tensor], head: Head, rows: Soft
     sums = [part.sum * ((part.max.double() - rows.max) * head.scale).exp() for part in parts]
     total = sums[0] + sums[1]
     rows.sum.copy_(total)
-    # From a half to the whole: a probability shrinks to the half's share of it.
+    # A probability within a half becomes one within the vocabulary when multiplied by the half's share of the sum.
     logprobs = [part.logprobs + (each / total).log() for part, each in zip(parts, sums, strict=True)]
     rows.logprobs.copy_(torch.where(head.targets < middle, logprobs[0], logprobs[1]))
 
 
 def _numbers_of_logits(num_tokens: int, weight: Tensor) -> int:
-    """How many numbers ``_room_for_logits`` wants."""
+    """How many numbers ``_room_for_logits`` needs."""
     return num_tokens * _row_distance(weight)
 
 
 def _row_distance(weight: Tensor) -> int:
-    """Rows of whole pages are kept a little apart: products of such a matrix take a twentieth longer, as a column's numbers
-    then all compete for the same few lines of the cache."""
+    """Distance between the rows of logits, in numbers: V, plus a small gap if a row fills whole pages.
+
+    Without the gap, products of such a matrix take a twentieth longer, because the numbers of a column compete for the
+    same few cache lines.
+    """
     vocabulary, itemsize = weight.shape[0], weight.element_size()
     return vocabulary + (_PAGE_BYTES // (16 * itemsize) if vocabulary * itemsize % _PAGE_BYTES == 0 else 0)
 
 
 def _room_for_logits(num_tokens: int, weight: Tensor, spare: Tensor) -> Tensor:
-    """(num_tokens, V), uninitialised, for logits of ``weight`` (V, D); in ``spare``, a row of at least as many.
+    """An uninitialised (num_tokens, V) view of ``spare`` for the logits of ``weight`` (V, D).
 
-    Between rows that are kept apart are zeros, as products may read beside 16-bit rows (``products``).
+    ``spare`` is one-dimensional with at least num_tokens * V numbers; if it is too small for the gaps of
+    ``_row_distance``, the rows are adjacent. Gaps between 16-bit rows are zeroed, because products may read them (see
+    ``products``).
     """
     vocabulary, distance = weight.shape[0], _row_distance(weight)
     if num_tokens * distance > spare.shape[0]:
@@ -272,18 +285,18 @@ _kept_scratch: list[Tensor] = []
 
 
 def release_scratch() -> None:
-    """Gives the room for logits back to the system; the next call takes new."""
+    """Frees the kept memory for logits; the next call allocates new memory."""
     _kept_scratch.clear()
 
 
 def _take_scratch(like: Tensor, count: int) -> Tensor:
-    """(count,) numbers of a tensor's dtype, uninitialised: where an earlier call had its logits, if there is enough.
+    """An uninitialised (count,) tensor of the dtype of ``like``, in memory that an earlier call kept if it suffices.
 
-    To touch new pages costs as much as the softmax of all that they hold.
+    Touching new pages takes as long as the softmax of all numbers that the pages hold.
     """
     num_bytes = count * like.element_size()
     try:
-        scratch = _kept_scratch.pop()  # and not just looked at: another thread may be here
+        scratch = _kept_scratch.pop()  # removed from the list, so that another thread cannot use the same memory
     except IndexError:
         scratch = None
     if scratch is None or scratch.untyped_storage().nbytes() < num_bytes:
@@ -292,16 +305,16 @@ def _take_scratch(like: Tensor, count: int) -> Tensor:
 
 
 def _keep_scratch(scratch: Tensor) -> None:
-    """For the next call; one is kept."""
+    """Keeps memory for the next call, unless it is too large; only one piece of memory is kept."""
     if scratch.untyped_storage().nbytes() <= _MOST_SCRATCH_BYTES:
         _kept_scratch[:] = [scratch]
 
 
 class _Buffer:
-    """Room for the logits of a chunk, behind gradients of earlier logits that wait to be multiplied.
+    """Memory for the logits of a chunk, placed after gradients of earlier chunks that wait for their products.
 
-    With three quarters of a chunk more than one, a batch with half of its gradients zero passes in whole chunks, and is
-    multiplied in whole chunks, be its zeros spread evenly or not; pages that are not needed are never touched.
+    The buffer holds up to one and three quarter chunks. A batch with half of its gradients zero can then be computed
+    and multiplied in whole chunks, whether its zeros are spread evenly or not. Unneeded pages are never touched.
     """
 
     def __init__(self, head: Head) -> None:
@@ -312,20 +325,23 @@ class _Buffer:
         self._scratch = _take_scratch(head.weight, _numbers_of_logits(most, head.weight))
         self.rows = _room_for_logits(most, head.weight, self._scratch)
         self.waiting = 0
-        """Rows at the front that are taken."""
+        """Number of rows at the front that hold waiting gradients."""
 
     @property
     def room(self) -> int:
-        """Rows that are free."""
+        """Number of free rows."""
         return self.rows.shape[0] - self.waiting
 
     def close(self) -> None:
-        """No row is needed any more."""
+        """Keeps the memory for the next call; no row may be used afterwards."""
         _keep_scratch(self._scratch)
 
 
 def _logits_of_chunks(head: Head, buffer: _Buffer) -> Iterator[tuple[slice, Tensor]]:
-    """Tokens of each chunk, with their logits in ``buffer``, where the consumer must leave room for the next."""
+    """Yields the token range of each chunk and its logits in ``buffer``.
+
+    Before the next chunk, the consumer must make enough rows of ``buffer`` free for it.
+    """
     num_tokens = head.hidden.shape[0]
     for begin in range(0, num_tokens, buffer.chunk):
         end = min(begin + buffer.chunk, num_tokens)
@@ -334,7 +350,7 @@ def _logits_of_chunks(head: Head, buffer: _Buffer) -> Iterator[tuple[slice, Tens
 
 
 class _Sums:
-    """Gradients of hidden and weight, from the logits of one chunk after the other."""
+    """Computes the gradients of hidden and weight from the logits of one chunk after another."""
 
     def __init__(self, head: Head, needs: tuple[bool, bool], filter_eps: float | None) -> None:
         self.head = head
@@ -344,10 +360,10 @@ class _Sums:
         block = self.buffer.chunk if filter_eps is None else min(self.buffer.chunk, FILTER_BLOCK)
         self.weight = _WeightSum(head, -(-head.hidden.shape[0] // block)) if needs[1] else None
         self.waiting: list[Tensor] = []
-        """Numbers of the tokens whose gradients wait in the buffer."""
+        """Indices of the tokens whose gradients wait in the buffer, one tensor per chunk."""
 
     def add(self, chunk: slice, logits: Tensor, tokens: Tokens) -> None:
-        """Adds the gradients of the tokens of a chunk; their logits, in the buffer, are used up."""
+        """Adds the gradients of the tokens of a chunk, and overwrites their logits in the buffer."""
         if self.filter_eps is None:
             self._add_waiting(chunk, logits, tokens)
             return
@@ -357,9 +373,10 @@ class _Sums:
             self._add_block(logits[part], tokens.take(part), grad_hidden)
 
     def _add_waiting(self, chunk: slice, logits: Tensor, tokens: Tokens) -> None:
-        """Gradients of the tokens that have one wait in the buffer, until it is too full for another chunk.
+        """Puts a chunk's non-zero gradients in the buffer, where they wait for their products.
 
-        With many tokens without gradient, this makes products as large, and passes over the weight as few, as without.
+        All waiting gradients are multiplied when the buffer has no room for the next chunk, or after the last chunk.
+        Waiting keeps the products large and the passes over the weight few even if many tokens have a zero gradient.
         """
         active = tokens.grad_logprobs.nonzero()[:, 0]
         write_gradient(logits, 0, active, tokens, self.head.scale)
@@ -394,7 +411,7 @@ class _Sums:
             self.weight.add(grad_logits, hidden)
 
     def _add_block(self, logits: Tensor, tokens: Tokens, grad_hidden: Tensor | None) -> None:
-        """A filter block; ``grad_hidden`` (n, D) is written."""
+        """Adds the gradients of one filter block, and writes those of its hidden states to ``grad_hidden`` (n, D)."""
         active = tokens.grad_logprobs.nonzero()[:, 0]
         if active.shape[0] == logits.shape[0]:
             self._add_active(logits, active, tokens, tokens.hidden, grad_hidden)
@@ -411,7 +428,7 @@ class _Sums:
     def _add_active(
         self, logits: Tensor, active: Tensor, tokens: Tokens, hidden: Tensor, grad_hidden: Tensor | None
     ) -> None:
-        """``hidden`` and ``grad_hidden`` are those of the active rows."""
+        """Adds the gradients of the active rows; ``hidden`` and ``grad_hidden`` contain only these rows."""
         if self.filter_eps is not None:
             columns = marked_columns(logits, active, tokens, self.head.scale, self.filter_eps)
             if columns.shape[0] <= _MAX_KEPT_SHARE * logits.shape[1]:
@@ -425,15 +442,15 @@ class _Sums:
         self._multiply(logits[: active.shape[0]], hidden, grad_hidden)
 
     def finish(self, tokens: Tokens) -> HeadGradients:
-        """The gradients, once all chunks are in; ``tokens`` are all of them."""
-        if self.weight is None or not self.weight.by_tiles:  # that pass needs the memory
+        """Returns the gradients after the last chunk; ``tokens`` are all tokens of the head."""
+        if self.weight is None or not self.weight.by_tiles:  # the pass by tiles needs the memory, so it is not kept
             self.buffer.close()
         del self.buffer
         return HeadGradients(self.hidden, None if self.weight is None else self.weight.finish(tokens))
 
 
 def _mm_columns(grad_logits: Tensor, weight: Tensor, columns: Tensor, out: Tensor) -> None:
-    """out = grad_logits @ weight[columns], in pieces of bounded size."""
+    """Computes out = grad_logits @ weight[columns] in pieces of bounded size."""
     pieces = columns.split(max(1, _TILE_BYTES // (weight.shape[1] * weight.element_size())))
     if len(pieces) == 1:
         torch.mm(grad_logits, weight.index_select(0, columns), out=out)
@@ -447,7 +464,7 @@ def _mm_columns(grad_logits: Tensor, weight: Tensor, columns: Tensor, out: Tenso
 
 
 class _Pooled(NamedTuple):
-    """Gradients of a block that are still to be added to the weight's."""
+    """Gradients of a block's logits that have not been added to the gradient of the weight."""
 
     grad_logits: Tensor
     columns: Tensor
@@ -455,14 +472,15 @@ class _Pooled(NamedTuple):
 
 
 class _WeightSum:
-    """grad_weight = sum of grad_logits.T @ hidden over blocks of tokens.
+    """Computes grad_weight, the sum of grad_logits.T @ hidden over blocks of tokens.
 
-    In float32 the sum is kept in the result. In half precision every addition there would round, and so, when there are
-    more than ``_MAX_HALF_SUMS`` blocks:
+    In float32 each block is added to the result. In half precision every such addition would be rounded. If there are
+    more than ``_MAX_HALF_SUMS`` half-precision blocks, the sum is computed differently:
 
-    - Blocks of few columns (``filter_eps``) wait in a pool, and are added up in float32 before the result is touched.
-    - A block of all columns is not added: once all tokens are through, ``finish`` computes the logits again, tile by tile
-      of the vocabulary, and sums each tile over all tokens in float32.
+    - Blocks with few columns (``filter_eps``) wait in a pool, and are summed in float32 before the sum is added to the
+      result.
+    - A block with all columns is not added. Instead, ``finish`` recomputes the logits of all tokens with a gradient,
+      one tile of the vocabulary at a time, and sums each tile over these tokens in float32.
     """
 
     def __init__(self, head: Head, num_blocks: int) -> None:
@@ -475,7 +493,7 @@ class _WeightSum:
         self.pool_bytes = 0
 
     def add(self, grad_logits: Tensor, hidden: Tensor) -> None:
-        """A block with all columns; ``grad_logits`` (n, V)."""
+        """Adds a block with all columns; ``grad_logits`` is (n, V), ``hidden`` (n, D)."""
         if self.rounds:
             self.by_tiles = True
             self.pool.clear()
@@ -486,7 +504,7 @@ class _WeightSum:
             self.started = True
 
     def add_columns(self, grad_logits: Tensor, columns: Tensor, hidden: Tensor) -> None:
-        """A block with some columns; ``grad_logits`` (n, columns)."""
+        """Adds a block with some columns; ``grad_logits`` is (n, columns), ``hidden`` (n, D)."""
         if self.by_tiles:
             return
         self.pool.append(_Pooled(grad_logits, columns, hidden))
@@ -513,7 +531,11 @@ class _WeightSum:
         self.pool_bytes = 0
 
     def _add_pooled(self, columns: Tensor) -> None:
-        """Adds what the pool has for some rising columns, all between the first and the last of them."""
+        """Adds the pooled gradients of some columns to the result.
+
+        Args:
+            columns: rising; all pooled columns between the first and the last of them are included.
+        """
         total = self.result.index_select(0, columns).float()
         for block in self.pool:
             first, last = torch.searchsorted(block.columns, columns[[0, -1]])
@@ -525,7 +547,7 @@ class _WeightSum:
         self.result.index_copy_(0, columns, total.to(self.result.dtype))
 
     def finish(self, tokens: Tokens) -> Tensor:
-        """The sum, once all blocks of ``tokens`` are in."""
+        """Returns the sum after the last block; ``tokens`` are the tokens of all blocks."""
         if self.by_tiles:
             self._sum_by_tiles(tokens)
         else:
@@ -536,7 +558,7 @@ class _WeightSum:
         vocabulary, hidden_size = self.result.shape
         itemsize = self.result.element_size()
         active = tokens.grad_logprobs.nonzero()[:, 0]
-        # A tile has its sum in float32 and one product; a chunk its hidden states and logits.
+        # Both sizes bound memory: a tile needs a float32 sum and one product, a chunk needs hidden states and logits.
         width = max(1, min(_TILE_COLUMNS, _TILE_BYTES // ((4 + itemsize) * hidden_size)))
         chunk = max(1, _TILE_BYTES // (itemsize * (hidden_size + width)))
         for first in range(0, vocabulary, width):

@@ -1,11 +1,9 @@
-"""RMSNorm, SwiGLU's ``silu(gate) * up`` and rotary positions in one pass each, forward and backward (``csrc/layers.cpp``).
+"""RMSNorm, SwiGLU's ``silu(gate) * up`` and rotary positions on float32 CPU tensors, with ``csrc/layers.cpp``.
 
-Float32 on the CPU.
-
-PyTorch takes them as four to eight operations over the whole tensor, and keeps what lies between for the backward. Between
-the matrix products of a small model these cost as much as a tenth of an update. No new mathematics, hence no op
-of its own in the public list: models call them through ``balcaprl.policy.layers``, which is also where other
-devices' kernels are chosen.
+Each layer takes one pass forward and one pass backward. PyTorch runs four to eight operations over the whole tensor for
+each of them and keeps intermediate results for the backward; in a small model this costs up to a tenth of an update.
+These layers have no new mathematics and are therefore not in the package's list of public ops. Models use them through
+``balcaprl.policy.layers``; ``balcaprl.policy.layer_kernels`` chooses between them and the kernels of other devices.
 """
 
 from __future__ import annotations
@@ -20,33 +18,33 @@ from balcaprl.kernels import native
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the functions here can run on such tensors: float32 on the CPU, and the library is there."""
+    """Whether the functions of this module can run on ``x``: it is float32 on the CPU, and the library is available."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and native.is_available()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis.
+    """RMSNorm over the last axis: x / sqrt(mean(x^2) + eps) * weight.
 
     Args:
-        x: (..., D) float32.
-        weight: (D,) float32.
-        eps: added to the mean of squares.
+        x: (..., D) float32 input.
+        weight: (D,) float32 scale.
+        eps: number that is added to the mean of squares.
     """
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """gate * sigmoid(gate) * up; both (...) float32 of one shape."""
+    """Computes gate * sigmoid(gate) * up; both tensors are float32 and have the same shape."""
     return _SiluMul.apply(gate, up)  # type: ignore[no-any-return]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x * cos + [-x2, x1] * sin for every head [x1, x2] of x.
+    """Applies rotary positions: x * cos + [-x2, x1] * sin for every head [x1, x2] of x.
 
     Args:
-        x: (..., H, head_dim) float32, head_dim even.
-        cos: (..., head_dim) float32, without gradient.
-        sin: as ``cos``.
+        x: (..., H, head_dim) float32 heads, head_dim even.
+        cos: (..., head_dim) float32 cosines, without gradient.
+        sin: (..., head_dim) float32 sines, without gradient.
     """
     return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return]
 

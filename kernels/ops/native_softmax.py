@@ -1,7 +1,7 @@
-"""The library's row-wise softmax (``csrc/linear_logprobs.cpp``) on torch tensors; what a head does between its products.
+"""The library's row-wise softmax (``csrc/linear_logprobs.cpp``) on torch tensors: a head's work between its products.
 
-Logits are (n, V) float32, bfloat16 or float16 on the CPU, columns contiguous. Tensors with one value per row are (n,)
-contiguous: targets int64, all else float32.
+Logits are (n, V) float32, bfloat16 or float16 on the CPU; the values of a row are contiguous. Tensors with one value
+per row are (n,) and contiguous; targets are int64, all others float32.
 """
 
 from __future__ import annotations
@@ -14,29 +14,32 @@ from torch import Tensor
 from balcaprl.kernels import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""As LogitsType in csrc/softmax.h."""
+"""Dtypes of logits; their order must match the codes of LogitsType in csrc/softmax.h."""
 
 
 class SoftmaxRows(NamedTuple):
-    """Of each token's softmax; all (T,) float32, contiguous. exp((logit - max) * scale) / sum is a probability."""
+    """Softmax statistics of each token; all (T,) and contiguous, float32 except in the float64 reference.
+
+    A probability is exp((logit - max) * scale) / sum, with scale = 1 / temperature.
+    """
 
     max: Tensor
     sum: Tensor
     logprobs: Tensor
-    """Of the targets."""
+    """Log-probabilities of the targets."""
 
     def take(self, index: Tensor | slice) -> SoftmaxRows:
-        """The rows of some tokens."""
+        """Selects the rows of some tokens."""
         return SoftmaxRows(*(values[index] for values in self))
 
     @classmethod
     def empty(cls, num_tokens: int) -> SoftmaxRows:
-        """Not yet written."""
+        """Makes uninitialised float32 rows."""
         return cls(*(torch.empty(num_tokens) for _ in cls._fields))
 
 
 class Tokens(NamedTuple):
-    """Some tokens, one for each row of a buffer of logits; (n, ...) tensors."""
+    """Data of some tokens, one token for each row of a buffer of logits; every tensor is (n, ...)."""
 
     hidden: Tensor
     targets: Tensor
@@ -44,15 +47,15 @@ class Tokens(NamedTuple):
     grad_logprobs: Tensor
 
     def take(self, index: Tensor | slice) -> Tokens:
-        """Some of them."""
+        """Selects some of the tokens."""
         return Tokens(self.hidden[index], self.targets[index], self.rows.take(index), self.grad_logprobs[index])
 
 
 def write_stats(logits: Tensor, targets: Tensor, scale: float, rows: SoftmaxRows, entropy: Tensor | None) -> None:
-    """Writes ``rows`` and, where given, ``entropy`` (n,): one read of the logits.
+    """Writes ``rows``, and ``entropy`` (n,) if it is given, with one read of the logits.
 
     Raises:
-        ValueError: a target outside of [0, V).
+        ValueError: a target is outside [0, V).
     """
     status = native.library().balcaprl_softmax_stats(
         *_row_arguments(logits),
@@ -70,13 +73,13 @@ def write_stats(logits: Tensor, targets: Tensor, scale: float, rows: SoftmaxRows
 
 
 def write_gradient(logits: Tensor, first_column: int, active: Tensor, tokens: Tokens, scale: float) -> None:
-    """Writes the gradient over the logits, that of row ``active[i]`` into row i; the rows after those are used up.
+    """Writes the gradient of row ``active[i]`` over row i of the logits; later rows must not be used afterwards.
 
     Args:
-        logits: columns ``first_column`` and following of the vocabulary.
-        first_column: targets count from the vocabulary's start.
-        active: rising row numbers.
-        tokens: of all rows.
+        logits: (n, columns) logits of consecutive columns of the vocabulary.
+        first_column: number of the first of these columns in the vocabulary, in which targets are counted.
+        active: rising numbers of the rows whose gradient is written, int64.
+        tokens: data of all n rows.
         scale: 1 / temperature.
     """
     status = native.library().balcaprl_softmax_gradient(
@@ -92,7 +95,7 @@ def write_gradient(logits: Tensor, first_column: int, active: Tensor, tokens: To
 
 
 def marked_columns(logits: Tensor, active: Tensor, tokens: Tokens, scale: float, eps: float) -> Tensor:
-    """Rising numbers of the columns whose softmax reaches ``eps`` in an active row, and of those rows' targets."""
+    """Rising numbers of the columns whose softmax is at least ``eps``, or that are the target, in an active row."""
     marks = torch.empty(logits.shape[1], dtype=torch.uint8)
     targets, row_max, row_sum, *_ = _token_arguments(tokens)
     status = native.library().balcaprl_softmax_mark(
@@ -112,7 +115,7 @@ def marked_columns(logits: Tensor, active: Tensor, tokens: Tokens, scale: float,
 
 
 def gathered_gradient(logits: Tensor, active: Tensor, columns: Tensor, tokens: Tokens, scale: float) -> Tensor:
-    """The gradient of some rows and columns, both rising, side by side: (rows, columns) in the logits' dtype."""
+    """Gradient of the rows ``active`` and the ``columns``, both rising: (rows, columns) in the dtype of the logits."""
     out = logits.new_empty(active.shape[0], columns.shape[0])
     status = native.library().balcaprl_softmax_gather_gradient(
         *_row_arguments(logits),

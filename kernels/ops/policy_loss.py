@@ -1,16 +1,17 @@
 """The clipped policy loss of a ragged batch, from log-probabilities.
 
-For completion token t of rollout j (A_j its advantage)::
+For completion token t of rollout j with advantage A_j::
 
     ratio  = exp(logprobs - old_logprobs)
     token  = -min(ratio * A_j, clip(ratio, 1 - clip_low, 1 + clip_high) * A_j)
-    token *= min(exp(old_logprobs - sampling_logprobs), sampling_ratio_cap)         only where a cap is given
+    token *= min(exp(old_logprobs - sampling_logprobs), sampling_ratio_cap)         only if a cap is given
     token += kl_coef * (exp(d) - d - 1),   d = reference_logprobs - logprobs        the k3 estimator
 
-The reduction divides by a *global* denominator, ``normalizer``, so that parts of a batch add up to the whole:
+The reduction divides by a *global* denominator, ``normalizer``, so that the losses of the parts of a batch add up to
+the loss of the whole batch:
 
 =================  =======================================  ==========================================================
-reduction          loss                                     ``normalizer``, and what it is when not given
+reduction          loss                                     ``normalizer``; its default
 =================  =======================================  ==========================================================
 ``token-mean``     sum over tokens / normalizer             completion tokens of the global batch; this call's T
 ``sequence-mean``  sum over rollouts of the mean over       completions of the global batch, empty ones included; this
@@ -20,7 +21,7 @@ reduction          loss                                     ``normalizer``, and 
 =================  =======================================  ==========================================================
 
 An empty completion contributes 0. A token whose advantage is 0 has a policy term of exactly 0, whatever its ratio. The
-gradient, written out (the op computes it with the loss, and keeps nothing else for the backward)::
+op computes the gradient together with the loss and keeps nothing else for the backward. The gradient is::
 
     d token / d logprobs = -A_j * ratio * importance * [not clipped] + kl_coef * (1 - exp(d))
     clipped: ratio > 1 + clip_high and A_j > 0, or ratio < 1 - clip_low and A_j < 0
@@ -72,26 +73,29 @@ def policy_loss(
     """Loss and metrics of T completion tokens of R rollouts; the module's docstring has the mathematics.
 
     Args:
-        logprobs: (T,) floating, of the current policy, with gradient. Float64 is computed in float64, all else in
-            float32.
-        old_logprobs: (T,) floating, of the policy at the start of this batch's updates; None: on-policy, the detached
-            ``logprobs``.
-        advantages: (R,) floating.
-        cu_seqlens: (R + 1,) int32: rollout j has tokens cu_seqlens[j] to cu_seqlens[j + 1]. From 0 to T, never falling.
-        clip_low: 0 <= clip_low <= 1.
-        clip_high: >= 0.
-        sampling_logprobs: (T,) floating, as the sampler returned them.
-        sampling_ratio_cap: > 0; asks for truncated importance sampling and needs ``sampling_logprobs``.
-        reference_logprobs: (T,) floating, of the frozen reference policy.
-        kl_coef: >= 0; above 0 it needs ``reference_logprobs``. At 0 the divergence is measured only.
+        logprobs: (T,) floating log-probabilities under the current policy, with gradient. Float64 is computed in
+            float64, every other dtype in float32.
+        old_logprobs: (T,) floating log-probabilities under the policy at the start of this batch's updates; None means
+            on-policy: the detached ``logprobs``.
+        advantages: (R,) floating, the advantage of each rollout.
+        cu_seqlens: (R + 1,) int32 offsets, never falling, from 0 to T: rollout j has tokens cu_seqlens[j] to
+            cu_seqlens[j + 1] - 1.
+        clip_low: lower clip range, 0 <= clip_low <= 1.
+        clip_high: upper clip range, >= 0.
+        sampling_logprobs: (T,) floating log-probabilities that the sampler returned.
+        sampling_ratio_cap: cap of the importance weight, > 0; turns on truncated importance sampling and needs
+            ``sampling_logprobs``.
+        reference_logprobs: (T,) floating log-probabilities under the frozen reference policy.
+        kl_coef: coefficient of the KL term, >= 0; a value above 0 needs ``reference_logprobs``. At 0 the divergence is
+            only measured.
         reduction: ``token-mean``, ``sequence-mean`` or ``constant``.
-        normalizer: > 0, the global denominator; see the table.
-        impl: ``native`` (CPU), ``triton`` (CUDA; CPU under Triton's interpreter), both for float32 and below,
-            ``reference`` or ``auto``.
+        normalizer: the global denominator, > 0; the table in the module's docstring has its meaning and default.
+        impl: ``native`` (CPU), ``triton`` (CUDA, or CPU under Triton's interpreter), ``reference`` or ``auto``. Only
+            ``reference`` supports float64.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype, device, range, or a value that is not finite; the message
-            starts with its name.
+        ValueError: an argument has a wrong shape, dtype, device or range, or a value that is not finite; the message
+            starts with the argument's name.
     """
     check_tensor("logprobs", logprobs, shape=("T",))
     arguments = LossArguments(
@@ -120,7 +124,7 @@ def policy_loss(
 
 
 def _choose(logprobs: Tensor) -> str:
-    """The fastest implementation that can run."""
+    """Returns the fastest implementation that can run on these log-probabilities."""
     if logprobs.dtype == torch.float64:
         return "reference"
     if logprobs.device.type == "cuda" and launch.has_triton():
@@ -136,7 +140,10 @@ def _choose(logprobs: Tensor) -> str:
 def policy_loss_reference(
     logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, cu_seqlens: Tensor, **options: Any
 ) -> PolicyLoss:
-    """The specification, in plain PyTorch with autograd's own gradient; arguments as above, unchecked, but no ``impl``."""
+    """The specification of ``policy_loss``, in plain PyTorch with autograd's own gradient.
+
+    Takes the same arguments except ``impl``, and does not check them.
+    """
     arguments = LossArguments(old_logprobs, advantages, cu_seqlens, **options)
     logprobs = logprobs.to(compute_dtype(logprobs.dtype))
     batch = spread(arguments, logprobs.shape[0], logprobs.dtype)
@@ -151,7 +158,10 @@ def policy_loss_reference(
     schema=f"(Tensor logprobs, {LOSS_SCHEMA}, str impl) -> (Tensor loss, Tensor metrics, Tensor grad_logprobs)",
 )
 def _policy_loss_op(logprobs, *rest):
-    """Checks values, out of sight of the tracer; returns the loss, (5,) metrics, and d loss / d logprobs."""
+    """The forward, with its checks of values, which a tracer does not see.
+
+    Returns the loss, the (5,) metrics, and d loss / d logprobs.
+    """
     arguments, impl = LossArguments(*rest[:-1]), rest[-1]
     impl = _choose(logprobs) if impl == "auto" else impl
     dtype = compute_dtype(logprobs.dtype)

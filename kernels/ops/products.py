@@ -1,12 +1,13 @@
-"""First operands of torch's matrix products on a CPU, so laid out that the product reads nothing beside them.
+"""Memory layouts for which a CPU matrix product of torch reads nothing outside its first operand.
 
-oneDNN multiplies bfloat16 on AMX in blocks of 32 columns (64 bytes) of the first operand. Where rows do not lie one
-after the other and their number of columns is no multiple of that, it has been seen to read on past the last column, into
-the gap between two rows, and behind the last row. The rest of the block is multiplied with zeros, which is right for
-numbers; but memory that nobody has written may hold NaN. ``bench/strided_bf16_product.py`` shows it without this package.
+oneDNN multiplies bfloat16 on AMX in blocks of 32 columns (64 bytes) of the first operand. If the rows are not adjacent
+in memory and the number of columns is not a multiple of 32, oneDNN has been seen to read past the last column, into the
+gap between two rows, and past the end of the last row. It multiplies the rest of the block with zeros, which is correct
+for finite numbers; but uninitialised memory may hold NaN. ``bench/strided_bf16_product.py`` shows the fault without
+this package.
 
-So whatever may be strided goes through ``gapless`` before it is a first operand, transposed ones as well. It costs a copy
-in those cases alone, and nothing in others, on a GPU or in float32.
+Every operand that may be strided, transposed operands included, therefore goes through ``gapless`` before it becomes a
+first operand. ``gapless`` copies only in these cases; it costs nothing in all others, on a GPU or in float32.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ import torch
 from torch import Tensor
 
 BLOCK_COLUMNS = 32
-"""16-bit columns that the product takes at once."""
+"""Number of 16-bit columns that the product processes at once."""
 _SIZES = (15, 33, 34, 80, 129)
 _WIDER = 7
 
 
 def gapless(matrix: Tensor) -> Tensor:
-    """The matrix, or a copy of it where a product with it as the first operand could read beside it.
+    """Returns the matrix, or a copy if a product with it as the first operand could read memory outside it.
 
     Args:
-        matrix: (..., M, K), or a transposed view of such; a vector is returned as it is.
+        matrix: (..., M, K) matrices, or a transposed view of such matrices; a vector is returned as it is.
 
     Returns:
-        The same values in the same orientation; differentiable. A copy only of 16-bit numbers on a CPU whose rows are
-        neither whole blocks nor one after the other.
+        The same values in the same orientation; differentiable. The result is a copy only for 16-bit numbers on a CPU
+        whose rows are neither whole blocks nor adjacent.
     """
     if not _may_be_read_beside(matrix) or matrix.dim() < 2:
         return matrix
@@ -42,16 +43,16 @@ def gapless(matrix: Tensor) -> Tensor:
 
 
 def has_no_gaps(matrix: Tensor) -> bool:
-    """Whether the rows of (..., M, K) lie one after the other.
+    """Whether the rows of (..., M, K) are adjacent in memory.
 
-    ``is_contiguous()`` takes any stride for a single row, and oneDNN is told that stride.
+    ``is_contiguous()`` is not enough: it accepts any stride for a single row, and oneDNN receives that stride.
     """
     columns, distance = matrix.shape[-1], matrix.stride(-2)
     return distance == columns or (matrix.shape[-2] == 1 and distance < columns)
 
 
 def with_gapless_gradient(x: Tensor) -> Tensor:
-    """The same tensor; the gradient that comes back to it is ``gapless``."""
+    """Returns the same tensor, whose gradient goes through ``gapless`` in the backward."""
     return _GaplessGradient.apply(x) if _may_be_read_beside(x) and x.requires_grad else x
 
 
@@ -70,10 +71,12 @@ class _GaplessGradient(torch.autograd.Function):
 
 
 def reads_gaps(*, protected: bool = False) -> bool:
-    """Whether this torch, on this processor, reads beside a strided bfloat16 operand: NaN in the gaps comes out.
+    """Whether torch on this processor reads outside a strided bfloat16 operand.
+
+    Fills the gaps between the rows with NaN and looks for NaN in the product.
 
     Args:
-        protected: with the operand that ``gapless`` makes of it.
+        protected: whether to pass the operand through ``gapless`` first.
     """
     for columns in _SIZES:
         wide = torch.full((33, columns + _WIDER), torch.nan, dtype=torch.bfloat16)

@@ -1,26 +1,27 @@
-"""Attention of packed groups: completions of one prompt attend to it and to themselves, and the prompt is there once.
+"""Attention of packed groups: each prompt is stored once, and each completion attends to its prompt and to itself.
 
-Tokens lie as ``shared_prefix_layout.py`` tells: ``[prompt | completion 1 | ... | completion G]`` for each group. With
-H query heads, H_kv key heads (query head h uses key head h // (H / H_kv)) and a(t) the packed tokens that token t sees
-(its own segment up to itself, and its group's prompt)::
+``shared_prefix_layout.py`` defines the token order: ``[prompt | completion 1 | ... | completion G]`` for each group.
+There are H query heads and H_kv key heads; query head h uses key head h // (H / H_kv). Let a(t) be the packed tokens
+that token t sees: its own segment up to itself, and its group's prompt. Then::
 
     s_hti  = scale * q_ht . k_hi                           i in a(t)
     lse_ht = log sum_i exp(s_hti)
     out_ht = sum_i exp(s_hti - lse_ht) v_hi
 
-and with g the gradient of ``out``, p = exp(s - lse), delta_ht = g_ht . out_ht::
+With g the gradient of ``out``, p = exp(s - lse) and delta_ht = g_ht . out_ht, the gradients are::
 
     d v_i = sum_t p_ti g_t,     ds_ti = p_ti (g_t . v_i - delta_t),     d q_t = scale sum_i ds_ti k_i,     d k alike
 
-Both sums over i fall apart into the prompt's part and the segment's own, which is what lets an implementation take
-them by themselves: forward parts are joined by their logsumexp; backward parts only need the joint ``lse`` and ``out``,
-and their gradients add up. No (T, T) mask or score matrix is ever stored.
+Every sum over i splits into a part over the prompt and a part over the token's own segment, so an implementation can
+compute the two parts separately. The forward joins the parts by their log-sum-exp. The backward of each part needs only
+the joint ``lse`` and ``out``, and the gradients of the parts add up. Only the specification stores a mask and a score
+matrix, for one group at a time.
 
 =============  =======================================================================================================
-``reference``  plain PyTorch with a mask per group, any device and dtype: the specification; ``shared_prefix_reference.py``
+``reference``  the specification: plain PyTorch, a mask per group, any device and dtype; ``shared_prefix_reference.py``
 ``sdpa``       PyTorch's fused attention kernel on CPU, a few calls for all groups; ``shared_prefix_sdpa.py``
 ``flash``      flash-attn's varlen kernels on CUDA; ``shared_prefix_flash.py``
-``triton``     our kernels: the prompt's keys are read once per group; ``shared_prefix_triton.py``
+``triton``     our kernels: completions of a group share reads of the prompt's keys; ``shared_prefix_triton.py``
 =============  =======================================================================================================
 """
 
@@ -41,7 +42,7 @@ from balcaprl.kernels.token_loss import compute_dtype
 IMPLS = ("reference", "sdpa", "flash", "triton")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON_MAX_HEAD_DIM = 128
-"""Of larger heads the Triton kernels' tiles have no room."""
+"""The largest head size for which the Triton kernels' tiles have room."""
 _LAYOUT_FIELDS = len(SharedPrefixLayout._fields)
 
 
@@ -57,21 +58,23 @@ def shared_prefix_attention(
 ) -> Tensor:
     """Attention output (T, H, head_dim) of packed groups, in the dtype of ``query``; differentiable once.
 
-    Under autocast all three tensors are cast to its dtype first, as PyTorch's own attention does.
+    Under autocast, query, key and value are first cast to the autocast dtype unless they are float64, as in PyTorch's
+    own attention.
 
     Args:
         query: (T, H, head_dim) float32, float64, bfloat16 or float16, packed as ``layout`` says. Any strides.
         key: (T, H_kv, head_dim), H a multiple of H_kv.
         value: (T, H_kv, head_dim).
-        layout: of the T tokens, on the device of ``query``.
-        scale: multiplies the scores; None: head_dim ** -0.5.
-        softcap: refused: no implementation has one. Here so that models that need one fail loudly.
+        layout: layout of the T tokens, on the device of ``query``.
+        scale: factor of the scores. None means head_dim ** -0.5.
+        softcap: must be None, because no implementation caps scores. The argument exists so that models that need a
+            soft cap fail loudly.
         impl: ``sdpa`` (CPU), ``flash`` (CUDA, half precision), ``triton`` (CUDA; CPU under Triton's interpreter),
             ``reference`` or ``auto``.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype, device or range, or the layout is of other tokens; the message
-            starts with the argument's name.
+        ValueError: an argument has a wrong shape, dtype, device or range, or the layout does not describe T tokens; the
+            message starts with the argument's name.
     """
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -104,10 +107,10 @@ def _check_arguments(
 
 
 def resolve_impl(impl: str, query: Tensor) -> str:
-    """The implementation that ``impl`` means for ``query``; ``auto`` is the fastest that can run.
+    """The name of the implementation to use for ``query``; ``auto`` selects the fastest that can run.
 
     Raises:
-        ValueError: it cannot run on such tensors; starts with ``impl``.
+        ValueError: the implementation cannot run on such tensors; the message starts with ``impl``.
     """
     if impl == "auto":
         if query.device.type == "cpu":
@@ -125,10 +128,12 @@ def resolve_impl(impl: str, query: Tensor) -> str:
 
 
 def _implementation(impl: str) -> ModuleType:
-    """The module with ``forward`` and ``backward``; imported on demand, since some need triton or flash-attn.
+    """Imports the module of ``impl``, only when it is needed, because some modules require triton or flash-attn.
 
-    ``forward(query, key, value, layout, scale) -> (out (T, H, head_dim), lse (H, T))``, ``out`` contiguous, ``lse`` natural
-    logarithms in float32 (float64 for float64 inputs).
+    Each module defines two functions:
+
+    ``forward(query, key, value, layout, scale) -> (out (T, H, head_dim), lse (H, T))``, where ``out`` is contiguous and
+    ``lse`` holds natural logarithms in float32 (float64 for float64 inputs).
     ``backward(grad_out, query, key, value, out, lse, layout, scale) -> (grad_query, grad_key, grad_value)``.
     """
     return importlib.import_module(f"{__package__}.shared_prefix_{impl}")
@@ -143,7 +148,7 @@ _SCHEMA = "Tensor query, Tensor key, Tensor value"
     schema=f"({_SCHEMA}, Tensor[] layout, float scale, str impl) -> (Tensor out, Tensor lse)",
 )
 def _attention_op(query: Tensor, key: Tensor, value: Tensor, layout: list[Tensor], scale: float, impl: str) -> Any:
-    """Checks the layout's values, out of sight of the tracer."""
+    """Runs the forward. It checks the layout's values here, because the tracer does not trace into this op."""
     named = SharedPrefixLayout(*layout)
     if named.num_tokens != query.shape[0]:
         raise ValueError(f"layout: it is of {named.num_tokens} packed tokens, query has {query.shape[0]}")

@@ -1,21 +1,25 @@
-"""``impl="flash"`` of ``shared_prefix_attention``: two calls of flash-attn's variable-length kernels, joined. CUDA, half
-precision. Tested against a stand-in of the same signatures in plain PyTorch. FlashAttention 4 ran on an H200, heads of 64 and
-128, as accurate as the plain formulation; 2 and 3 have not yet run.
+"""``impl="flash"`` of ``shared_prefix_attention``: joins two calls of flash-attn's variable-length kernels. It needs
+CUDA and half precision. The tests use a stand-in with the same signatures in plain PyTorch. FlashAttention 4 ran on an
+H200 with heads of 64 and 128 and was as accurate as the plain formulation; FlashAttention 2 and 3 have not run yet.
 
-*Formulation.* Call 1: every segment causally on itself, prompts and completions alike. Call 2: all completion tokens of
-a group, as one sequence of queries, on the group's prompt without a mask. With lse = log(exp lse_1 + exp lse_2)::
+*Formulation.* In call 1 every segment, prompt or completion, attends causally to itself. In call 2 all completion
+tokens of a group, as one sequence of queries, attend to the group's prompt without a mask. The two are joined with
+lse = log(exp lse_1 + exp lse_2)::
 
-    out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2        at completion tokens; call 1 alone at prompts
+    out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2        at completion tokens; out = out_1 at prompt tokens
 
-*Backward.* flash-attn's own functions do not differentiate a returned logsumexp (FlashAttention 2 and 3) or do so for a
-part each, so the joining cannot be left to autograd. It need not be: the kernels' backward takes ``out`` and ``lse``
-as arguments, and computes p = exp(s - lse), delta = g . out from them. Given the *joint* ones, each call returns exactly
-its share of the gradient, and the shares add up. No derivative of the joining is ever formed.
+*Backward.* flash-attn's own functions either do not differentiate a returned log-sum-exp (FlashAttention 2 and 3) or do
+so separately for each part, so autograd cannot differentiate the join. It does not have to: the kernels' backward takes
+``out`` and ``lse`` as arguments and computes p = exp(s - lse) and delta = g . out from them. Given the *joint* ``out``
+and ``lse``, each call returns exactly its share of the gradient, and the shares add up. The derivative of the join is
+never formed.
 
-*Bytes*, in rows of one head of one token (2 head_dim bytes), of one group: prompt P, N tokens in G completions, H query
-and K key heads. The other formulation that flash-attn can run is key concatenation: every completion gets a copy of the
-prompt's keys and values before its own. Reads that tiles repeat are not counted; joining and adding are counted as
-PyTorch runs them, an operation at a time; "per head" is the library's own dk, dv of every query head, where K < H::
+*Memory traffic* for one group, in rows (one head of one token, 2 head_dim bytes). The group has a prompt of P tokens, G
+completions with N tokens in total, H query heads and K key heads. The other formulation that flash-attn can run is key
+concatenation: every completion gets a copy of the prompt's keys and values before its own. Repeated reads by different
+tiles are not counted. Joining and adding are counted as PyTorch runs them, one operation at a time. "per head" is the
+dk and dv that the library stores for every query head where K < H. "kept" is what stays in memory between forward and
+backward::
 
                two calls                                            key concatenation
     forward    gather q 2NH, call 1: 2(P+N)(H+K),                   copy k, v: 4(GP+N)K,
@@ -25,7 +29,8 @@ PyTorch runs them, an operation at a time; "per head" is the library's own dk, d
                add 7NH + 14PK                                       add 2(GP+N)K + 2(P+N)K
     kept       nothing                                              2(GP+N)K in each layer
 
-Thousands of rows forward + backward, and kept, with the Triton kernels' (no second call, no copy, no joining) beside:
+The next table gives thousands of rows moved, as forward + backward, and thousands of rows kept. It includes the Triton
+kernels, which make no second call, no copy and no join:
 
     ==================================================  =============  =======================  ===========
     group                                               two calls      concatenation            Triton
@@ -35,8 +40,9 @@ Thousands of rows forward + backward, and kept, with the Triton kernels' (no sec
     LLaVA-1.5-7B: H 32, K 32, G 8, P 600, N 1024        1000 + 1318    1261 + 1507, kept 373    208 + 676
     ==================================================  =============  =======================  ===========
 
-Two calls keep nothing, leave the prompt's keys in cache for all of a group's queries, and lose only for few short
-prompts; that is why they are the formulation. A batch of a single group needs no gather either: its tokens are slices.
+This module makes two calls because they keep nothing, leave the prompt's keys in the GPU's cache for all queries of a
+group, and are slower only for few short prompts. A batch of a single group needs no gather either, because its tokens
+are slices.
 """
 
 from __future__ import annotations
@@ -57,13 +63,13 @@ MODULES = {
     3: "flash_attn_interface",
     4: "flash_attn.cute.interface",
 }
-"""Where each version of FlashAttention keeps the functions that are called here."""
+"""The module of each FlashAttention version that has the functions called here."""
 _ORDER = {9: (3, 4, 2), 10: (4, 2), 11: (4, 2), 12: (4, 2)}
-"""Versions to look for, by major compute capability; elsewhere 2 alone."""
+"""Versions to look for in this order, by major compute capability; other GPUs use only version 2."""
 
 
 class _Sequences(NamedTuple):
-    """Which queries and keys form sequences: flash-attn's variable-length arguments."""
+    """The division of queries and keys into sequences, as flash-attn's variable-length arguments."""
 
     cu_queries: Tensor
     cu_keys: Tensor
@@ -73,21 +79,21 @@ class _Sequences(NamedTuple):
 
 
 class _Library(NamedTuple):
-    """One version's kernels behind one signature."""
+    """The kernels of one FlashAttention version, with signatures that are the same for all versions."""
 
     forward: Callable[[Tensor, Tensor, Tensor, _Sequences, float], tuple[Tensor, Tensor]]
-    """(query, key, value, sequences, scale) to (out (T, H, head_dim), lse (H, T) float32)."""
+    """Maps (query, key, value, sequences, scale) to (out (T, H, head_dim), lse (H, T) float32)."""
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, _Sequences, float], tuple[Tensor, ...]]
-    """(grad_out, query, key, value, out, lse, sequences, scale) to the three gradients."""
+    """Maps (grad_out, query, key, value, out, lse, sequences, scale) to the gradients of query, key and value."""
 
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """See ``shared_prefix_attention._implementation``.
+    """Computes (out, lse) as ``shared_prefix_attention._implementation`` defines them.
 
     Raises:
-        ValueError: dtype, device or head size are not flash-attn's, or it is not installed.
+        ValueError: flash-attn does not support the dtype, device or head size, or is not installed.
     """
     library = _library_for(query)
     query, key, value = (_rows(x) for x in (query, key, value))
@@ -97,7 +103,7 @@ def forward(
         return out.contiguous(), lse.contiguous()
     at, of = prompts.completion_tokens, prompts.prompt_tokens
     part, part_lse = library.forward(query[at], key[of], value[of], prompts.sequences, scale)
-    # The joining is in float32 and rounded once; the parts were rounded by the kernels.
+    # The join is computed in float32 and rounded once. The kernels have already rounded each part.
     own_lse = lse[:, at]
     joint = torch.logaddexp(own_lse, part_lse)
     own_share, part_share = ((x - joint).exp().T[..., None] for x in (own_lse, part_lse))
@@ -116,7 +122,7 @@ def backward(
     layout: SharedPrefixLayout,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``shared_prefix_attention._implementation``."""
+    """Computes the three gradients as ``shared_prefix_attention._implementation`` defines them."""
     library = _library_for(query)
     grad_out, query, key, value = (_rows(x) for x in (grad_out, query, key, value))
     own, prompts = _calls(layout)
@@ -126,7 +132,7 @@ def backward(
     at, of = prompts.completion_tokens, prompts.prompt_tokens
     arguments = (grad_out[at], query[at], key[of], value[of], out[at], lse[:, at].contiguous())
     shares = library.backward(*arguments, prompts.sequences, scale)
-    # No index comes twice, so that the additions have no order.
+    # No index occurs twice, so the result does not depend on the order of the additions.
     grad_query[at] += shares[0]
     grad_key[of] += shares[1]
     grad_value[of] += shares[2]
@@ -134,18 +140,19 @@ def backward(
 
 
 class _PromptCall(NamedTuple):
-    """All completion tokens on the prompts of their groups."""
+    """The second call: all completion tokens attend to the prompts of their groups."""
 
     completion_tokens: Tensor | slice
-    """Packed tokens of all completions: indices, or of a single group a slice."""
+    """Packed tokens of all completions: indices, or a slice if there is a single group."""
     prompt_tokens: Tensor | slice
-    """Packed tokens of the prompts that have completion tokens."""
+    """Packed tokens of the prompts whose groups have completion tokens: indices, or a slice for a single group."""
     sequences: _Sequences
 
 
 def _calls(layout: SharedPrefixLayout) -> tuple[_Sequences, _PromptCall | None]:
-    """What both calls run on; no second one without completion tokens. Reads host tensors only: the device is not
-    waited for. A sequence that has no query has no key either: the kernels need not say what they make of keys alone."""
+    """The arguments of both calls; the second is None if there are no completion tokens. Reads only host tensors, so
+    the host does not wait for the device. A group without completion tokens gets no prompt keys in the second call, so
+    the result does not depend on how the kernels treat a sequence that has keys and no queries."""
     groups = layout.groups()
     longest = max(max([prompt, *completions]) for _, prompt, completions in groups)
     own = _Sequences(layout.cu_seqlens, layout.cu_seqlens, longest, longest, True)
@@ -160,20 +167,20 @@ def _calls(layout: SharedPrefixLayout) -> tuple[_Sequences, _PromptCall | None]:
     if len(groups) == 1:
         middle = prompts[0]
         return own, _PromptCall(slice(middle, middle + totals[0]), slice(0, middle), sequences)
-    # The i-th completion token of all comes after the prompts of its own group and of those before.
+    # The i-th of all completion tokens lies behind i completion tokens and the prompts of its own and earlier groups.
     completion_tokens = _counted(layout.cu_prompts[1:], completion_lengths, sum(totals))
     prompt_tokens = _counted(layout.cu_groups[:-1] - cu_prompts[:-1], prompt_lengths, sum(prompts))
     return own, _PromptCall(completion_tokens, prompt_tokens, sequences)
 
 
 def _counted(offsets: Tensor, lengths: Tensor, total: int) -> Tensor:
-    """0, 1, ... total - 1, each plus the offset of the group that it falls into."""
+    """The numbers 0 to total - 1, each plus the offset of its group. Group b has ``lengths[b]`` consecutive numbers."""
     shifts = offsets.long().repeat_interleave(lengths, output_size=total)
     return shifts + torch.arange(total, device=offsets.device)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """With contiguous columns, as the kernels want them."""
+    """``x``, or a copy of it if its columns are not contiguous, which the kernels require."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -181,7 +188,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def can_run(query: Tensor) -> bool:
-    """Whether this implementation takes such tensors on this machine."""
+    """Whether this implementation can run on tensors like ``query`` on this machine."""
     try:
         _library_for(query)
     except ValueError:
@@ -193,7 +200,7 @@ def _library_for(query: Tensor) -> _Library:
     """The installed kernels for ``query``.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no installed kernels support its device, dtype or head size.
     """
     if query.device.type != "cuda":
         raise ValueError(f"impl: 'flash' runs on CUDA tensors, query is on {query.device}; use 'auto'")
@@ -206,10 +213,10 @@ def _library_for(query: Tensor) -> _Library:
 
 @functools.cache
 def installed(major: int) -> _Library:
-    """The best version that is installed for GPUs of compute capability ``major``.
+    """The preferred installed version for GPUs of major compute capability ``major``.
 
     Raises:
-        ValueError: none is, or it is too old.
+        ValueError: no version is installed, or the installed one is too old.
     """
     for version in _ORDER.get(major, (2,)):
         try:
@@ -222,8 +229,8 @@ def installed(major: int) -> _Library:
 
 
 def _version_2(module: Any) -> _Library:
-    """flash-attn 2.7 and later."""
-    # A registered op keeps the plain function.
+    """The kernels of flash-attn 2.7 and later 2.x versions."""
+    # Where the function is registered as a custom op, the op holds the plain function in ``_init_fn``.
     function = getattr(module._flash_attn_varlen_forward, "_init_fn", module._flash_attn_varlen_forward)
     if "window_size_left" not in inspect.signature(function).parameters:
         raise ValueError("impl: 'flash' needs flash-attn 2.7 or later; an older one is installed")
@@ -239,7 +246,7 @@ def _version_2(module: Any) -> _Library:
     ) -> tuple[Tensor, ...]:
         gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
         lengths = (s.cu_queries, s.cu_keys, s.max_queries, s.max_keys)
-        # No dropout; no window; no soft cap; no ALiBi; deterministic.
+        # Besides scale and causality: no dropout, no window, no soft cap, no ALiBi, deterministic.
         rest = (0.0, scale, s.causal, -1, -1, 0.0, None, True)
         module._flash_attn_varlen_backward(g, q, k, v, out, lse, *gradients, *lengths, *rest)
         return gradients
@@ -248,7 +255,7 @@ def _version_2(module: Any) -> _Library:
 
 
 def _version_3(module: Any) -> _Library:
-    """FlashAttention 3, of the folder ``hopper``."""
+    """The kernels of FlashAttention 3, from the folder ``hopper`` of its repository."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, s: _Sequences, scale: float) -> tuple[Tensor, Tensor]:
         result = module._flash_attn_forward(
@@ -292,7 +299,7 @@ def _version_3(module: Any) -> _Library:
 
 
 def _version_4(module: Any) -> _Library:
-    """FlashAttention 4, of the folder ``flash_attn/cute``."""
+    """The kernels of FlashAttention 4, from the folder ``flash_attn/cute`` of its repository."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, s: _Sequences, scale: float) -> tuple[Tensor, Tensor]:
         result = module._flash_attn_fwd(

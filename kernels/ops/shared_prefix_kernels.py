@@ -1,20 +1,23 @@
 """Triton kernels of ``shared_prefix_attention``, forward and backward; ``shared_prefix_triton.py`` launches them.
 
-*Forward* and *grad_query*: a program owns a tile of queries of one head and one group. Tokens of a group are contiguous,
-so a tile of completion queries runs over the ends of completions: every tile but a group's last is full, however short
-the completions are, and the prompt's keys are read ceil(tokens of all completions / BLOCK_M) times for a group where an
-attention by sequences reads them ceil(tokens / BLOCK_M) times for *each* completion. Two loops: tiles of keys that every
-query of the tile sees (the prompt up to its last whole tile; for a prompt's own queries, what lies before the
-tile), without any mask; then the rest, where a query sees its own completion up to itself.
+*Forward* and *grad_query*: a program owns a tile of queries of one head and one group. Tokens of a group are
+contiguous, so a tile of completion queries may span several completions: every tile but a group's last is full, however
+short the completions are. The prompt's keys are read ceil(tokens of all completions / BLOCK_M) times for a group;
+attention over separate sequences reads them ceil(tokens / BLOCK_M) times for *each* completion. There are two loops.
+The first needs no mask: it takes the tiles of keys that every query of the tile sees (the prompt up to its last whole
+tile, or for a prompt's own queries the whole tiles of keys before them). The second takes the rest with a mask: the
+remaining prompt keys, and the keys of each query's own segment up to the query itself.
 
-*grad_key* and *grad_value*: a program owns a tile of keys. Of a prompt's key, queries that see it are contiguous in the
-packed order: from the key itself to the group's end. One program walks them all, completion after completion and head
-after head, in order: sums over completions need no atomic and give the same bits every time. Where that makes too few
-programs for the device, the query heads are split over programs that write float32 parts, added in order.
+*grad_key* and *grad_value*: a program owns a tile of keys. The queries that see a prompt's key are contiguous in the
+packed order: from the key itself to the group's end. One program walks them all in order, head after head and
+completion after completion, so sums over completions need no atomics and give the same bits every time. Where that
+makes too few programs for the device, the query heads are split over programs that write float32 parts, which are added
+in order.
 
-Softmax statistics, scores and sums are in float32; products in the tensors' own dtype, float32 in IEEE precision, never
-TF32. Tokens and heads are addressed with 64-bit offsets. A head of size 80 or 96 is held as 64 + 16 or 64 + 32 columns:
-nothing is padded to 128; other sizes are padded to the next such split. Imported only where ``impl="triton"`` runs.
+Softmax statistics, scores and sums are in float32. Operands of products keep the tensors' own dtype; float32 products
+use IEEE precision, never TF32. Tokens and heads are addressed with 64-bit offsets. A head of size 80 or 96 is held as
+64 + 16 or 64 + 32 columns, so nothing is padded to 128; other sizes are padded to the next such split. This module is
+imported only where ``impl="triton"`` runs.
 """
 
 from __future__ import annotations
@@ -33,9 +36,10 @@ def _load_rows(
     base, begin, end, stride, COLUMN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
     CHECK: tl.constexpr,
 ):  # fmt: skip
-    """Tile (BLOCK, WIDTH) of rows from ``begin`` and columns from COLUMN; 0 outside of ``end`` rows and SIZE columns.
+    """Loads a tile (BLOCK, WIDTH) of rows from ``begin`` on and columns from COLUMN on.
 
-    ``base`` points at row 0. CHECK False: all rows are there.
+    Values at or beyond row ``end`` or column SIZE are 0. ``base`` points at row 0. CHECK False means that every row of
+    the tile lies before ``end``.
     """
     rows, columns = tl.arange(0, BLOCK), COLUMN + tl.arange(0, WIDTH)
     pointers = base + tl.cast(begin, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
@@ -52,7 +56,7 @@ def _load_rows(
 def _store_rows(
     base, values, begin, end, stride, COLUMN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Writes a tile (BLOCK, WIDTH), rows before ``end`` and columns before SIZE only."""
+    """Writes a tile (BLOCK, WIDTH), but only rows before ``end`` and columns before SIZE."""
     rows, columns = tl.arange(0, BLOCK), COLUMN + tl.arange(0, WIDTH)
     pointers = base + tl.cast(begin, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     mask = (begin + rows < end)[:, None]
@@ -66,12 +70,13 @@ def _query_tile(pid, cu_groups, cu_prompts, starts_T, num_tiles, num_kv_heads, r
                 BLOCK_N: tl.constexpr):  # fmt: skip
     """Which queries a program owns, and which keys they see.
 
-    Returns query head, key head, first query, end of the queries that may be in the tile (<= first: nothing to do), first
-    key, end of the keys that all see, end of the free keys (the prompt of a completion), whether these have a last part
-    of a tile, begin and end of the keys that need a mask.
+    Returns, in this order: query head; key head; first query; end of the queries that may be in the tile (nothing to do
+    if it is not above the first query); first key; end of the keys that the first, unmasked loop takes; end of the
+    prompt; 1 if the prompt of completion queries ends with a partial tile, otherwise 0; begin and end of the keys that
+    need a causal mask.
     """
     head = pid % repeats
-    # The last tiles see the most keys: they start first.
+    # The last tiles see the most keys, so their programs start first.
     tile = num_tiles - 1 - pid // repeats % num_tiles
     kv_head = pid // repeats // num_tiles % num_kv_heads
     group = pid // repeats // num_tiles // num_kv_heads
@@ -92,7 +97,8 @@ def _query_tile(pid, cu_groups, cu_prompts, starts_T, num_tiles, num_kv_heads, r
 
 @triton.jit
 def _masked_keys(index, tails, full_end, prompt_end, own_begin, own_end, rows, row_starts, BLOCK_N: tl.constexpr):
-    """The index-th tile of keys that need a mask: its begin and end, and (BLOCK_M, BLOCK_N) which query sees which."""
+    """The index-th tile of the second loop's keys: its begin, its end, and a (BLOCK_M, BLOCK_N) mask of which query
+    sees which key."""
     in_tail = index < tails
     begin = tl.where(in_tail, full_end, own_begin + (index - tails) * BLOCK_N)
     end = tl.where(in_tail, prompt_end, own_end)
@@ -103,7 +109,7 @@ def _masked_keys(index, tails, full_end, prompt_end, own_begin, own_end, rows, r
 
 @triton.jit
 def _scores(x0, x1, y0, y1, D1: tl.constexpr):
-    """x y^T over both parts of the columns, in float32."""
+    """The product x y^T in float32, summed over both parts of the columns."""
     result = product(x0, tl.trans(y0), None)
     if D1 > 0:
         result = product(x1, tl.trans(y1), result)
@@ -112,7 +118,7 @@ def _scores(x0, x1, y0, y1, D1: tl.constexpr):
 
 @triton.jit
 def _add_products(sum0, sum1, weights, y0, y1, D1: tl.constexpr):
-    """sum + weights y, for both parts of the columns."""
+    """Returns sum + weights y for each of the two parts of the columns."""
     weights = narrowed(weights, y0.dtype)
     sum0 = product(weights, y0, sum0)
     if D1 > 0:
@@ -123,7 +129,7 @@ def _add_products(sum0, sum1, weights, y0, y1, D1: tl.constexpr):
 @triton.jit
 def _load_both(base, begin, end, stride, D0: tl.constexpr, D1: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
                CHECK: tl.constexpr):  # fmt: skip
-    """Both parts of a tile's columns; the second is the first where there is none."""
+    """Loads both parts of a tile's columns. If there is no second part, it returns the first twice."""
     part0 = _load_rows(base, begin, end, stride, 0, D0, SIZE, BLOCK, CHECK)
     part1 = part0
     if D1 > 0:
@@ -133,7 +139,7 @@ def _load_both(base, begin, end, stride, D0: tl.constexpr, D1: tl.constexpr, SIZ
 
 @triton.jit
 def _zeros_both(BLOCK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Sums of both parts of the columns; the second is a mere 0 where there is none."""
+    """Zero sums for both parts of the columns. If there is no second part, its sum is the scalar 0."""
     sum1 = 0.0
     if D1 > 0:
         sum1 = tl.zeros((BLOCK, D1), tl.float32)
@@ -142,7 +148,7 @@ def _zeros_both(BLOCK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 @triton.jit
 def _online_softmax(scores, v0, v1, out0, out1, highest, total, D1: tl.constexpr):
-    """One tile of scores, in units of log 2, joined into output, maximum and sum."""
+    """Updates output, maximum and sum of the online softmax with one tile of scores, given as exponents of 2."""
     higher = tl.maximum(highest, tl.max(scores, axis=1))
     weights = tl.exp2(scores - higher[:, None])
     correction = tl.exp2(highest - higher)
@@ -181,7 +187,7 @@ def _shared_prefix_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out (T, H, HEAD_DIM), contiguous, and lse (H, T), natural, of one tile of queries."""
+    """Writes out (T, H, HEAD_DIM), contiguous, and lse (H, T), natural logarithms, for one tile of queries."""
     head, kv_head, begin, end, first_key, full_end, prompt_end, tails, own_begin, own_end = _query_tile(
         tl.program_id(0), cu_groups, cu_prompts, starts_T, num_tiles, num_kv_heads, repeats, BLOCK_M, BLOCK_N
     )
@@ -192,7 +198,7 @@ def _shared_prefix_fwd_kernel(
     query += head.to(tl.int64) * query_stride_H
     q0, q1 = _load_both(query, begin, end, query_stride_T, D0, D1, HEAD_DIM, BLOCK_M, True)
     out0, out1 = _zeros_both(BLOCK_M, D0, D1)
-    # Every query sees a key of the first tile, so that the maximum is finite from then on.
+    # Every query sees a key of the first tile, so the maximum is finite from then on.
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     scale_log2 = scale * _LOG2E
@@ -238,7 +244,7 @@ def _shared_prefix_delta_kernel(
     D1: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """delta (H, T) = sum of grad_out * out over a head's columns: a tile of tokens of one head."""
+    """Writes delta (H, T) = sum of grad_out * out over a head's columns, for a tile of tokens of one head."""
     head = tl.program_id(0) % num_heads
     begin = tl.program_id(0) // num_heads * BLOCK_T
     out += head.to(tl.int64) * HEAD_DIM
@@ -283,7 +289,7 @@ def _shared_prefix_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """grad_query (T, H, HEAD_DIM), contiguous, of one tile of queries; tiles as in the forward."""
+    """Writes grad_query (T, H, HEAD_DIM), contiguous, for one tile of queries; the tiles are those of the forward."""
     head, kv_head, begin, end, first_key, full_end, prompt_end, tails, own_begin, own_end = _query_tile(
         tl.program_id(0), cu_groups, cu_prompts, starts_T, num_tiles, num_kv_heads, repeats, BLOCK_M, BLOCK_N
     )
@@ -332,8 +338,8 @@ def _shared_prefix_dq_kernel(
 def _key_tile(pid, cu_groups, cu_prompts, ends_T, num_tiles, num_kv_heads, BLOCK_N: tl.constexpr):
     """Which keys a program owns, and which queries see them.
 
-    Returns key head, first key, end of the keys that may be in the tile (<= first: nothing to do), whether they are a
-    prompt's, end of the queries that see one of them.
+    Returns, in this order: key head; first key; end of the keys that may be in the tile (nothing to do if it is not
+    above the first key); whether the keys belong to a prompt; end of the queries that see any of the keys.
     """
     tile = pid % num_tiles
     kv_head = pid // num_tiles % num_kv_heads
@@ -346,7 +352,7 @@ def _key_tile(pid, cu_groups, cu_prompts, ends_T, num_tiles, num_kv_heads, BLOCK
     begin = tl.where(is_prompt, group_begin + tile * BLOCK_N, prompt_end + (tile - prompt_tiles) * BLOCK_N)
     end = tl.where(is_prompt, prompt_end, group_end)
     last = tl.minimum(begin + BLOCK_N, end) - 1
-    # A key of a completion is seen to the completion's end, one of a prompt to the group's.
+    # Queries up to the end of the completion see a completion's key; queries up to the end of the group see a prompt's.
     own_end = tl.load(ends_T + last, mask=begin < end, other=0)
     return kv_head, begin, end, is_prompt, tl.where(is_prompt, group_end, own_end)
 
@@ -385,7 +391,8 @@ def _shared_prefix_dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """grad_key and grad_value (parts, T, H_kv, HEAD_DIM), contiguous, of one tile of keys and one part of the heads."""
+    """Writes grad_key and grad_value (parts, T, H_kv, HEAD_DIM), contiguous, for one tile of keys and one part of the
+    query heads."""
     part = tl.program_id(1)
     kv_head, begin, end, is_prompt, queries_end = _key_tile(
         tl.program_id(0), cu_groups, cu_prompts, ends_T, num_tiles, num_kv_heads, BLOCK_N
@@ -399,7 +406,7 @@ def _shared_prefix_dkdv_kernel(
     dk0, dk1 = _zeros_both(BLOCK_N, D0, D1)
     dv0, dv1 = _zeros_both(BLOCK_N, D0, D1)
     keys = begin + tl.arange(0, BLOCK_N)
-    # One end for each key, and not one beginning for each query: the tile's rows are keys, of which a thread has few.
+    # The mask uses an end per key, not a beginning per query: rows of the tile are keys, and a thread holds few rows.
     own_ends = tl.load(ends_T + keys, mask=keys < end, other=0)
     keys_seen_to = tl.where(is_prompt, queries_end, own_ends)
     scale_log2 = scale * _LOG2E
@@ -414,7 +421,7 @@ def _shared_prefix_dkdv_kernel(
             g0, g1 = _load_both(grad_h, q_begin, queries_end, grad_stride_T, D0, D1, HEAD_DIM, BLOCK_M, True)
             rows = q_begin + tl.arange(0, BLOCK_M)
             inside = rows < queries_end
-            # A query that is not there has an infinite logsumexp: its weights are 0.
+            # Rows past the last query get an infinite log-sum-exp, so their weights are 0.
             lse_log2 = tl.load(lse_T + rows, mask=inside, other=float("inf")) * _LOG2E
             delta = tl.load(delta_T + rows, mask=inside, other=0.0)
             seen = (keys[:, None] <= rows[None, :]) & (rows[None, :] < keys_seen_to[:, None])

@@ -1,12 +1,12 @@
-"""How groups that share a prompt lie in one packed tensor, and what every implementation of the attention needs of it.
+"""The layout of groups that share a prompt in one packed tensor, as every implementation of the attention needs it.
 
-Tokens of B groups stand one after the other without padding, each group its prompt first::
+The tokens of B groups follow each other without padding. Each group starts with its prompt::
 
     [prompt 0 | completion | completion | prompt 1 | completion | ...]
 
-A *segment* is a prompt or a completion. There are S = B + R of them, R completions in all, in packed order. A token
-attends to the tokens of its own segment up to itself, and, in a completion, to all of its group's prompt. A completion
-may be empty, a prompt may not; a group may have no completion.
+A *segment* is a prompt or a completion. There are S = B + R segments in packed order, where R is the total number of
+completions. A token attends to the tokens of its own segment up to itself and, if it is in a completion, to all of its
+group's prompt. A completion may be empty, a prompt may not; a group may have no completion.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ from torch import Tensor
 
 
 class SharedPrefixLayout(NamedTuple):
-    """Made by ``from_lengths``. Only tensors, so that ops and ``torch.compile`` take it as it is.
+    """The layout of packed groups; use ``from_lengths`` to make one.
 
-    The first five are on the device of the tokens. The three ``host`` ones are always on the CPU, so that sizes of
-    grids and loops are known without waiting for a device.
+    All fields are tensors, so ops and ``torch.compile`` accept a layout as it is. The first five are on the device of
+    the tokens. The three ``host`` fields are always on the CPU, so that sizes of grids and loops are known without
+    waiting for a device.
     """
 
     cu_seqlens: Tensor
     """IntTensor (S + 1,): segment s owns the packed tokens cu_seqlens[s] to cu_seqlens[s + 1]."""
     prompt_segment: Tensor
-    """IntTensor (S,): the segment of the prompt that segment s goes on from; a prompt names itself."""
+    """IntTensor (S,): the prompt segment of the group of segment s; for a prompt, s itself."""
     cu_groups: Tensor
     """IntTensor (B + 1,): group b owns the packed tokens cu_groups[b] to cu_groups[b + 1]."""
     cu_prompts: Tensor
-    """IntTensor (B + 1,): prompt lengths, summed up. Group b's prompt begins at packed token cu_groups[b]."""
+    """IntTensor (B + 1,): cumulative sums of prompt lengths. Group b's prompt begins at packed token cu_groups[b]."""
     cu_completions: Tensor
-    """IntTensor (B + 1,): completion tokens of each group, summed up. Those of group b are the packed tokens
-    cu_groups[b + 1] - (cu_completions[b + 1] - cu_completions[b]) to cu_groups[b + 1]."""
+    """IntTensor (B + 1,): cumulative sums of the number of completion tokens of each group. Those of group b are the
+    packed tokens cu_groups[b + 1] - (cu_completions[b + 1] - cu_completions[b]) to cu_groups[b + 1]."""
     host_prompt_lengths: Tensor
-    """LongTensor (B,)."""
+    """LongTensor (B,): length of each group's prompt."""
     host_group_sizes: Tensor
-    """LongTensor (B,): completions of each group."""
+    """LongTensor (B,): number of completions of each group."""
     host_completion_lengths: Tensor
-    """LongTensor (R,): of all completions, group after group."""
+    """LongTensor (R,): length of each completion, group after group."""
 
     @classmethod
     def from_lengths(
@@ -50,15 +51,15 @@ class SharedPrefixLayout(NamedTuple):
         completion_lengths: Sequence[Sequence[int]],
         device: torch.device | str = "cpu",
     ) -> SharedPrefixLayout:
-        """The layout of groups.
+        """The layout of groups with the given lengths.
 
         Args:
-            prompt_lengths: of each group, at least 1.
-            completion_lengths: of each group's completions, 0 or more.
-            device: of the tokens.
+            prompt_lengths: length of each group's prompt, at least 1.
+            completion_lengths: for each group, the lengths of its completions, each 0 or more.
+            device: device of the tokens.
 
         Raises:
-            ValueError: a length is out of range, or the two arguments are not of the same groups.
+            ValueError: a length is out of range, or the two arguments have different numbers of groups.
         """
         _check_lengths(prompt_lengths, completion_lengths)
         segments: list[int] = []
@@ -81,12 +82,12 @@ class SharedPrefixLayout(NamedTuple):
 
     @property
     def num_groups(self) -> int:
-        """B."""
+        """B, the number of groups."""
         return self.host_prompt_lengths.shape[0]
 
     @property
     def num_tokens(self) -> int:
-        """T, the length of the packed tensors. Reads host tensors."""
+        """T, the number of packed tokens. Reads host tensors."""
         return int(self.host_prompt_lengths.sum() + self.host_completion_lengths.sum())
 
     def groups(self) -> list[tuple[int, int, list[int]]]:

@@ -1,4 +1,4 @@
-"""The specification of ``shared_prefix_attention``: its formulas, group by group, with a mask. Slow, in any dtype."""
+"""The specification of ``shared_prefix_attention``: its formulas, group by group, with a mask. Slow, for any dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from balcaprl.kernels.token_loss import compute_dtype
 def shared_prefix_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, *, scale: float | None = None
 ) -> Tensor:
-    """The specification, in plain PyTorch with autograd's own gradient; arguments as above, unchecked."""
+    """The specification in plain PyTorch, with autograd's own gradient. Takes the arguments of
+    ``shared_prefix_attention`` and does not check them."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return _parts(query, key, value, layout, scale)[0]
 
@@ -21,7 +22,7 @@ def shared_prefix_attention_reference(
 def _parts(
     query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the specification."""
+    """The (out, lse) of the specification."""
     repeats = query.shape[1] // key.shape[1]
     outs, lses = [], []
     for start, prompt, completions in layout.groups():
@@ -37,7 +38,8 @@ def _parts(
 
 
 def _group_mask(prompt: int, completions: list[int], device: torch.device) -> Tensor:
-    """(L, L) bool of one group's L tokens: True where the row's token sees the column's. For the specification alone."""
+    """(L, L) bool mask of one group's L tokens: True where the row's token sees the column's. Only the specification
+    uses such a mask."""
     lengths = torch.tensor([prompt, *completions], device=device)
     segment = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
     sees = (segment[:, None] == segment[None]) | (segment[None] == 0)
@@ -47,7 +49,7 @@ def _group_mask(prompt: int, completions: list[int], device: torch.device) -> Te
 def forward(
     query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """See ``shared_prefix_attention._implementation``."""
+    """Computes (out, lse) as ``shared_prefix_attention._implementation`` defines them."""
     out, lse = _parts(query, key, value, layout, scale)
     return out.contiguous(), lse
 
@@ -62,7 +64,7 @@ def backward(
     layout: SharedPrefixLayout,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``shared_prefix_attention._implementation``."""
+    """Computes the three gradients as ``shared_prefix_attention._implementation`` defines them."""
     repeats = query.shape[1] // key.shape[1]
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
     for start, prompt, completions in layout.groups():

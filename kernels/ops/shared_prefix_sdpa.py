@@ -1,15 +1,16 @@
 """``impl="sdpa"`` of ``shared_prefix_attention``: PyTorch's fused attention kernel on the CPU, in few large calls.
 
-The attention is the sum of two parts that need no mask: the causal attention of every segment to itself, many segments
-of similar length at once, and the attention of a group's completion tokens to its prompt, one call for each group.
-Parts are joined by their logsumexp. The backward calls the kernel's own backward for each part with the *joint* output
-and logsumexp: it then computes that part of the gradient exactly, since p = exp(s - lse) and delta = g . out are those
-of the joint softmax, and the parts add up.
+The attention has two parts that need no mask tensor: the causal attention of every segment to itself, with many
+segments of similar length in one call, and the attention of a group's completion tokens to its prompt, with one call
+for each group. The parts are joined by their log-sum-exp. The backward calls the kernel's own backward for each part
+with the *joint* output and log-sum-exp. It then computes that part of the gradient exactly, because p = exp(s - lse)
+and delta = g . out are those of the joint softmax. The parts of the gradient add up.
 
-The kernel wants as many key heads as query heads. Where all queries of a call see the same keys (the prompt's part, and a
-segment on its own) it is given the query heads that share a key head as another batch axis, along which keys have
-stride 0: none is copied. Several segments at once are copied, since they are gathered anyway. Queries and the gradient of the
-output are first operands of the kernel's products, a head's rows between those of others: ``products.gapless``.
+The kernel requires as many key heads as query heads. Where all queries of a call see the same keys (the prompt's part,
+or a segment in a call of its own), the query heads that share a key head become another batch axis, along which keys
+have stride 0, so no key is copied. The keys of several segments in one call are copied for each query head, because
+gathering copies them anyway. Queries and the gradient of the output are first operands of the kernel's products, and
+the rows of one head lie between those of other heads, so they go through ``products.gapless``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from balcaprl.kernels.token_loss import compute_dtype
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# Segments share a call where the longest has at most this many tokens, or this many times those of the shortest.
+# Segments share a call if the longest has at most _SHORT_SEGMENT tokens, or at most _MAX_STRETCH times as many tokens
+# as the shortest.
 _SHORT_SEGMENT = 64
 _MAX_STRETCH = 1.25
 
@@ -34,7 +36,7 @@ _MAX_STRETCH = 1.25
 def forward(
     query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """See ``shared_prefix_attention._implementation``."""
+    """Computes (out, lse) as ``shared_prefix_attention._implementation`` defines them."""
     num_tokens, num_heads, _ = query.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse_TH = torch.empty((num_tokens, num_heads), dtype=compute_dtype(query.dtype), device=query.device)
@@ -66,7 +68,7 @@ def backward(
     layout: SharedPrefixLayout,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``shared_prefix_attention._implementation``."""
+    """Computes the three gradients as ``shared_prefix_attention._implementation`` defines them."""
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     lse_TH = lse.T
     grad_query, grad_key, grad_value = (
@@ -77,7 +79,7 @@ def backward(
         q, o = gapless(bucket.gather(query)), bucket.gather(out)
         k, v = (bucket.gather(x, num_heads) for x in (key, value))
         g = bucket.gather(grad_out)
-        if bucket.padding is not None:  # it repeats a token: without a gradient it adds nothing to the keys before it
+        if bucket.padding is not None:  # padding repeats a real token: with a zero gradient it adds nothing to keys
             g.masked_fill_(bucket.padding, 0.0)
         grads = _fused_backward(gapless(g), q, k, v, o, bucket.gather(lse_TH), 0.0, True, scale=scale)
         bucket.scatter(grad_query, grads[0])
@@ -96,27 +98,29 @@ def backward(
 
 
 class _Bucket(NamedTuple):
-    """N > 1 segments of similar length, padded to the longest, L tokens. Padding repeats a segment's last token."""
+    """N > 1 segments of similar length that share a call, padded to the L tokens of the longest. Padding repeats a
+    segment's last token."""
 
     shape: tuple[int, int]
-    """(N, L)."""
+    """The sizes (N, L)."""
     tokens: Tensor
-    """LongTensor (N * L,): the packed token of each place."""
+    """LongTensor (N * L,): the packed token of each place in the padded batch."""
     places: Tensor
-    """LongTensor: the places that are no padding; all others repeat."""
+    """LongTensor: indices of the places that are not padding."""
     padding: Tensor | None
-    """BoolTensor (N, 1, L, 1): True at padding; None where there is none."""
+    """BoolTensor (N, 1, L, 1): True at padding; None if there is no padding."""
     run: slice | None
-    """The packed tokens, where they lie one after the other: nothing has to be gathered then."""
+    """The packed tokens as a slice if they are contiguous, so that nothing has to be gathered; otherwise None."""
 
     def gather(self, x: Tensor, num_heads: int | None = None) -> Tensor:
-        """(T, H, ...) to (N, H, L, ...), heads repeated to ``num_heads``; a view where that can be."""
+        """Takes the bucket's tokens from x (T, H, ...) as (N, H, L, ...), with heads repeated to ``num_heads``; a view
+        where possible."""
         flat = x.index_select(0, self.tokens) if self.run is None else x[self.run]
         rows = flat.unflatten(0, self.shape).transpose(1, 2)
         return rows if num_heads in (None, x.shape[1]) else rows.repeat_interleave(num_heads // x.shape[1], 1)
 
     def scatter(self, x: Tensor, rows: Tensor) -> None:
-        """(N, H, L, ...) into x (T, H, ...)."""
+        """Writes ``rows`` (N, H, L, ...), except padding, to the bucket's tokens in x (T, H, ...)."""
         if self.run is not None:
             self.gather(x).copy_(rows)
             return
@@ -127,14 +131,15 @@ class _Bucket(NamedTuple):
 
 
 class _Calls(NamedTuple):
-    """What the kernel is called for."""
+    """The kernel calls that a layout needs."""
 
     buckets: list[_Bucket]
-    """The causal part: segments that share a call, by length. Empty ones are left out."""
+    """Calls of the causal part for several segments of similar length. Empty segments are left out."""
     alone: list[slice]
-    """The causal part: packed tokens of each other segment."""
+    """Calls of the causal part for a single segment: its packed tokens."""
     groups: list[tuple[slice, slice]]
-    """The prompt's part: packed tokens of the prompt and of all completions, for each group that has completion tokens."""
+    """Calls of the prompt's part, one for each group that has completion tokens: packed tokens of the prompt, and of
+    all completions."""
 
 
 def _calls(layout: SharedPrefixLayout) -> _Calls:
@@ -145,7 +150,8 @@ def _calls(layout: SharedPrefixLayout) -> _Calls:
 
 @functools.lru_cache(maxsize=64)
 def _calls_of(prompts: tuple[int, ...], sizes: tuple[int, ...], completions: tuple[int, ...]) -> _Calls:
-    """Kept, since every layer of a model asks for the same."""
+    """The calls for prompt lengths, group sizes and completion lengths. They are cached because every layer of a model
+    asks for the same ones."""
     segments, groups = [], []
     start, first = 0, 0
     for prompt, size in zip(prompts, sizes, strict=True):
@@ -163,7 +169,7 @@ def _calls_of(prompts: tuple[int, ...], sizes: tuple[int, ...], completions: tup
 
 
 def _by_length(segments: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """(length, begin) of segments that are not empty, the longest first, in lists of similar length."""
+    """Splits the nonempty segments, given as (length, begin), into lists of similar length, the longest first."""
     lists: list[list[tuple[int, int]]] = []
     for segment in sorted((s for s in segments if s[0]), key=lambda each: (-each[0], each[1])):
         if not lists or lists[-1][0][0] > max(_SHORT_SEGMENT, _MAX_STRETCH * segment[0]):
@@ -185,7 +191,8 @@ def _bucket(segments: list[tuple[int, int]]) -> _Bucket:
 
 
 def _call_of(query: Tensor, key: Tensor, value: Tensor, queries: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Some tokens' queries (repeats, H_kv, L, head_dim); keys and values of others, expanded to them."""
+    """The queries (repeats, H_kv, L, head_dim) of some tokens, with keys and values of others expanded to the same
+    first axis."""
     q = gapless(_heads_apart(query[queries], key.shape[1]))
     k, v = (x[keys].transpose(0, 1)[None].expand(q.shape[0], -1, -1, -1) for x in (key, value))
     return q, k, v
@@ -202,7 +209,8 @@ def _gradients_of_call(
     keys: slice,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the queries, as ``_call_of`` has them, and of keys and values, (keys, H_kv, head_dim). Causal where both are one."""
+    """Gradients of one call: of its queries in the shape of ``_call_of``, and of its keys and values (keys, H_kv,
+    head_dim). The call is causal if ``queries`` and ``keys`` are the same tokens."""
     q, k, v = _call_of(query, key, value, queries, keys)
     g, o, joint = (_heads_apart(x[queries], key.shape[1]) for x in (grad_out, out, lse_TH))
     grads = _fused_backward(gapless(g), q, k, v, o, joint, 0.0, queries == keys, scale=scale)
@@ -210,17 +218,17 @@ def _gradients_of_call(
 
 
 def _heads_apart(x: Tensor, num_kv_heads: int) -> Tensor:
-    """(L, H, ...) to (repeats, H_kv, L, ...), a view."""
+    """A view of x (L, H, ...) as (repeats, H_kv, L, ...)."""
     apart = x.unflatten(1, (num_kv_heads, -1))
     return apart.movedim((2, 1, 0), (0, 1, 2))
 
 
 def _join(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Joins a part (..., head_dim) into what ``out`` and ``lse`` (...) hold of the other, in place."""
+    """Joins ``part`` (..., head_dim) and ``part_lse`` (...) into ``out`` and ``lse``, which hold the other part."""
     joint = torch.logaddexp(lse, part_lse)
     ours, theirs = (lse - joint).exp_().unsqueeze(-1), (part_lse - joint).exp_().unsqueeze(-1)
     if out.dtype == joint.dtype:
         out.mul_(ours).addcmul_(part, theirs)
-    else:  # rounded once
+    else:  # computed in the wider dtype of ``joint`` and rounded once
         out.copy_(out * ours + part * theirs)
     lse.copy_(joint)

@@ -1,5 +1,5 @@
 """``impl="triton"`` of ``shared_prefix_attention``: launches the kernels of ``shared_prefix_kernels.py``, and tells the
-compile suite what they must show. Imported only where ``impl="triton"`` runs.
+compile suite what their machine code must show. This module is imported only where ``impl="triton"`` runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from balcaprl.kernels.shared_prefix_layout import SharedPrefixLayout
 
 
 class _Segments(NamedTuple):
-    """Of each packed token, where its segment begins and ends, (T,) int32 on the tokens' device."""
+    """For each packed token, where its segment begins and ends: (T,) int32 on the tokens' device."""
 
     starts: Tensor
     ends: Tensor
@@ -31,7 +31,7 @@ class _Segments(NamedTuple):
 def forward(
     query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """See ``shared_prefix_attention._implementation``.
+    """Computes (out, lse) as ``shared_prefix_attention._implementation`` defines them.
 
     Raises:
         ValueError: ``head_dim`` is above ``TRITON_MAX_HEAD_DIM``, or the dtype is float64.
@@ -75,7 +75,7 @@ def backward(
     layout: SharedPrefixLayout,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``shared_prefix_attention._implementation``."""
+    """Computes the three gradients as ``shared_prefix_attention._implementation`` defines them."""
     query, key, value, grad_out = (_addressable(x) for x in (query, key, value, grad_out))
     saved = _Saved(query, key, value, grad_out, lse.contiguous(), _delta(out.contiguous(), grad_out))
     segments = _segments(layout)
@@ -84,7 +84,7 @@ def backward(
 
 
 class _Saved(NamedTuple):
-    """What both gradients are computed from, as their kernels take it."""
+    """The inputs of both gradient kernels, in the order of their arguments."""
 
     query: Tensor
     key: Tensor
@@ -95,7 +95,7 @@ class _Saved(NamedTuple):
 
 
 def _delta(out: Tensor, grad_out: Tensor) -> Tensor:
-    """(H, T) float32: the sum of out * grad_out over columns."""
+    """The sum of out * grad_out over columns, (H, T) float32."""
     num_tokens, num_heads, _ = out.shape
     delta = out.new_empty((num_heads, num_tokens), dtype=torch.float32)
     row = launch("_shared_prefix_delta_kernel", out.device, out.dtype)
@@ -165,7 +165,7 @@ def _grad_key_value(saved: _Saved, ends: Tensor, layout: SharedPrefixLayout, sca
 
 
 def _run(kernel: Any, grid: tuple[int, ...], row: Launch, *arguments: Tensor | float) -> None:
-    """Launches on the device of the first argument, (T, heads, head_dim)."""
+    """Launches a kernel on the device of its first argument, a tensor (T, heads, head_dim)."""
     first = arguments[0]
     assert isinstance(first, Tensor)
     with on_device(first.device):
@@ -173,8 +173,8 @@ def _run(kernel: Any, grid: tuple[int, ...], row: Launch, *arguments: Tensor | f
 
 
 def _heads_per_part(programs: int, repeats: int, device: torch.device) -> int:
-    """Query heads that one program of the key gradient walks: all that share the key head, unless that makes fewer
-    programs than two for each multiprocessor."""
+    """Number of query heads that one program of the key gradient walks: all that share the key head, unless that makes
+    fewer than two programs for each streaming multiprocessor."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     wanted_parts = triton.cdiv(2 * multiprocessors, max(programs, 1))
     return max(1, repeats // min(wanted_parts, repeats))
@@ -189,24 +189,25 @@ def _check(query: Tensor) -> None:
 
 
 def _addressable(x: Tensor) -> Tensor:
-    """``x``, copied where its columns are not contiguous or offsets within a tile of 256 tokens exceed 31 bits."""
+    """``x``, or a copy if its columns are not contiguous or offsets within a tile of 256 tokens exceed 31 bits."""
     return x if x.stride(2) == 1 and 256 * x.stride(0) < 2**31 else x.contiguous()
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    """Strides of tokens and heads, of one tensor after the other."""
+    """The token stride and the head stride of each tensor, one tensor after the other."""
     return [stride for x in tensors for stride in x.stride()[:2]]
 
 
 def _split(head_dim: int) -> dict[str, int]:
-    """A head's columns as two parts that are powers of two, each at least 16 as products want; the second may be 0."""
+    """Splits a head's columns into two parts that are powers of two, each at least 16 as the matrix products require;
+    the second may be 0."""
     first = max(16, 1 << (head_dim.bit_length() - 1))
     rest = head_dim - first
     return {"D0": first, "D1": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0}
 
 
 def _most_tiles(layout: SharedPrefixLayout, block: int) -> int:
-    """Tiles of the group that has the most. Reads host tensors only: the device is not waited for."""
+    """The largest number of tiles of any group. Reads only host tensors, so the host does not wait for the device."""
     return max(-(-prompt // block) + -(-sum(completions) // block) for _, prompt, completions in layout.groups())
 
 
@@ -216,7 +217,7 @@ def _segments(layout: SharedPrefixLayout) -> _Segments:
     return _Segments(*bounds.repeat_interleave(lengths, dim=1, output_size=layout.num_tokens))
 
 
-# For the compile suite: groups of 8 completions of 128 tokens after prompts of 1024, heads as in Qwen2.5-VL-3B.
+# The compile suite's shape: 8 groups of 8 completions of 128 tokens after prompts of 1024, with Qwen2.5-VL-3B's heads.
 _GROUPS, _COMPLETIONS, _PROMPT, _COMPLETION = 8, 8, 1024, 128
 _HEADS, _KV_HEADS = 16, 2
 _TOKENS = _GROUPS * (_PROMPT + _COMPLETIONS * _COMPLETION)
@@ -229,7 +230,7 @@ _COUNTS = ("num_tokens", "num_tiles", "num_kv_heads", "repeats")
 
 
 def _keys_read(row: Launch) -> int:
-    """Keys that all tiles of queries of one head and one group load."""
+    """Number of keys that all tiles of queries of one head and one group load together."""
     block_m, block_n = row.blocks["BLOCK_M"], row.blocks["BLOCK_N"]
     prompt = sum(_tiled(begin, block_n) + _tiled(block_m, block_n) for begin in range(0, _PROMPT, block_m))
     own = 0
@@ -239,7 +240,7 @@ def _keys_read(row: Launch) -> int:
 
 
 def _queries_read(row: Launch) -> int:
-    """Queries that all tiles of keys of one head and one group load."""
+    """Number of queries that all tiles of keys of one head and one group load together."""
     block_m, block_n = row.blocks["BLOCK_M"], row.blocks["BLOCK_N"]
     total = _COMPLETIONS * _COMPLETION
     prompt = sum(_tiled(_PROMPT - begin + total, block_m) for begin in range(0, _PROMPT, block_n))
@@ -284,7 +285,7 @@ def _delta_work(head_dim: int, dtype: torch.dtype, _: Launch) -> Work:
 
 
 def _work(head_dim: int, dtype: torch.dtype, floor: int, moved: int, products: int) -> Work:
-    """``products`` matrix products over the pairs of query and key that see each other."""
+    """The work of ``products`` matrix products over all pairs of a query and a key that it sees."""
     operations = 2 * products * _PAIRS * _HEADS * head_dim
     return Work(f"{_SHAPE} D={head_dim}", floor, moved, operations, "tensor" if dtype.itemsize == 2 else "fp32")
 

@@ -1,20 +1,21 @@
-"""The one rule by which an implementation is compared with its reference.
+"""The rule by which every implementation is compared with its reference.
 
-An implementation may err by as much as low precision makes the plain version err, and a little more: its largest error
-against the float64 reference is at most 2x (forward) or 3x (gradients) the largest error of the reference run in the
-working dtype, plus one rounding of the largest value. The rule says nothing about float64 itself, which is the yardstick:
-compare that with ``torch.testing.assert_close``.
+The error of an implementation may slightly exceed the error that low precision causes in the reference: its largest
+error against the float64 reference may be at most 2x (forward) or 3x (gradients) the largest error of the reference run
+in the working dtype, plus one rounding of the largest value. The rule cannot judge float64 results, because float64 is
+its yardstick; compare those with ``torch.testing.assert_close``.
 
-Of one small problem the plain version's error is a draw of luck: now and then it is nearly exact, and 3x nothing is less than
-what a sound implementation errs by. ``assert_as_accurate_over`` therefore takes several problems together: the quadratic mean
-over them of each one's largest error, in roundings of its largest value (or of a usual problem's, where its own is small by
-cancellation), so that none counts for more than another. If the rule does not hold it draws as many again, until it has
-``most``, and only all of them together fail.
+In a single small problem the error of the reference in the working dtype depends on chance. It is sometimes almost 0,
+and then a correct implementation exceeds 3x that error. ``assert_as_accurate_over`` therefore judges several problems
+together. It expresses each problem's largest error in roundings of the problem's largest value, so that all problems
+count equally, and takes the quadratic mean over the problems. If cancellation makes a problem's largest value small,
+the quadratic mean of the roundings of all problems is the unit instead. If the rule does not hold, as many problems
+again are drawn, up to ``most``; the check fails only if the rule does not hold for all of them together.
 
-Measured: of 250 sets of 32 problems, small heads at which errors are most uneven, none failed that is sound. One whose errors
-are 3x those of the plain version (gradients: 4x) fails in a third (a quarter) of the sets of single numbers, in 91% (79%)
-of those of 9 numbers a problem, and in all of hundreds; 20x, or sums kept in bfloat16, fail always.
-``tests/kernels/test_testing.py`` holds it to that.
+Measured on 250 sets of 32 problems (small heads, whose errors are most uneven): a correct implementation never failed.
+An implementation whose errors are 3x those of the reference (gradients: 4x) failed in a third (a quarter) of the sets
+with one number per problem, in 91% (79%) of the sets with 9 numbers per problem, and in all sets with hundreds. Errors
+of 20x, or sums accumulated in bfloat16, always failed. ``tests/kernels/test_testing.py`` tests this behaviour.
 """
 
 from __future__ import annotations
@@ -29,26 +30,27 @@ from torch import Tensor
 FACTORS = {"forward": 2.0, "gradient": 3.0}
 Kind = Literal["forward", "gradient"]
 _SMALLEST = 1e-45
-"""A rounding of nothing but zeros: the smallest float32 above 0."""
+"""The rounding that is assumed if all values are 0: the smallest float32 above 0."""
 
 
 class Compared(NamedTuple):
-    """One quantity of one problem, three times the same shape."""
+    """One quantity of one problem, computed in three ways; all three tensors have the same shape."""
 
     name: str
     actual: Tensor
-    """What the implementation under test gave, in its working dtype."""
+    """Result of the implementation under test, in its working dtype."""
     working: Tensor
-    """What the reference gave on the same inputs in that dtype."""
+    """Result of the reference on the same inputs in the working dtype."""
     exact: Tensor
-    """What the reference gave on the same inputs in float64."""
+    """Result of the reference on the same inputs in float64."""
     kind: Kind = "forward"
     scale: float = 0.0
-    """Size of the terms of a sum that may be smaller than they are; a rounding is one of that, or of the largest value."""
+    """Size of the terms, for a sum that may be smaller than its terms; a rounding is taken of the largest value or of
+    this size, whichever is larger."""
 
 
 class _Errors(NamedTuple):
-    """Of a problem: largest errors, and a rounding of the largest value."""
+    """Largest errors of one problem's ``actual`` and ``working`` results, and one rounding of the largest value."""
 
     actual: float
     working: float
@@ -58,17 +60,17 @@ class _Errors(NamedTuple):
 def assert_as_accurate(
     actual: Tensor, working: Tensor, exact: Tensor, *, kind: Kind = "forward", name: str = ""
 ) -> None:
-    """Holds one problem, with many numbers, to the rule; for small ones see ``assert_as_accurate_over``.
+    """Applies the rule to one problem with many numbers; ``assert_as_accurate_over`` is for small problems.
 
     Args:
-        actual: as all that follow, see ``Compared``.
-        working: see there.
-        exact: see there.
-        kind: see there.
-        name: of the quantity, for the message.
+        actual: result of the implementation under test, in its working dtype.
+        working: result of the reference in the working dtype.
+        exact: result of the reference in float64.
+        kind: whether the quantity is a forward result or a gradient.
+        name: name of the quantity for the message.
 
     Raises:
-        AssertionError: wrong shape, a non-finite value where the exact one is finite, or too large an error.
+        AssertionError: the shape is wrong, finite and non-finite values differ in place, or the error is too large.
     """
     compared = Compared(name or kind, actual, working, exact, kind)
     failure = _failure(compared.name, kind, [_errors(compared)])
@@ -79,15 +81,16 @@ def assert_as_accurate(
 def assert_as_accurate_over(
     problem: Callable[[int], Iterable[Compared]], *, num_problems: int = 4, most: int = 128
 ) -> None:
-    """Holds several problems, taken together, to the rule.
+    """Applies the rule to several problems together.
 
     Args:
-        problem: from a seed (0, 1, ...) to what is compared, the same names each time.
-        num_problems: drawn at first.
-        most: drawn if the rule does not hold of fewer.
+        problem: function from a seed (0, 1, ...) to the compared quantities, whose names are the same for every seed.
+        num_problems: number of problems to draw at first.
+        most: largest number of problems to draw if the rule does not hold for fewer.
 
     Raises:
-        AssertionError: as ``assert_as_accurate``; a shape or a non-finite value at once.
+        AssertionError: the errors of ``most`` problems are too large, or one problem has a wrong shape or finite and
+            non-finite values in different places; the last two are raised at once.
     """
     errors: dict[tuple[str, Kind], list[_Errors]] = {}
     drawn, wanted = 0, min(num_problems, most)
@@ -119,7 +122,7 @@ def _errors(compared: Compared) -> _Errors:
 
 
 def _failure(name: str, kind: Kind, errors: list[_Errors]) -> str:
-    """What is wrong with a quantity's errors; empty if the rule holds."""
+    """Describes how a quantity's errors break the rule; returns an empty string if the rule holds."""
     usual = _quadratic_mean(each.rounding for each in errors)
     actual = _quadratic_mean(each.actual / max(each.rounding, usual) for each in errors)
     working = _quadratic_mean(each.working / max(each.rounding, usual) for each in errors)
@@ -133,12 +136,12 @@ def _failure(name: str, kind: Kind, errors: list[_Errors]) -> str:
 
 
 def _quadratic_mean(values: Iterable[float]) -> float:
-    """0 of nothing."""
+    """Square root of the mean of squares; 0 without any values."""
     squares = [value * value for value in values]
     return math.sqrt(math.fsum(squares) / max(len(squares), 1))
 
 
 def max_error(values: Tensor, exact: Tensor) -> float:
-    """Largest absolute difference over the finite entries of ``exact``; 0 without any."""
+    """Largest absolute difference over the finite entries of ``exact``; 0 if there are none."""
     difference = (values.double() - exact)[exact.isfinite()].abs()
     return float(difference.max()) if difference.numel() else 0.0

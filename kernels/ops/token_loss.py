@@ -1,16 +1,17 @@
-"""The middle that ``policy_loss``, ``linear_policy_loss`` and ``logits_policy_loss`` share.
+"""The token-wise part that ``policy_loss``, ``linear_policy_loss`` and ``logits_policy_loss`` share.
 
-Once advantages and reduction are spread over the tokens, the loss (mathematics: ``policy_loss.py``) is a function of each
-token's log-probability alone, so that any slice of tokens can be taken by itself::
+``policy_loss.py`` has the mathematics. After each rollout's advantage and share of the reduction have been copied to
+its tokens, the loss of a token depends only on that token's log-probability, so any slice of tokens can be processed by
+itself::
 
-    arguments = LossArguments(...)                      what the caller passed; check_arguments() without reading values
-    batch = token_batch(arguments, T, dtype, impl)      checks values and spreads
+    arguments = LossArguments(...)                      what the caller passed; check_arguments() reads no values
+    batch = token_batch(arguments, T, dtype, impl)      checks values; per-token advantages and scale
     parts = [token_loss(logprobs[a:b], batch.rows(a, b), arguments.settings, impl) for a, b in ranges]
     loss = sum of the parts' loss_sum;   metrics = policy_loss_metrics(stack of their metric_sums)
     result = arguments.result(loss, metrics)
 
-``token_loss`` returns the gradient with the loss; nothing here is seen by autograd but the two functions that
-``policy_loss_reference`` is made of.
+``token_loss`` returns the gradient together with the loss. Autograd only sees ``token_terms`` and ``token_losses``, of
+which ``policy_loss_reference`` consists.
 """
 
 from __future__ import annotations
@@ -29,22 +30,23 @@ LOSS_SCHEMA = (
     "Tensor? sampling_logprobs, float? sampling_ratio_cap, Tensor? reference_logprobs, float kl_coef, str reduction, "
     "float? normalizer"
 )
-"""The fields of ``LossArguments``, in their order, as a ``torch.library`` schema writes them."""
+"""The fields of ``LossArguments``, in the same order, in the syntax of a ``torch.library`` schema."""
 METRIC_SUMS = ("clipped", "ratio", "ratio_max", "k3_reference", "k3_sampling", "count")
 _RATIO_MAX = METRIC_SUMS.index("ratio_max")
 
 
 class PolicyLoss(NamedTuple):
-    """The loss and what to watch beside it. All are 0-d tensors, float64 where the log-probabilities are, else float32.
+    """The loss and its metrics: 0-d tensors, float64 for float64 log-probabilities, otherwise float32.
 
-    The metrics are detached and cover the tokens of *this call*, without ``normalizer``: to join parts, weight the
-    means by their tokens. Without tokens they are 0; those whose input was not given are NaN.
+    The metrics are detached, cover only the tokens of *this call*, and do not use ``normalizer``. To join the metrics
+    of several calls, weight the means by the calls' numbers of tokens. Without tokens the metrics are 0. A metric whose
+    input was not given is NaN.
     """
 
     loss: Tensor
-    """Differentiable, once."""
+    """The loss, differentiable once."""
     clip_fraction: Tensor
-    """Share of tokens whose policy gradient the clip stopped."""
+    """Share of tokens whose policy gradient is 0 because of the clip."""
     ratio_mean: Tensor
     """Mean of exp(logprobs - old_logprobs)."""
     ratio_max: Tensor
@@ -52,12 +54,12 @@ class PolicyLoss(NamedTuple):
     kl: Tensor
     """Mean k3 estimate of KL(policy || reference policy), from ``reference_logprobs``."""
     sampling_kl: Tensor
-    """Mean k3 estimate of KL(sampler || trainer): exp(d) - d - 1 with d = old_logprobs - sampling_logprobs. Never
-    negative; 0 where sampler and trainer agree on every token."""
+    """Mean k3 estimate of KL(sampler || trainer): exp(d) - d - 1 with d = old_logprobs - sampling_logprobs. It is never
+    negative, and 0 if sampler and trainer agree on every token."""
 
 
 class LossSettings(NamedTuple):
-    """The numbers of the token loss; see ``policy_loss``."""
+    """Numeric settings of the token loss; ``policy_loss`` documents them."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -66,7 +68,10 @@ class LossSettings(NamedTuple):
 
 
 class LossArguments(NamedTuple):
-    """What the policy losses take beside log-probabilities (or what makes them) and targets; see ``policy_loss``."""
+    """Arguments that all policy losses share, without log-probabilities, logits, hidden states, weight and targets.
+
+    ``policy_loss`` documents them.
+    """
 
     old_logprobs: Tensor | None
     advantages: Tensor
@@ -86,12 +91,12 @@ class LossArguments(NamedTuple):
 
     @property
     def per_token(self) -> dict[str, Tensor]:
-        """The (T,) tensors that are there, by name."""
+        """The per-token (T,) tensors that are not None, by name."""
         names = ("old_logprobs", "sampling_logprobs", "reference_logprobs")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def plain(self) -> LossArguments:
-        """As a ``torch.library`` op takes them: tensors detached, numbers as float."""
+        """The arguments in the form that a ``torch.library`` op accepts: tensors detached, numbers as float."""
         return self._replace(
             old_logprobs=_detached(self.old_logprobs),
             sampling_logprobs=_detached(self.sampling_logprobs),
@@ -105,9 +110,9 @@ class LossArguments(NamedTuple):
         )
 
     def result(self, loss: Tensor, metrics: Tensor) -> PolicyLoss:
-        """Names the (5,) metrics, and says NaN where there was nothing to measure.
+        """Makes a ``PolicyLoss`` of the loss and the (5,) metrics, with NaN for a metric whose input was not given.
 
-        Outside of the registered op, which must not return NaN: opcheck holds it to be unequal to itself.
+        The registered op itself must not return NaN, because opcheck compares outputs and NaN differs from itself.
         """
         clip_fraction, ratio_mean, ratio_max, kl, sampling_kl = metrics.detach().unbind()
         kl = torch.full_like(kl, torch.nan) if self.reference_logprobs is None else kl
@@ -116,37 +121,37 @@ class LossArguments(NamedTuple):
 
 
 class TokenBatch(NamedTuple):
-    """What the loss of T tokens needs beside their log-probabilities: (T,) contiguous tensors of the compute dtype."""
+    """Inputs of the loss of T tokens except their log-probabilities: (T,) contiguous tensors of the compute dtype."""
 
     old_logprobs: Tensor | None
-    """None: on-policy, the log-probabilities themselves."""
+    """Log-probabilities at the start of the batch's updates; None means on-policy: the log-probabilities themselves."""
     advantages: Tensor
     scale: Tensor
-    """What each token's loss is multiplied by before the sum: reduction and normalizer."""
+    """Factor of each token's loss in the sum; it contains the reduction and ``normalizer``."""
     sampling_logprobs: Tensor | None
     reference_logprobs: Tensor | None
 
     def rows(self, begin: int, end: int) -> TokenBatch:
-        """The tokens from ``begin`` to ``end``."""
+        """Selects the tokens [begin, end)."""
         old, advantages, scale, sampling, reference = (None if t is None else t[begin:end] for t in self)
-        assert advantages is not None  # the two that are always there
+        assert advantages is not None  # advantages and scale are never None
         assert scale is not None
         return TokenBatch(old, advantages, scale, sampling, reference)
 
 
 class TokenLoss(NamedTuple):
-    """What ``token_loss`` returns."""
+    """Loss, metric sums and gradient of some tokens: the result of ``token_loss``."""
 
     loss_sum: Tensor
-    """0-d float64: the sum of loss times scale."""
+    """Sum over tokens of loss times scale, 0-d float64."""
     metric_sums: Tensor
-    """(6,) float64, in the order of ``METRIC_SUMS``; ``ratio_max`` is the largest, not a sum."""
+    """Sums of the metrics, (6,) float64, in the order of ``METRIC_SUMS``; ``ratio_max`` is a maximum, not a sum."""
     grad_logprobs: Tensor
-    """(T,) in the dtype of the log-probabilities: d loss_sum / d logprobs."""
+    """Gradient d loss_sum / d logprobs, (T,) in the dtype of the log-probabilities."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that the loss of log-probabilities of ``dtype`` is computed in."""
+    """The dtype in which losses of inputs of ``dtype`` are computed: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -155,10 +160,11 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
 
 
 def check_arguments(arguments: LossArguments, num_tokens: int, device: torch.device) -> None:
-    """Checks all that can be told without reading a tensor's values.
+    """Checks the arguments of a policy loss without reading a tensor's values.
 
     Raises:
-        ValueError: starts with the argument's name.
+        ValueError: an argument has a wrong shape, dtype, device or range, or is missing; the message starts with its
+            name.
     """
     for name, value in arguments.per_token.items():
         check_tensor(name, value, shape=(num_tokens,), device=device)
@@ -180,10 +186,10 @@ def check_arguments(arguments: LossArguments, num_tokens: int, device: torch.dev
 
 
 def check_finite(**tensors: Tensor | None) -> None:
-    """Checks that all values are finite, at the price of one read of a flag from the device for all tensors together.
+    """Checks that all values are finite; if they are, it reads only one flag from the device for all tensors together.
 
     Raises:
-        ValueError: starts with the first name whose tensor has a value that is not.
+        ValueError: a value is not finite; the message starts with the name of the first such tensor.
     """
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if present and not torch.stack([tensor.isfinite().all() for tensor in present.values()]).all():
@@ -194,7 +200,7 @@ def check_finite(**tensors: Tensor | None) -> None:
 
 
 def check_ragged(cu_seqlens: Tensor, num_tokens: int) -> None:
-    """Checks the values of ``cu_seqlens``: from 0 to ``num_tokens``, never falling."""
+    """Checks that the offsets ``cu_seqlens`` start at 0, never fall, and end at ``num_tokens``."""
     ends_fit = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens)
     if not (ends_fit & (cu_seqlens.diff() >= 0).all()):
         raise ValueError(
@@ -205,17 +211,18 @@ def check_ragged(cu_seqlens: Tensor, num_tokens: int) -> None:
 def token_batch(
     arguments: LossArguments, num_tokens: int, dtype: torch.dtype, impl: str, *, logprobs: Tensor | None = None
 ) -> TokenBatch:
-    """Checks the values of ``arguments`` and spreads them over ``num_tokens`` tokens.
+    """Checks the values of ``arguments`` and converts them to one value per token.
 
     Args:
-        arguments: as ``check_arguments`` accepts them.
-        num_tokens: T.
-        dtype: float32 or float64, see ``compute_dtype``.
-        impl: of the op, resolved: not ``auto``. ``native`` knows float32.
-        logprobs: (T,) where the caller has passed them in: checked with the others.
+        arguments: arguments that have passed ``check_arguments``.
+        num_tokens: T, the number of tokens.
+        dtype: float32 or float64, the result of ``compute_dtype``.
+        impl: implementation of the op, not ``auto``. ``native`` supports only float32.
+        logprobs: (T,) log-probabilities if they are an input of the op; their values are checked too.
 
     Raises:
-        ValueError: a value is not finite, or ``cu_seqlens`` are no offsets; starts with the argument's name.
+        ValueError: a value is not finite, or ``cu_seqlens`` are not valid offsets; the message starts with the
+            argument's name.
     """
     if impl == "native" or (impl == "triton" and dtype == torch.float32):
         return _checked_batch(arguments, num_tokens, logprobs, impl)
@@ -224,7 +231,7 @@ def token_batch(
 
 
 def _checked_batch(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None, impl: str) -> TokenBatch:
-    """By the implementations that check and spread in one go."""
+    """Makes the token batch with ``native`` or ``triton``, which check values in the same pass."""
     if impl == "native":
         batch = _token_batch_native(arguments, num_tokens, logprobs)
     else:
@@ -232,7 +239,7 @@ def _checked_batch(arguments: LossArguments, num_tokens: int, logprobs: Tensor |
 
         batch = triton_token_loss.token_batch(arguments, num_tokens, logprobs)
     if batch is None:
-        _check_values(arguments, num_tokens, logprobs)  # says what it was
+        _check_values(arguments, num_tokens, logprobs)  # raises with the name of the bad argument
         raise ValueError("advantages or log-probabilities: a value that float32 cannot hold")
     return batch
 
@@ -243,8 +250,8 @@ def _check_values(arguments: LossArguments, num_tokens: int, logprobs: Tensor | 
 
 
 def _token_batch_native(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None) -> TokenBatch | None:
-    """``balcaprl_token_batch`` of ``kernels/csrc/policy_loss.cpp``; None if a value is not as it should be."""
-    # Named, so that converted copies live until the call returns.
+    """Runs ``balcaprl_token_batch`` of ``kernels/csrc/policy_loss.cpp``; returns None if a value is not allowed."""
+    # The names below keep converted copies alive until the call returns.
     offsets, advantages_R = arguments.cu_seqlens.contiguous(), _plain_float(arguments.advantages)
     per_token = (logprobs, arguments.old_logprobs, arguments.sampling_logprobs, arguments.reference_logprobs)
     floats = [None if t is None else _plain_float(t) for t in per_token]
@@ -264,12 +271,12 @@ def _token_batch_native(arguments: LossArguments, num_tokens: int, logprobs: Ten
 
 
 def _plain_float(tensor: Tensor) -> Tensor:
-    """Contiguous float32, by a copy only where it is something else."""
+    """Returns the tensor as contiguous float32, without a copy if it already is."""
     return tensor.to(torch.float32).contiguous()
 
 
 def spread(arguments: LossArguments, num_tokens: int, dtype: torch.dtype) -> TokenBatch:
-    """``token_batch`` without its checks."""
+    """Converts the arguments to one value per token, like ``token_batch`` but without checks."""
     lengths_R = arguments.cu_seqlens.diff().long()
     per_token = {name: value.to(dtype).contiguous() for name, value in arguments.per_token.items()}
     return TokenBatch(
@@ -282,13 +289,14 @@ def spread(arguments: LossArguments, num_tokens: int, dtype: torch.dtype) -> Tok
 
 
 def token_loss(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings, impl: str) -> TokenLoss:
-    """Loss, metrics and gradient of T tokens (a whole batch, or any rows of it) in one go; no autograd.
+    """Computes loss, metric sums and gradient of T tokens (a whole batch or any rows of it), without autograd.
 
     Args:
-        logprobs_T: (T,) in the dtype of ``batch``, contiguous, finite.
-        batch: as ``token_batch`` gives it.
-        settings: see ``policy_loss``.
-        impl: resolved: not ``auto``. ``native`` knows float32; ``triton`` takes the reference for float64.
+        logprobs_T: (T,) finite log-probabilities in the dtype of ``batch``, contiguous.
+        batch: result of ``token_batch``, or rows of it.
+        settings: clip ranges, importance cap and KL coefficient; ``policy_loss`` documents them.
+        impl: implementation of the op, not ``auto``. ``native`` supports only float32; ``triton`` uses the reference
+            for float64.
     """
     if impl == "native":
         return _token_loss_native(logprobs_T, batch, settings)
@@ -305,7 +313,7 @@ def token_loss(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings, im
 
 
 def _token_loss_native(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings) -> TokenLoss:
-    """``balcaprl_token_loss`` of ``kernels/csrc/policy_loss.cpp``: one pass over blocks of tokens, on torch's threads."""
+    """Runs ``balcaprl_token_loss`` of ``kernels/csrc/policy_loss.cpp``: one pass over the tokens on torch's threads."""
     sums = torch.empty(1 + len(METRIC_SUMS), dtype=torch.float64)
     gradient_T = torch.empty(logprobs_T.shape[0])
     status = native.library().balcaprl_token_loss(
@@ -327,7 +335,7 @@ def _token_loss_native(logprobs_T: Tensor, batch: TokenBatch, settings: LossSett
 def policy_loss_metrics(metric_sums: Tensor) -> Tensor:
     """(5,) float64 metrics in the order of ``PolicyLoss``, from the (6,) sums of one part or the (N, 6) of several.
 
-    0 where there is no token, or no input to measure.
+    A metric is 0 if there are no tokens or its input is missing.
     """
     joined = metric_sums.view(-1, len(METRIC_SUMS))
     sums = joined.sum(dim=0)
@@ -336,20 +344,20 @@ def policy_loss_metrics(metric_sums: Tensor) -> Tensor:
 
 
 class TokenTerms(NamedTuple):
-    """What loss, gradient and metrics are made of; all (T,) in the compute dtype."""
+    """Terms from which loss, gradient and metrics are computed; all (T,), in the compute dtype except ``clipped``."""
 
     ratio: Tensor
     surrogate_ratio: Tensor
-    """``ratio``, and 1 where the advantage is 0: an overflowing ratio times 0 would be NaN."""
+    """``ratio``, replaced by 1 where the advantage is 0, because an overflowing ratio times 0 would be NaN."""
     clipped: Tensor
-    """Bool: the clip stops the gradient."""
+    """Whether the clip makes the token's policy gradient 0; bool."""
     importance: Tensor | None
     reference_difference: Tensor | None
     sampling_difference: Tensor | None
 
 
 def token_terms(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings) -> TokenTerms:
-    """The terms, differentiable in ``logprobs_T``."""
+    """Computes the terms of (T,) log-probabilities, differentiable in ``logprobs_T``."""
     old_logprobs = logprobs_T.detach() if batch.old_logprobs is None else batch.old_logprobs
     log_ratio = logprobs_T - old_logprobs
     ratio, positive, negative = log_ratio.exp(), batch.advantages > 0, batch.advantages < 0
@@ -369,7 +377,7 @@ def token_terms(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings) -
 
 
 def token_losses(tokens: TokenTerms, batch: TokenBatch, settings: LossSettings) -> Tensor:
-    """(T,) losses before scale and sum."""
+    """(T,) losses of the tokens, before scaling and summation."""
     clipped_ratio = tokens.surrogate_ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
     losses_T = -torch.minimum(tokens.surrogate_ratio * batch.advantages, clipped_ratio * batch.advantages)
     if tokens.importance is not None:
@@ -380,7 +388,7 @@ def token_losses(tokens: TokenTerms, batch: TokenBatch, settings: LossSettings) 
 
 
 def metric_sums(tokens: TokenTerms) -> Tensor:
-    """(6,) float64, detached, in the order of ``METRIC_SUMS``; 0 where the input is missing."""
+    """(6,) float64 sums of the metrics, detached, in the order of ``METRIC_SUMS``; 0 for a missing input."""
     ratio = tokens.ratio.detach().double()
     zero = ratio.new_zeros(())
     differences = (tokens.reference_difference, tokens.sampling_difference)
@@ -391,7 +399,7 @@ def metric_sums(tokens: TokenTerms) -> Tensor:
 
 
 def _token_gradient(tokens: TokenTerms, batch: TokenBatch, settings: LossSettings) -> Tensor:
-    """d token / d logprobs, (T,)."""
+    """(T,) gradient d token / d logprobs, before scaling."""
     gradient = -(batch.advantages * tokens.surrogate_ratio).masked_fill(tokens.clipped, 0.0)
     if tokens.importance is not None:
         gradient = gradient * tokens.importance
@@ -401,14 +409,14 @@ def _token_gradient(tokens: TokenTerms, batch: TokenBatch, settings: LossSetting
 
 
 def _k3(difference: Tensor) -> Tensor:
-    """exp(d) - d - 1, by way of expm1: it keeps its digits near 0."""
+    """The k3 estimator exp(d) - d - 1, computed with expm1, which stays accurate near 0."""
     return difference.expm1() - difference
 
 
 def _token_scale(
     lengths_R: Tensor, num_tokens: int, reduction: str, normalizer: float | None, dtype: torch.dtype
 ) -> Tensor:
-    """(T,): 1 / (the reduction's denominator)."""
+    """(T,) factor of each token's loss: 1 / (the reduction's denominator)."""
     num_rollouts = lengths_R.shape[0]
     defaults = {"token-mean": max(num_tokens, 1), "sequence-mean": max(num_rollouts, 1)}
     if normalizer is not None or reduction in defaults:

@@ -1,8 +1,9 @@
-"""The Triton kernel of ``grouped_advantages``: one launch for every method. Its worth is that one launch, and the edge
-rules; the tensor is tiny.
+"""The Triton kernel of ``grouped_advantages``: one launch for every method. The tensor is tiny, so the kernel's
+benefits are this single launch and its handling of the edge cases.
 
-A program takes a tile of whole groups, all in float64. For ``gdpo`` a single program takes them all, twice: the first pass
-measures the batch, the second computes the same advantages again and divides them. Imported only where ``impl="triton"`` runs.
+A program takes a tile of whole groups and computes in float64. For ``gdpo`` a single program takes all groups, twice:
+the first pass measures the batch, the second computes the same advantages again and divides them by the batch's
+standard deviation. This module is imported only where ``impl="triton"`` runs.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ _INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 
 @triton.jit
 def _normalised(values_NG, weight, EPS: tl.constexpr):
-    """weight * z of each group, 0 where a value is NaN (missing), and for groups of fewer than two values or equal ones."""
+    """Weighted z-scores of each group: weight * z. The result is 0 where a value is NaN (missing), and for groups with
+    fewer than two values or with equal values."""
     present = values_NG == values_NG
     count = tl.sum(tl.where(present, 1.0, 0.0).to(tl.float64), axis=1)[:, None]
     low = tl.min(tl.where(present, values_NG, _INFINITY), axis=1)[:, None]
     high = tl.max(tl.where(present, values_NG, -_INFINITY), axis=1)[:, None]
     varied = (count > 1.5) & (high > low)
-    # Moved to the smallest value: equal ones are exactly 0, a tiny spread on a large offset keeps its digits. Divided by a
-    # power of two: squares neither overflow nor vanish.
+    # Subtracting the smallest value makes equal values exactly 0 and keeps the digits of a tiny spread on a large
+    # offset. Dividing by a power of two keeps squares from overflowing or vanishing.
     scale = triton_math.inverse_power(tl.where(varied, high - low, 1.0))
     scaled = tl.where(present & varied, (values_NG - low) * scale, 0.0)
     mean = tl.sum(scaled, axis=1)[:, None] / tl.maximum(count, 1.0)
@@ -56,8 +58,11 @@ def _tile_advantages(
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """Of the groups from ``first_group`` on: their rollouts' indices, whether those exist, advantages before the batch step,
-    whether a rollout has a score, the sum of the weights' sizes, and what was wrong."""
+    """Advantages of a tile of groups, from ``first_group`` on.
+
+    Returns, in this order: the rollouts' indices; whether each rollout exists; advantages before the batch step;
+    whether each rollout has a score; the sum of the weights' absolute values; status bits of invalid values.
+    """
     groups = first_group.to(tl.int64) + tl.arange(0, BLOCK_N)[:, None]
     members = tl.arange(0, BLOCK_G)[None, :]
     rollouts = groups * group_size + members
@@ -74,7 +79,7 @@ def _tile_advantages(
     totals = tl.zeros((BLOCK_N, BLOCK_G), tl.float64)
     scored = tl.zeros((BLOCK_N, BLOCK_G), tl.int32)
     size_of_weights = tl.full((), 0.0, tl.float64)
-    for k in range(NUM_REWARDS):  # not unrolled: the registers of one reward at a time
+    for k in range(NUM_REWARDS):  # not unrolled, so that only one reward takes registers at a time
         weight = tl.full((), 1.0, tl.float64)
         if weights_K is not None:
             weight = tl.load(weights_K + k)
@@ -124,7 +129,8 @@ def _grouped_advantages_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_VALUES: tl.constexpr,
 ):
-    """A program per tile of groups; for ``gdpo`` one program. ``status`` gets the bits of what was wrong."""
+    """Writes the advantages: one program per tile of groups, or a single program for ``gdpo``. ``status`` gets the
+    status bits of invalid values."""
     BLOCK_N: tl.constexpr = BLOCK_VALUES // BLOCK_G
     if METHOD == "gdpo":
         count, total, squares = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
@@ -151,14 +157,14 @@ def _grouped_advantages_kernel(
             if bad != 0:
                 tl.atomic_or(status, bad)
             is_scored = scored != 0
-            # In units of the weights: squares neither overflow nor vanish.
+            # Dividing by the sum of the weights' absolute values keeps squares from overflowing or vanishing.
             units = totals / tl.where(weights_size > 0.0, weights_size, 1.0)
             count += tl.sum(tl.sum(tl.where(is_scored, 1.0, 0.0).to(tl.float64), axis=1), axis=0)
             total += tl.sum(tl.sum(units, axis=1), axis=0)
             squares += tl.sum(tl.sum(units * units, axis=1), axis=0)
             low = tl.minimum(low, tl.min(tl.min(tl.where(is_scored, units, _INFINITY), axis=1), axis=0))
             high = tl.maximum(high, tl.max(tl.max(tl.where(is_scored, units, -_INFINITY), axis=1), axis=0))
-        # The advantages of a group sum to 0: squares about 0 lose nothing to cancellation.
+        # The advantages of a group sum to 0, so squares about 0 lose no digits to cancellation.
         variance = (squares - total * total / tl.maximum(count, 1.0)) / tl.maximum(count - 1.0, 1.0)
         std = tl.sqrt(tl.maximum(variance, 0.0)) * weights_size
         varied = (count > 1.5) & (high - low > ROUNDING)
@@ -214,17 +220,21 @@ def grouped_advantages(
     eps: float,
     rounding: float,
 ) -> tuple[Tensor, int]:
-    """Advantages, and what was wrong with the values, read from the device: 1 for rewards, 2 for weights, 4 for lengths, 8 for
-    reference lengths, added up.
+    """Advantages (R,) float32, and status bits that are read back from the device.
+
+    The status is the sum of 1 for invalid rewards, 2 for invalid weights, 4 for invalid lengths and 8 for invalid
+    reference lengths.
 
     Args:
         rewards: (R, K) float32 or float64.
-        group_size: rollouts per group, at most the launch table's BLOCK_VALUES.
-        weights: (K,) float64.
-        mask: lengths, reference lengths, masked reward, bounds.
-        method: see ``grouped_advantages``.
-        eps: see ``grouped_advantages``.
-        rounding: what a flat ``gdpo`` batch may differ by, in units of the sum of the weights' sizes.
+        group_size: number of rollouts per group, at most the launch table's BLOCK_VALUES.
+        weights: (K,) float64, or None for weights of 1.
+        mask: the length mask as (lengths, reference lengths, index of the gated column of rewards, bounds of the length
+            ratio).
+        method: ``c-gdpo``, ``gdpo`` or ``grpo``; see ``balcaprl.kernels.grouped_advantages``.
+        eps: number added to each std; see ``balcaprl.kernels.grouped_advantages``.
+        rounding: largest spread of advantages at which a ``gdpo`` batch counts as flat, in units of the sum of the
+            weights' absolute values.
     """
     num_rollouts, num_rewards = rewards.shape
     lengths, reference_lengths, masked_reward, (low, high) = mask
@@ -259,7 +269,7 @@ def grouped_advantages(
     return advantages, int(status)
 
 
-# For the compile suite: 4096 groups of 8 rollouts with 3 rewards, weighted, one gated by its length.
+# The compile suite's shape: 4096 groups of 8 rollouts with 3 weighted rewards, one of them gated by the length mask.
 _GROUPS, _SIZE, _REWARDS = 4096, 8, 3
 
 
@@ -295,7 +305,7 @@ def _spec(method: str) -> KernelSpec:
         },
         work=work,
         variant=method,
-        wide_load=False,  # rewards of a rollout lie K apart
+        wide_load=False,  # values of one reward are K elements apart in memory
     )
 
 

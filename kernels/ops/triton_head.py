@@ -1,18 +1,21 @@
-"""The language-model head in Triton: log-probabilities without logits, and the gradients of hidden and weight.
+"""The language-model head in Triton: log-probabilities without stored logits, and the gradients of hidden and weight.
 
-Forward: a program takes a tile of tokens and a share of the vocabulary, and keeps maximum, sum, entropy's sum and the target's
-logit of its rows while the tiles of logits pass by; the shares are joined afterwards. Nothing of size (T, V) exists.
+Forward: a program takes a tile of tokens and a share of the vocabulary. It computes the logits tile by tile and keeps
+only each row's maximum, sum, entropy sum and target logit. The shares are joined afterwards. No tensor of size (T, V)
+exists.
 
-Backward: tokens without gradient are left out first (the host learns how many are left: the one time it waits). Then, for a
-slice of the vocabulary at a time (``_SLICE_BYTES``), its logits are computed again and their gradient stored in the storage
-dtype; two products of that make the gradient of hidden, added up over slices in float32, and of the slice's weight. These
-two are torch's: on an H200 it does them in 13 ms each where ours took 15 and 24 (T 8192, D 3584, V 152,064, bfloat16). With
-``filter_eps`` the first kernel also notes which tiles matter, and our own products skip the rest.
+Backward: tokens without gradient are left out first; the host waits for their number, and for nothing else. The
+vocabulary is then taken in slices (``_SLICE_BYTES``). For each slice, the logits are computed again and their gradient
+is stored in the storage dtype. Two matrix products turn it into the gradient of hidden, which is summed over slices in
+float32, and the gradient of the slice's weight. Torch computes these two products: on an H200 torch takes 13 ms for
+each, while our kernels took 15 and 24 ms (T 8192, D 3584, V 152,064, bfloat16). With ``filter_eps``, the kernel that
+computes the gradient of the logits also marks the tiles that matter, and our own product kernels skip the others.
 
-Programs are numbered so that those that run at once share few rows of the hidden states and of the weight: what they
-read together stays in the second-level cache (``_TOKEN_TILES``).
+Programs are numbered so that those that run at the same time read few different rows of the hidden states and of the
+weight. The rows they share stay in the L2 cache (``_TOKEN_TILES``).
 
-Sums over rows do not depend on what ran first: same input, same bits. Imported only where ``impl="triton"`` runs.
+Sums over rows do not depend on the order in which programs run, so the same input gives the same bits. This module is
+imported only where ``impl="triton"`` runs.
 """
 
 from __future__ import annotations
@@ -32,15 +35,18 @@ from balcaprl.kernels.triton_products import float32_product, narrowed, product
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _SLICE_BYTES = 128 << 20
 _TOKEN_TILES = 8
-"""Tiles of tokens that are worked on at once."""
+"""Number of token tiles that are worked on at the same time."""
 _WANTED_PROGRAMS = 128
-"""Of the forward where no GPU says how many multiprocessors it has."""
+"""Number of programs that the forward aims for on a CPU, where no GPU tells its number of streaming multiprocessors."""
 
 
 @triton.jit
 def _row_pointers(matrix, first_row, num_rows, stride, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(BLOCK, BLOCK_D) pointers to the first columns of rows from ``first_row`` on; past the end the last row, so that loads
-    need no mask. Offsets within a tile are 32 bits: fewer registers."""
+    """(BLOCK, BLOCK_D) pointers to the first BLOCK_D columns of the rows from ``first_row`` on.
+
+    Rows past the end point to the last row, so that loads need no row mask. Offsets within a tile have 32 bits, which
+    takes fewer registers.
+    """
     local = tl.minimum(first_row + tl.arange(0, BLOCK), num_rows - 1) - first_row
     base = matrix + tl.cast(first_row, tl.int64) * stride
     return base + (local[:, None] * stride + tl.arange(0, BLOCK_D)[None, :])
@@ -56,7 +62,8 @@ def _logits_tile(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
 ):
-    """(BLOCK_T, BLOCK_V) float32: the products of the rows that the two tiles of pointers begin."""
+    """A tile of logits, (BLOCK_T, BLOCK_V) float32. ``hidden`` and ``weight`` point to the first BLOCK_D columns of the
+    tile's rows."""
     total = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     for begin in range(0, hidden_size, BLOCK_D):
         if EVEN_D:
@@ -92,8 +99,8 @@ def _head_stats_kernel(
     EVEN_D: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
 ):
-    """One program per tile of tokens and share of the vocabulary: the online softmax of its tiles of logits."""
-    # All shares of one group of token tiles, then of the next: at any time few tokens are read.
+    """One program per tile of tokens and share of the vocabulary: writes that share's online softmax statistics."""
+    # Programs take all shares of one group of token tiles before the next group, so few tokens are read at a time.
     token_tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     first_row = token_tile * BLOCK_T
     rows = first_row + tl.arange(0, BLOCK_T)
@@ -115,7 +122,8 @@ def _head_stats_kernel(
         exps = tl.exp2(differences * _LOG2E)
         shrink = tl.exp2(moved * _LOG2E)
         if WITH_ENTROPY:
-            # exp(d) d over the tiles so far, with their maximum moved. Below -200 exp(d) is 0: -inf adds 0, not NaN.
+            # ``before`` is the sum of exp(d) d over earlier tiles, corrected for the new maximum. Below -200 exp(d) is
+            # 0, so clamping d there makes a logit of -inf add 0 instead of NaN.
             before = tl.where(sums > 0.0, shrink * (weighted + moved * sums), 0.0)
             weighted = before + tl.sum(exps * tl.maximum(differences, -200.0), axis=1)
         sums = sums * shrink + tl.sum(exps, axis=1)
@@ -126,12 +134,13 @@ def _head_stats_kernel(
     if WITH_ENTROPY:
         tl.store(weighted_ST + out, weighted, mask=in_rows)
     if tl.program_id(1) == 0:
-        # The targets' logits by products of their own, cheaper than to look for them in every tile. The same instructions as
-        # above, so the same bits: the difference to the logsumexp keeps its digits where a target is nearly certain.
+        # Separate products for the targets' logits are cheaper than a search for the target in every tile. They use the
+        # same instructions as above and give the same bits, so the difference from the log-sum-exp keeps its digits
+        # where a target is nearly certain.
         chosen = tl.zeros((BLOCK_T,), tl.float32)
         for begin in range(0, BLOCK_T, BLOCK_V):
             column_rows = first_row + begin + tl.arange(0, BLOCK_V)
-            # Targets out of range are told later.
+            # Targets out of range are clamped here; ``_joined`` sets their log-probabilities to NaN.
             targets = tl.load(targets_T + column_rows, mask=column_rows < num_tokens, other=0)
             targets = tl.minimum(tl.maximum(targets, 0), vocabulary - 1)
             weight = weight_VD + (targets[:, None] * weight_stride + tl.arange(0, BLOCK_D)[None, :])
@@ -167,7 +176,8 @@ def _head_grad_logits_kernel(
     GROUP: tl.constexpr,
     FILTER: tl.constexpr,
 ):
-    """One program per tile of tokens and of the slice's columns, ``GROUP`` tiles of tokens at a time."""
+    """Writes the gradient of the logits for one tile of tokens and of the slice's columns. Programs go through the
+    columns for ``GROUP`` tiles of tokens at a time."""
     number = tl.program_id(0)
     row_tiles, column_tiles = tl.cdiv(num_rows, BLOCK_T), tl.cdiv(num_columns, BLOCK_V)
     first_tile = number // (GROUP * column_tiles) * GROUP
@@ -187,7 +197,7 @@ def _head_grad_logits_kernel(
     sums = tl.load(sum_N + rows, mask=in_rows, other=1.0)
     gradient = tl.load(grad_logprobs_N + rows, mask=in_rows, other=0.0) * scale
     softmax = tl.exp2((logits - highest[:, None]) * scale * _LOG2E) * (1.0 / sums)[:, None]
-    # 1 - p by way of expm1: near p = 1 it keeps its digits.
+    # 1 - p is computed with expm1, which keeps its digits near p = 1.
     at_target = -gradient * expm1_float32(tl.load(logprobs_N + rows, mask=in_rows, other=0.0))
     is_target = columns[None, :] == tl.load(targets_N + rows, mask=in_rows, other=-1)[:, None]
     values = tl.where(is_target, at_target[:, None], -gradient[:, None] * softmax)
@@ -223,7 +233,8 @@ def _head_grad_hidden_kernel(
     TILE_V: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """grad_hidden = or += grad_logits @ weight[slice], active tiles alone; one program per tile of tokens and hidden size."""
+    """Computes grad_hidden = grad_logits @ weight[slice], or += with ADD, from active tiles only. One program per tile
+    of tokens and hidden columns."""
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_rows = rows < num_rows
     dims = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -266,7 +277,8 @@ def _head_grad_weight_kernel(
     TILE_T: tl.constexpr,
     TILE_V: tl.constexpr,
 ):
-    """grad_weight[slice] = grad_logits.T @ hidden, active tiles alone; one program per tile of columns and hidden size."""
+    """Computes grad_weight[slice] = grad_logits.T @ hidden from active tiles only. One program per tile of vocabulary
+    and hidden columns."""
     local = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_columns = local < num_columns
     dims = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -287,7 +299,10 @@ def _head_grad_weight_kernel(
 
 
 def logprobs_and_entropy(head: Head, *, with_entropy: bool = True) -> tuple[SoftmaxRows, Tensor]:
-    """Rows and (T,) float32 entropies (zeros without ``with_entropy``). A target outside of [0, V) gives NaN."""
+    """Softmax rows and (T,) float32 entropies (zeros without ``with_entropy``).
+
+    A target outside of [0, V) gives a log-probability of NaN.
+    """
     hidden, weight = _rows_contiguous(head.hidden), _rows_contiguous(head.weight)
     (num_tokens, hidden_size), vocabulary = hidden.shape, weight.shape[0]
     row = launch("_head_stats_kernel", hidden.device, hidden.dtype)
@@ -322,7 +337,7 @@ def logprobs_and_entropy(head: Head, *, with_entropy: bool = True) -> tuple[Soft
 
 
 def _joined(parts: Tensor, chosen: Tensor, head: Head, with_entropy: bool) -> tuple[SoftmaxRows, Tensor]:
-    """One row of statistics out of the (3, shares, T) of the shares and the targets' (T,) logits."""
+    """Softmax rows and entropies from the shares' statistics (3, shares, T) and the targets' logits (T,)."""
     highest, sums, weighted = parts
     row_max = highest.amax(dim=0)
     moved = (highest - row_max) * head.scale
@@ -333,7 +348,7 @@ def _joined(parts: Tensor, chosen: Tensor, head: Head, with_entropy: bool) -> tu
     logprobs = torch.where(inside, (chosen - row_max) * head.scale - log_sum, torch.nan)
     entropy = torch.zeros_like(log_sum)
     if with_entropy:
-        # A share whose sum underflows moves by so much that its product with 0 must be 0.
+        # A share whose ``shrink`` underflows to 0 must add 0, even if its ``moved`` is -inf.
         terms = torch.where(shrink > 0.0, shrink * (weighted + moved * sums), 0.0)
         entropy = (log_sum - terms.sum(dim=0) / row_sum).clamp(min=0.0)
     return SoftmaxRows(row_max, row_sum, logprobs), entropy
@@ -358,20 +373,20 @@ def head_gradients(
 
 
 class _Backward:
-    """The gradients of the N tokens that have one."""
+    """Computes the gradients of hidden and weight from the N tokens whose log-probability has a nonzero gradient."""
 
     def __init__(
         self, scale: float, hidden: Tensor, weight: Tensor, per_token: tuple[Tensor, ...], filter_eps: float | None
     ) -> None:
         self.scale, self.hidden, self.weight = scale, hidden, weight
         self.per_token = per_token
-        """targets, the three of the softmax rows, grad_logprobs."""
+        """The five (N,) tensors targets, max, sum and logprobs of the softmax rows, and grad_logprobs."""
         self.filter_eps = filter_eps
         self.row = self._row("logits")
         self.tile_t, self.tile_v = (self.row.blocks[name] for name in ("BLOCK_T", "BLOCK_V"))
 
     def gradients(self, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
-        """Of hidden (N, D) and weight (V, D), those that are needed."""
+        """The gradients of hidden (N, D) and weight (V, D); a gradient that is not needed may be None."""
         (num_rows, hidden_size), vocabulary = self.hidden.shape, self.weight.shape[0]
         grad_weight = self.weight.new_empty(vocabulary, hidden_size) if needs[1] else None
         if num_rows == 0:
@@ -389,7 +404,7 @@ class _Backward:
         return None if grad_hidden is None else grad_hidden.to(self.hidden.dtype), grad_weight
 
     def _slice_columns(self) -> int:
-        """Columns whose gradients take about ``_SLICE_BYTES``: whole tiles."""
+        """Number of columns per slice: whole tiles, whose gradients of the logits take about ``_SLICE_BYTES``."""
         columns = _SLICE_BYTES // (self.hidden.shape[0] * self.hidden.element_size())
         return max(self.tile_v, columns - columns % self.tile_v)
 
@@ -397,10 +412,11 @@ class _Backward:
         return launch(f"_head_grad_{name}_kernel", self.hidden.device, self.hidden.dtype)
 
     def _grad_logits(self, first: int, num_columns: int) -> tuple[Tensor, Tensor]:
-        """(N, columns) of columns from ``first`` on, and which of its tiles matter."""
+        """The gradient of the logits (N, num_columns) from column ``first`` on, and with ``filter_eps`` which of its
+        tiles are active."""
         num_rows, hidden_size = self.hidden.shape
         tiles = (triton.cdiv(num_rows, self.tile_t), triton.cdiv(num_columns, self.tile_v))
-        # Rows that a thread may read 16 bytes at a time.
+        # Rows are aligned so that a thread can read 16 bytes at a time.
         stride = triton.cdiv(num_columns, 16) * 16
         grad_logits = self.hidden.new_empty(num_rows, stride)
         filtered = self.filter_eps is not None
@@ -430,7 +446,8 @@ class _Backward:
     def _grad_hidden(
         self, total: Tensor | None, grad_logits: Tensor, active: Tensor, first: int, last: int, whole: bool
     ) -> Tensor:
-        """``total`` (None: 0) and the part of columns [first, last); float32 unless they are the whole vocabulary."""
+        """Adds the part of columns [first, last) to ``total`` (None means 0) and returns the sum, which is float32
+        unless these columns are the whole vocabulary."""
         weight = self.weight[first:last]
         if self.filter_eps is None:
             return grad_logits @ weight if whole else float32_product(grad_logits, weight, total)
@@ -447,7 +464,7 @@ class _Backward:
         return out
 
     def _grad_weight(self, out: Tensor, grad_logits: Tensor, active: Tensor, first: int, last: int) -> None:
-        """Writes rows [first, last) of ``out``."""
+        """Writes the gradient of the weight's rows [first, last) to ``out``."""
         if self.filter_eps is None:
             torch.mm(grad_logits.T, self.hidden, out=out[first:last])
             return
@@ -461,12 +478,13 @@ class _Backward:
 
 
 def _wanted_programs(device: torch.device) -> int:
-    """One for each multiprocessor: the tiles of the tables leave room for no second."""
+    """Number of programs to aim for: one per streaming multiprocessor, because the launch tables' tiles leave no room
+    for a second."""
     if device.type != "cuda":
         return _WANTED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _rows_contiguous(matrix: Tensor) -> Tensor:
-    """``matrix``, or a copy whose rows are contiguous and do not overlap in a way that strides cannot say."""
+    """``matrix``, or a contiguous copy if the elements of its rows are not contiguous."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()

@@ -1,6 +1,7 @@
-"""What the compile suite knows of the head's kernels (``triton_head``): variants, work, and what machine code must show.
+"""Specifications of the head's kernels (``triton_head``) for the compile suite: variants, work, and what their machine
+code must show.
 
-The shape is the head of Qwen2.5-VL-3B over 8192 completion tokens, the backward by one slice of the vocabulary.
+The shape is the head of Qwen2.5-VL-3B over 8192 completion tokens. The backward covers one slice of the vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _tiles(size: int, block: int) -> int:
 
 
 def _product_work(dtype: torch.dtype, columns: int, read: int, written: int, moved: int) -> Work:
-    """Of a kernel that does one product of T x D x ``columns``; sizes in elements of ``dtype``."""
+    """The work of a kernel that computes one product of T x D x ``columns``; other sizes are in ``dtype`` elements."""
     floor, all_moved = ((count + written) * dtype.itemsize for count in (read, moved))
     operations = 2 * _TOKENS * _HIDDEN * columns
     unit = "fp32" if dtype == torch.float32 else "tensor"
@@ -100,7 +101,7 @@ _SLICE_SIZES = ("num_rows", "hidden_size", "first_column", "num_columns", "tiles
 
 
 def _slice_spec(dtype: torch.dtype, hidden: bool) -> KernelSpec:
-    """Of ``_head_grad_hidden_kernel`` (``hidden``) or ``_head_grad_weight_kernel``."""
+    """The specification of ``_head_grad_hidden_kernel`` if ``hidden``, otherwise of ``_head_grad_weight_kernel``."""
 
     def work(row: Launch) -> Work:
         logits, other = _TOKENS * _SLICE, (_SLICE if hidden else _TOKENS) * _HIDDEN
@@ -121,7 +122,7 @@ def _slice_spec(dtype: torch.dtype, hidden: bool) -> KernelSpec:
         arguments={
             "grad_logits_NV": storage,
             names[0]: storage,
-            # Several slices are added up in float32.
+            # The gradient of hidden is float32 because several slices are added up in it.
             names[1]: "*fp32" if hidden else storage,
             "active_tiles": "*i32",
             "grad_stride": "i32",

@@ -1,9 +1,11 @@
-"""Triton kernels over logits: statistics of each row in one read, its gradient in one more read and one write. Between the
-two, ``token_loss`` turns log-probabilities into their gradient. All arithmetic is in float32. For ``logits_policy_loss``,
-and for the head's chunks (``triton_head_chunks``), whose logits are float32 and their gradient narrower.
+"""Triton kernels over logits: statistics of each row in one read, and its gradient in one more read and one write.
 
-Both are bound by memory: a program streams tiles of one row, each thread 16 bytes at a time. Rows are addressed with 64-bit
-offsets. Imported only where ``impl="triton"`` runs.
+Between the two, ``token_loss`` turns log-probabilities into their gradient. Arithmetic on logits is in float32.
+``logits_policy_loss`` uses these kernels, and so do the head's chunks (``triton_head_chunks``), whose logits are
+float32 and whose gradient is in the storage dtype.
+
+Both kernels are bound by memory: a program streams tiles of one row, and each thread loads 16 bytes at a time. Rows are
+addressed with 64-bit offsets. This module is imported only where ``impl="triton"`` runs.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _finite(highest):
-    """``highest``, 0 where it is -inf, the maximum of nothing finite: with it sums are 0 and not NaN."""
+    """``highest``, or 0 where it is -inf because no value is finite; subtracting 0 there makes sums 0 and not NaN."""
     return tl.where(highest == float("-inf"), 0.0, highest)
 
 
@@ -39,10 +41,10 @@ def _logits_stats_kernel(
     scale,
     BLOCK_V: tl.constexpr,
 ):
-    """One program per row: its maximum, the sum of exp((x - max) * scale), the target's log-probability."""
+    """One program per row: writes its maximum, the sum of exp((x - max) * scale), and the target's log-probability."""
     token = tl.program_id(0).to(tl.int64)
     row = logits_TV + token * row_stride
-    # A lane has its own maximum and sum, of the 16 bytes that its thread loads at once: nothing is exchanged between threads
+    # Each lane keeps the maximum and sum of the 16 bytes that its thread loads at once, so threads exchange nothing
     # before the end.
     PACK: tl.constexpr = 128 // logits_TV.dtype.element_ty.primitive_bitwidth
     LANES: tl.constexpr = BLOCK_V // PACK
@@ -60,12 +62,12 @@ def _logits_stats_kernel(
     row_max = tl.max(highest, axis=0)
     total = tl.sum(sums * tl.exp2((highest - _finite(row_max)) * to_exp2), axis=0)
     target = tl.load(targets_T + token)
-    # A target outside is not read; the caller finds the NaN and raises.
+    # A target outside of [0, V) is not read; the caller finds the NaN and raises.
     inside = (target >= 0) & (target < vocabulary)
     chosen = tl.load(row + target, mask=inside, other=float("nan")).to(tl.float32)
     tl.store(max_T + token, row_max)
     tl.store(sum_T + token, total)
-    # Rounded once: the loss sees its error as one of the ratio's.
+    # Computed in float64 and rounded once, because an error here becomes an error of the loss's ratio.
     logprob = (chosen.to(tl.float64) - row_max.to(tl.float64)) * scale - tl.log(total.to(tl.float64))
     tl.store(logprobs_T + token, logprob.to(tl.float32))
 
@@ -87,8 +89,11 @@ def _logits_gradient_kernel(
     scale,
     BLOCK_V: tl.constexpr,
 ):
-    """One program per tile of a row. ``grad_logits_TV`` may be ``logits_TV``: a value is read by the thread that writes it.
-    With ``tokens_N`` row n is that of token tokens_N[n]."""
+    """One program per tile of a row: writes the gradient of the logits.
+
+    ``grad_logits_TV`` may be ``logits_TV``, because the thread that writes a value is the one that reads it. With
+    ``tokens_N``, row n of the output belongs to token tokens_N[n].
+    """
     row = tl.program_id(0).to(tl.int64)
     token = row if tokens_N is None else tl.load(tokens_N + row)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -96,24 +101,25 @@ def _logits_gradient_kernel(
     out = grad_logits_TV + row * grad_row_stride + columns
     gradient = tl.load(grad_logprobs_T + token) * tl.load(grad_loss).to(tl.float32) * scale
     if gradient == 0.0:
-        # Clipped or without advantage: the logits are not read.
+        # The token is clipped or has no advantage, so its logits need not be read.
         tl.store(out, tl.zeros((BLOCK_V,), grad_logits_TV.dtype.element_ty), mask=mask)
     else:
         tile = tl.load(logits_TV + token * row_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        coefficient = tl.div_rn(-gradient, tl.load(sum_T + token))  # the row shares its error
+        # Rounded to nearest, because this error affects the whole row.
+        coefficient = tl.div_rn(-gradient, tl.load(sum_T + token))
         values = tl.exp2((tile - tl.load(max_T + token)) * (scale * _LOG2E)) * coefficient
-        # 1 - p by way of expm1: near p = 1 it keeps its digits.
+        # 1 - p is computed with expm1, which keeps its digits near p = 1.
         at_target = -gradient * expm1_float32(tl.load(logprobs_T + token))
         values = tl.where(columns == tl.load(targets_T + token), at_target, values)
         tl.store(out, narrowed(values, grad_logits_TV.dtype.element_ty), mask=mask)
 
 
 def stats(logits: Tensor, targets: Tensor, scale: float) -> SoftmaxRows:
-    """One read of the logits.
+    """The softmax rows of the logits, in one read of them.
 
     Args:
         logits: (T, V) float32, bfloat16 or float16, columns contiguous.
-        targets: (T,) int64, contiguous. One outside of [0, V) gives NaN.
+        targets: (T,) int64, contiguous. A target outside of [0, V) gives a log-probability of NaN.
         scale: 1 / temperature.
     """
     num_tokens, vocabulary = logits.shape
@@ -137,17 +143,17 @@ def gradient(
     out: Tensor,
     tokens: Tensor | None = None,
 ) -> None:
-    """One read of the logits of rows that have a gradient, one write of all.
+    """Writes the gradient of the logits: reads the rows that have a gradient once, and writes all rows once.
 
     Args:
-        logits: as for ``stats``.
+        logits: (T, V) logits, as for ``stats``.
         targets: (T,) int64, contiguous.
-        rows: as ``stats`` gave them.
-        grad_logprobs: (T,) float32, contiguous.
+        rows: softmax rows from ``stats``.
+        grad_logprobs: (T,) float32 gradient of the log-probabilities, contiguous.
         grad_loss: one value, float32 or float64, on the device; it multiplies ``grad_logprobs``.
         scale: 1 / temperature.
-        out: (T, V), columns contiguous, or ``logits`` themselves; written.
-        tokens: (N,) int64: the tokens that ``out`` (N, V) has rows for. None: all, in order.
+        out: (T, V) tensor for the gradient, columns contiguous; may be ``logits``.
+        tokens: (N,) int64: the tokens of the rows of ``out``, which is then (N, V). None means all tokens, in order.
     """
     vocabulary = logits.shape[1]
     if not out.numel():
@@ -171,7 +177,7 @@ def gradient(
         )
 
 
-# For the compile suite: the head of Qwen2.5-VL-3B over 8192 completion tokens.
+# The compile suite's shape: the head of Qwen2.5-VL-3B over 8192 completion tokens.
 _TOKENS, _VOCABULARY = 8192, 151936
 _ROWS = {"targets_T": "*i64", "max_T": "*fp32", "sum_T": "*fp32", "logprobs_T": "*fp32"}
 _SIZES = {"row_stride": "i32", "vocabulary": "i32", "scale": "fp32"}
@@ -181,7 +187,7 @@ def _stats_spec(dtype: torch.dtype) -> KernelSpec:
     def work(_: Launch) -> Work:
         size = _TOKENS * _VOCABULARY
         moved = size * dtype.itemsize + 20 * _TOKENS
-        # Per logit: difference, two products, exp2, and a multiply-add into the sum; the maximum.
+        # Operations per logit: a difference, two products, exp2, a multiply-add into the sum, and the maximum.
         return Work(f"T={_TOKENS} V={_VOCABULARY}", moved, moved + dtype.itemsize * _TOKENS, 7 * size)
 
     return KernelSpec(
@@ -195,14 +201,15 @@ def _stats_spec(dtype: torch.dtype) -> KernelSpec:
 
 
 def _gradient_spec(dtype: torch.dtype, chunk: bool = False) -> KernelSpec:
-    """``chunk``: of float32 logits of listed tokens, into bfloat16, as ``triton_head_chunks`` launches it."""
+    """The specification of the gradient kernel. With ``chunk`` it is the variant of ``triton_head_chunks``: from
+    float32 logits of listed tokens to a bfloat16 gradient."""
     out = torch.bfloat16 if chunk else dtype
 
     def work(launch_row: Launch) -> Work:
         size = _TOKENS * _VOCABULARY
         moved = size * (dtype.itemsize + out.itemsize) + 24 * _TOKENS
         repeated = 24 * _TOKENS * (-(-_VOCABULARY // launch_row.blocks["BLOCK_V"]) - 1)
-        # Per logit: difference, two products, exp2, product.
+        # Operations per logit: a difference, two products, exp2, and a third product.
         return Work(f"T={_TOKENS} V={_VOCABULARY}", moved, moved + repeated, 5 * size)
 
     tokens = {"tokens_N": "*i64"} if chunk else {}

@@ -1,8 +1,8 @@
-"""Functions that Triton kernels are made of, in registers only. All but ``expm1_float32`` work on float64 values.
+"""Functions that Triton kernels call on values in registers. All but ``expm1_float32`` work on float64 values.
 
-The kernels that use them move a few values per token or per rollout: they wait for memory, and on the data-centre GPUs that
-they are compiled for float64 costs them nothing. In float32 the rounding of exp is as large as the divergences it is to show.
-Imported only where ``impl="triton"`` runs.
+The kernels that use the float64 functions move a few values per token or per rollout. They are bound by memory, so
+float64 costs them nothing on the data-centre GPUs that they are compiled for. In float32, the rounding error of exp
+would be as large as the divergences computed from it. This module is imported only where ``impl="triton"`` runs.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import triton.language as tl
 
 @triton.jit
 def inverse_power(x):
-    """2^-e for a positive x = 2^e * [1, 2); 2^1023 for a subnormal x and for 0."""
+    """2^-e for a positive x = 2^e * m with m in [1, 2); 2^1023 for a subnormal x and for 0."""
     exponent = x.to(tl.int64, bitcast=True) & 0x7FF0000000000000
     return (0x7FE0000000000000 - exponent).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def expm1(x):
-    """e^x - 1 within 2e-11 of e^x; beyond +-700, where the result leaves float32 by far, that of the bound.
+    """e^x - 1, with an error of at most 2e-11 times e^x.
 
-    x = n log 2 + r, and e^r by its Taylor series.
+    x is first clamped to +-700; above 700 the result is far outside of float32's range anyway. The function then writes
+    x = n log 2 + r and evaluates e^r by its Taylor series.
     """
     x = tl.minimum(tl.maximum(x, -700.0), 700.0)
     n = tl.floor(x * 1.4426950408889634 + 0.5)
@@ -41,7 +42,7 @@ def expm1(x):
 
 @triton.jit
 def expm1_float32(x):
-    """e^x - 1 in float32 that keeps its digits near 0."""
+    """e^x - 1 in float32, computed so that it keeps its digits near x = 0."""
     series = 1.0 + x * (1.0 / 2 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040))))))
     return tl.where(tl.abs(x) < 0.25, x * series, tl.exp(x) - 1.0)
 
@@ -58,15 +59,16 @@ def token_loss(
     SAMPLING_CAP: tl.constexpr,
     KL_COEF: tl.constexpr,
 ):
-    """Loss of each token before scale and sum, and what comes with it; ``policy_loss.py`` has the mathematics.
+    """Loss of each token before scale and sum, with its gradient and metrics; ``policy_loss.py`` has the mathematics.
 
-    ``old_logprobs``, ``sampling_logprobs`` and ``reference_logprobs`` are ``logprobs`` where there are none. A
-    ``SAMPLING_CAP`` of 0 asks for no importance sampling.
+    Without old or reference log-probabilities, the caller passes ``logprobs`` in their place; without sampling
+    log-probabilities, it passes ``old_logprobs``. A ``SAMPLING_CAP`` of 0 means no importance sampling.
 
-    Returns loss, gradient, clipped (0 or 1), ratio, k3 of the reference, k3 of the sampler.
+    Returns the loss, its gradient with respect to ``logprobs``, clipped (0 or 1), the ratio, and the k3 estimates of
+    the divergences from the reference and from the sampler.
     """
     ratio = expm1(logprobs - old_logprobs) + 1.0
-    # An advantage of 0 gives exactly 0, also where the ratio overflows.
+    # An advantage of 0 gives a loss of exactly 0, even where the ratio overflows.
     surrogate = tl.where(advantages == 0.0, 1.0, ratio)
     clipped = ((advantages > 0.0) & (ratio > 1.0 + CLIP_HIGH)) | ((advantages < 0.0) & (ratio < 1.0 - CLIP_LOW))
     bounded = tl.minimum(tl.maximum(surrogate, 1.0 - CLIP_LOW), 1.0 + CLIP_HIGH)

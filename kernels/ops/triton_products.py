@@ -1,9 +1,10 @@
-"""Matrix products and rounding in and around Triton kernels, right on a GPU and under the interpreter. Imported with triton
-only.
+"""Matrix products and rounding in and around Triton kernels, correct both on a GPU and under the interpreter. This
+module is imported only with triton.
 
 Triton 3.9's interpreter multiplies the bit patterns of bfloat16 operands of ``tl.dot`` as if they were integers, and
-rounds float32 to bfloat16 towards zero. Interpreted, products are therefore of operands widened to float32, which holds
-their exact values, and rounding is done on the bits. Compiled, each of the two is one instruction.
+rounds float32 to bfloat16 towards zero. Under the interpreter, operands of products are therefore first widened to
+float32, which holds their exact values, and rounding is done on the bits. In compiled code, each of the two is one
+instruction.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _INTERPRETED: tl.constexpr = tl.constexpr(interpreting())
 
 @triton.jit
 def product(x, y, total):
-    """total + x y in float32; ``total`` may be None. Float32 operands are multiplied in IEEE precision, never TF32."""
+    """total + x y in float32; a ``total`` of None means 0. Products of float32 use IEEE precision, never TF32."""
     if _INTERPRETED:
         x, y = x.to(tl.float32), y.to(tl.float32)
     return tl.dot(x, y, total, input_precision="ieee")
@@ -28,18 +29,18 @@ def product(x, y, total):
 
 @triton.jit
 def narrowed(x, dtype: tl.constexpr):
-    """Float32 ``x`` in ``dtype``, rounded to nearest, ties to even."""
+    """The float32 ``x`` converted to ``dtype``, rounded to nearest, ties to even."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        # NaN's bits would overflow; an infinity's are its own.
+        # Rounding could overflow the bits of a NaN, so a NaN stays as it is. Rounding does not change an infinity.
         x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
 
 
 def float32_product(x: Tensor, y: Tensor, total: Tensor | None = None) -> Tensor:
-    """total (None: 0) + x @ y in float32, by torch; ``total`` may be written."""
-    if x.dtype != torch.float32 and x.device.type == "cpu":  # interpreted: torch has this product on GPUs only
+    """total + x @ y in float32, computed by torch; a ``total`` of None means 0. May write the result into ``total``."""
+    if x.dtype != torch.float32 and x.device.type == "cpu":  # under the interpreter: ``out_dtype`` needs a GPU
         x, y = x.float(), y.float()
     if x.dtype == torch.float32:
         return x @ y if total is None else total.addmm_(x, y)

@@ -1,11 +1,13 @@
 """Triton kernels of ``token_batch`` and ``token_loss``.
 
-The first checks all values and spreads them over the tokens, in one launch, and one flag is read back: in torch's ops
-that took about 25 launches and a millisecond. The second: one pass over the tokens gives gradients and a row of partial
-sums per program; another kernel adds the rows up, always in the same order, so that the same input gives the same
-bits. Nothing is read back.
+``token_batch`` takes one launch: it checks all values and spreads advantages and scales over the tokens. The host reads
+back one flag. In torch's ops this took about 25 launches and a millisecond.
 
-Imported only where ``impl="triton"`` runs.
+``token_loss`` takes two launches. One pass over the tokens gives the gradients, and a row of partial sums per program.
+Another kernel adds the rows up, always in the same order, so that the same input gives the same bits. The host reads
+nothing back.
+
+This module is imported only where ``impl="triton"`` runs.
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ from balcaprl.kernels import triton_math
 from balcaprl.kernels.launch import KernelSpec, Launch, Work, launch, on_device
 from balcaprl.kernels.token_loss import METRIC_SUMS, LossArguments, LossSettings, TokenBatch, TokenLoss
 
-_NUM_SUMS: tl.constexpr = tl.constexpr(8)  # the loss, METRIC_SUMS, and one that is not used: rows stay aligned
+_NUM_SUMS: tl.constexpr = tl.constexpr(8)  # loss, METRIC_SUMS, and an unused one that keeps rows aligned
 _RATIO_MAX: tl.constexpr = tl.constexpr(1 + METRIC_SUMS.index("ratio_max"))
 
 
 @triton.jit
 def _is_bad(values_T, tokens, mask):
-    """1 if one of the tokens' values is not finite, else 0. ``values_T`` may be None."""
+    """1 if one of the tokens' values is not finite, otherwise 0. A ``values_T`` of None gives 0."""
     bad = 0
     if values_T is not None:
         values = tl.load(values_T + tokens, mask=mask, other=0.0)
@@ -53,10 +55,12 @@ def _token_batch_kernel(
     BY_LONGEST: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """One program per block of tokens, and of rollouts. Offsets are checked here, so nothing relies on them: whatever they
-    are, reads stay within R + 1."""
+    """One program per block of tokens and of rollouts: checks all values, and writes each token's advantage and scale.
+
+    This kernel checks the offsets, so it does not rely on them: whatever their values, reads stay within R + 1 offsets.
+    """
     lanes = tl.arange(0, BLOCK_T)
-    # Rollouts: offsets from 0 to T that never fall, finite advantages.
+    # Rollouts: offsets must go from 0 to T without falling, and advantages must be finite.
     rollouts = tl.program_id(0) * BLOCK_T + lanes
     is_rollout = rollouts < num_rollouts
     begins = tl.load(offsets_R1 + rollouts, mask=rollouts <= num_rollouts, other=0)
@@ -66,7 +70,7 @@ def _token_batch_kernel(
     wrong |= (rollouts == num_rollouts) & (begins != num_tokens)
     bad = tl.max(wrong.to(tl.int32), axis=0)
     bad |= _is_bad(advantages_R, rollouts, is_rollout)
-    # Tokens.
+    # Tokens: all log-probabilities must be finite.
     tokens = tl.program_id(0) * BLOCK_T + lanes
     mask = tokens < num_tokens
     bad |= _is_bad(logprobs_T, tokens, mask)
@@ -75,7 +79,8 @@ def _token_batch_kernel(
     bad |= _is_bad(reference_logprobs_T, tokens, mask)
     if bad != 0:
         tl.atomic_or(status, 1)
-    # Of a token's rollout, the last whose offset is not behind it, by bisection: offsets[low] <= token < offsets[high].
+    # Bisection finds each token's rollout, the last one that begins at or before the token:
+    # offsets[low] <= token < offsets[high].
     low = tl.zeros((BLOCK_T,), tl.int32)
     high = low + num_rollouts
     for _ in range(search_steps):
@@ -97,7 +102,7 @@ def _token_batch_kernel(
         divisors *= lengths.to(tl.float32)
     advantages = tl.load(advantages_R + low, mask=mask & (low < num_rollouts), other=0.0)
     tl.store(advantages_T + tokens, advantages, mask=mask)
-    # Rounded to nearest: all tokens share its error.
+    # Rounded to nearest, because all tokens share this error.
     tl.store(scale_T + tokens, tl.div_rn(tl.full((BLOCK_T,), 1.0, tl.float32), divisors), mask=mask)
 
 
@@ -118,7 +123,7 @@ def _token_loss_kernel(
     KL_COEF: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """One program per block of tokens. Log-probabilities that are not there are None."""
+    """One program per block of tokens: writes gradients and a row of partial sums. Missing inputs are None."""
     block = tl.program_id(0)
     tokens = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = tokens < num_tokens
@@ -147,7 +152,7 @@ def _token_loss_kernel(
         KL_COEF,
     )
     tl.store(grad_logprobs_T + tokens, (gradient * scale).to(grad_logprobs_T.dtype.element_ty), mask=mask)
-    # A token behind the end has log-probabilities and an advantage of 0: only its ratio is not 0.
+    # Lanes past the last token have log-probabilities and advantages of 0, so only their ratio is not 0.
     ratio = tl.where(mask, ratio, 0.0)
     row = partials_PS + block.to(tl.int64) * _NUM_SUMS
     tl.store(row + 0, tl.sum(loss * scale, axis=0))
@@ -162,7 +167,7 @@ def _token_loss_kernel(
 
 @triton.jit(do_not_specialize=["num_partials"])
 def _token_sums_kernel(partials_PS, sums_S, num_partials, BLOCK_P: tl.constexpr):
-    """One program adds up all rows, tile after tile; of the largest ratios it takes the largest."""
+    """A single program adds up all rows, tile after tile; for the largest ratio it takes the maximum instead."""
     columns = tl.arange(0, _NUM_SUMS)
     sums = tl.zeros((_NUM_SUMS,), tl.float64)
     for begin in range(0, num_partials, BLOCK_P):
@@ -174,7 +179,7 @@ def _token_sums_kernel(partials_PS, sums_S, num_partials, BLOCK_P: tl.constexpr)
 
 
 def token_batch(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None) -> TokenBatch | None:
-    """As ``balcaprl.kernels.token_loss.token_batch`` in float32; None if a value is not as it should be."""
+    """The same as ``balcaprl.kernels.token_loss.token_batch``, in float32; None if a value is invalid."""
     device, num_rollouts = arguments.advantages.device, arguments.advantages.shape[0]
     advantages_R = arguments.advantages.float().contiguous()
     per_token = (logprobs, arguments.old_logprobs, arguments.sampling_logprobs, arguments.reference_logprobs)
@@ -204,7 +209,7 @@ def token_batch(arguments: LossArguments, num_tokens: int, logprobs: Tensor | No
 
 
 def token_loss(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings) -> TokenLoss:
-    """As ``balcaprl.kernels.token_loss.token_loss``, for float32 tensors on the GPU."""
+    """The same as ``balcaprl.kernels.token_loss.token_loss``, for float32 tensors on the GPU."""
     num_tokens, device = logprobs_T.shape[0], logprobs_T.device
     row = launch("_token_loss_kernel", device, logprobs_T.dtype)
     num_blocks = triton.cdiv(num_tokens, row.blocks["BLOCK_T"])
@@ -230,13 +235,13 @@ def token_loss(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings) ->
     return TokenLoss(sums_S[0], sums_S[1 : 1 + len(METRIC_SUMS)], grad_logprobs_T)
 
 
-# For the compile suite: 8192 completions of 256 tokens.
+# The compile suite's shape: 8192 completions of 256 tokens.
 _TOKENS = 8192 * 256
 _PER_TOKEN = ("logprobs_T", "old_logprobs_T", "advantages_T", "scale_T", "sampling_logprobs_T", "reference_logprobs_T")
 
 
 def _token_batch_spec() -> KernelSpec:
-    """All inputs, means by sequence."""
+    """The specification of the batch kernel with all inputs and the reduction ``sequence-mean``."""
     num_rollouts, inputs = 8192, ("logprobs_T", "old_logprobs_T", "sampling_logprobs_T", "reference_logprobs_T")
 
     def work(_: Launch) -> Work:
@@ -261,13 +266,13 @@ def _token_batch_spec() -> KernelSpec:
 
 
 def _token_loss_spec(*, full: bool) -> KernelSpec:
-    """All terms, or the clipped ratio alone."""
+    """The specification of the loss kernel: with all terms if ``full``, otherwise with only the clipped ratio."""
     missing = () if full else ("sampling_logprobs_T", "reference_logprobs_T")
     given = [name for name in _PER_TOKEN if name not in missing]
 
     def work(launch_row: Launch) -> Work:
         moved = 4 * _TOKENS * (len(given) + 1) + 64 * _TOKENS // launch_row.blocks["BLOCK_T"]
-        # Per exponential about 30 operations in float64, per token about 30 others.
+        # About 30 float64 operations per exponential, and about 30 others per token.
         return Work(f"T={_TOKENS}", moved, moved, _TOKENS * (30 * (3 if full else 1) + 30), "fp64")
 
     return KernelSpec(

@@ -1,6 +1,7 @@
-"""Start-up hook of Python subprocesses: a torchvision that breaks as it is imported is cured in them too.
+"""Start-up hook of Python subprocesses: it cures a torchvision whose import fails in them too.
 
-``balcaprl.torchvision_compat`` puts this folder into ``PYTHONPATH``. Imports the standard library and that one module.
+``balcaprl.torchvision_compat`` puts this folder into ``PYTHONPATH``. The hook imports only the standard library and
+that module.
 """
 
 import sys
@@ -11,10 +12,11 @@ from types import ModuleType
 
 
 def _run_shadowed_sitecustomize():
-    """The environment's own sitecustomize, which this file hides, still has to run.
+    """Run the environment's own sitecustomize, which this file hides.
 
-    There may be several such files, each running the one that it hides, and another checkout's copy of this one among them:
-    those that ran are remembered in ``sys.modules``, so that none runs twice and no two call each other for ever.
+    There may be several such files, each of which runs the one that it hides, and one of them may be another checkout's
+    copy of this file. The files that have run are remembered in ``sys.modules``, so that none runs twice and no two
+    call each other forever.
     """
     state = sys.modules.setdefault("_balcaprl_startup", ModuleType("_balcaprl_startup"))
     started = vars(state).setdefault("started", set())

@@ -1,6 +1,7 @@
-// Deviations are taken from the group's first score. That makes equal scores exactly 0 and keeps a tiny spread on a large
-// offset. As the shift is one of the scores, the sum of squares about it is at most n + 1 times that about the mean: so
-// sum(d^2) - sum(d)^2 / n loses no more than that factor to cancellation, and one pass is enough.
+// Deviations d are taken from the group's first score. This makes equal scores exactly 0 and preserves a tiny spread on
+// a large offset. Because the shift is one of the n scores, the sum of squares about it is at most n + 1 times the sum
+// of squares about the mean. sum(d^2) - sum(d)^2 / n therefore loses at most that factor to cancellation, and one pass
+// is enough.
 #include "../group_columns.h"
 
 #include "../simd.h"
@@ -9,7 +10,7 @@ namespace balcaprl {
 namespace BALCAPRL_SIMD_LEVEL {
 namespace {
 
-// One register: compilers take wider vectors apart into single values where they compare.
+// A vector fills one register, because compilers split wider vectors into single values for comparisons.
 constexpr int kGroups = kLanes / 2;
 typedef double Doubles __attribute__((vector_size(8 * kGroups)));
 
@@ -23,7 +24,7 @@ BALCAPRL_INLINE void store(double* to, Doubles v) { memcpy(to, &v, sizeof(v)); }
 // z is ((x - first) * scale - mean) * factor, and 0 for a missing x.
 struct Normaliser {
   Doubles first, scale, mean;
-  Doubles factor;  // 0: fewer than two scores, or all equal
+  Doubles factor;  // 0 if there are fewer than two scores, or all are equal
 };
 
 BALCAPRL_INLINE Doubles first_scores(const GroupColumns& columns) {
@@ -101,11 +102,12 @@ bool choose(const GroupColumns& columns, bool scale, double eps, double weight, 
   return scale ? add_normalised<true>(columns, eps, weight, totals) : add_normalised<false>(columns, eps, weight, totals);
 }
 
-// Whatever the width of a register, value i belongs to partial result i % kPartials.
+// Value i belongs to partial result i % kPartials for every register width, so that all widths give the same bits.
 constexpr int kPartials = 8;
 constexpr int kVectors = kPartials / kGroups;
 
-// Calls use(v, k) for all values in order, kGroups at a time, for partial results from k * kGroups on; NaN behind the end.
+// Calls use(v, k) for all values in order, kGroups values at a time; lane i of v belongs to partial result
+// k * kGroups + i. Lanes past the end are NaN.
 template <typename Use>
 BALCAPRL_INLINE void for_each(const double* values, int64_t count, const Use& use) {
   int64_t i = 0;

@@ -6,10 +6,10 @@ namespace balcaprl {
 namespace BALCAPRL_SIMD_LEVEL {
 namespace {
 
-// Independent running sums, so that additions need not wait for each other.
+// Number of independent running sums: additions to different sums need not wait for each other.
 constexpr int kSums = 4;
 
-// Calls use(begin, count, k) for pieces of at most kLanes numbers, in order; k counts through the running sums.
+// Calls use(begin, count, k) for pieces of at most kLanes numbers, in order; k is the index of the piece's running sum.
 template <typename Use>
 BALCAPRL_INLINE void for_each_piece(int64_t size, const Use& use) {
   int64_t i = 0;
@@ -19,7 +19,7 @@ BALCAPRL_INLINE void for_each_piece(int64_t size, const Use& use) {
   for (; i < size; i += kLanes) use(i, size - i < kLanes ? size - i : int64_t{kLanes}, 0);
 }
 
-// As load and store, of `count` <= kLanes numbers; lanes behind them are 0.
+// Load and store of `count` <= kLanes numbers; the remaining lanes of a load are 0.
 BALCAPRL_INLINE Floats load_piece(const float* from, int64_t count) {
   return count == kLanes ? load(from) : load_partial(from, count, 0.0f);
 }

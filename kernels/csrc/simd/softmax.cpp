@@ -5,7 +5,7 @@ namespace balcaprl {
 namespace BALCAPRL_SIMD_LEVEL {
 namespace {
 
-// Floats are added up over this many logits, then in double.
+// Sums over this many logits are in float; the sum of these sums is in double.
 constexpr int64_t kSumBlock = 1024;
 constexpr float kLowest = -3.402823466e38f;
 
@@ -22,7 +22,7 @@ float max_of(const T* x, int64_t count) {
   return reduce_max(max(max(highest[0], highest[1]), max(highest[2], highest[3])));
 }
 
-// Running sums of exp(d), and of d exp(d) for the entropy; d = (x - max) * scale.
+// Running sums of exp(d), and of d * exp(d) for the entropy, where d = (x - max) * scale.
 struct Sums {
   Floats exps = Floats{};
   Floats weighted = Floats{};
@@ -33,7 +33,7 @@ BALCAPRL_INLINE void add(Floats x, float highest, float scale, Sums& sums) {
   const Floats d = (x - highest) * scale;
   const Floats e = exp(d);
   sums.exps += e;
-  // A logit of -inf has probability 0 and adds 0, not NaN.
+  // A logit of -inf has probability 0 and must add 0; without the bound, 0 * -inf would be NaN.
   if (kEntropy) sums.weighted += e * (d < kLowest ? splat(kLowest) : d);
 }
 
@@ -56,7 +56,7 @@ void sum_block(const T* x, int64_t count, float highest, float scale, double& ex
 template <typename T>
 void stats(const void* logits, int64_t count, float scale, bool with_entropy, SoftmaxStats* out) {
   const T* x = static_cast<const T*>(logits);
-  // Two passes; the second one finds the row in the cache.
+  // The row is read in two passes; the second pass finds it in the cache.
   const float highest = max_of(x, count);
   double exps = 0.0, weighted = 0.0;
   for (int64_t begin = 0; begin < count; begin += kSumBlock) {
@@ -67,7 +67,7 @@ void stats(const void* logits, int64_t count, float scale, bool with_entropy, So
       sum_block<false>(x + begin, size, highest, scale, exps, weighted);
     }
   }
-  // H = log(sum) - weighted / sum. A row of which all but one underflow gives 0, and rounding must not make it negative.
+  // H = log(sum) - weighted / sum. If all probabilities but one underflow, H is 0; rounding must not make H negative.
   const double entropy = __builtin_log(exps) - weighted / exps;
   *out = SoftmaxStats{highest, exps, entropy < 0.0 ? 0.0 : entropy};
 }

@@ -6,10 +6,11 @@ namespace balcaprl {
 namespace BALCAPRL_SIMD_LEVEL {
 namespace {
 
-// Log-probabilities differ by little, and the divergences by the square of that: in float32 the rounding of exp is as large as
-// what it tells of. The pass waits for memory all the same, so that the arithmetic is in double.
+// The arithmetic is in double. Log-probabilities differ by little, and divergences are of the order of the square of
+// the difference; in float32 the rounding error of exp would be as large as the divergence. Double costs no time,
+// because the pass is limited by memory anyway.
 //
-// One register of doubles: compilers take wider vectors apart into single values where they compare.
+// A vector fills one register, because compilers split wider vectors into single values for comparisons.
 constexpr int kTokens = kLanes / 2;
 typedef double Doubles __attribute__((vector_size(8 * kTokens)));
 typedef int64_t Longs __attribute__((vector_size(8 * kTokens)));
@@ -29,8 +30,8 @@ BALCAPRL_INLINE double reduce(Doubles v) {
   return result;
 }
 
-// e^d - 1, within 2e-11 of e^d. d = n log 2 + r, e^r by its Taylor series. Beyond the bounds the result is out of float's
-// range as well.
+// Returns e^d - 1 with an error of at most 2e-11 * e^d. d = n log 2 + r, and e^r is computed by its Taylor series. d is
+// clamped to [-700, 700]; beyond these bounds e^d is outside the range of float anyway.
 BALCAPRL_INLINE Doubles expm1(Doubles d) {
   constexpr double kRounder = 0x1.8p52;
   d = smaller(larger(d, -700.0), 700.0);
@@ -62,12 +63,12 @@ struct Settings {
   double lowest_ratio, highest_ratio, sampling_cap, kl_coef;
 };
 
-// Adds to the sums, returns the gradients.
+// Adds the tokens of the lanes to the sums and returns their gradients.
 template <bool kSampling, bool kReference>
 BALCAPRL_INLINE TokenFloats add(const Lanes& t, const Settings& settings, LaneSums& sums) {
   const Doubles zero = {}, one = zero + 1.0;
   const Doubles ratio = expm1(t.logprobs - t.old_logprobs) + 1.0;
-  // An advantage of 0 gives exactly 0, also where the ratio overflows.
+  // An advantage of 0 gives a policy term of exactly 0, even if the ratio overflows.
   const Doubles surrogate = t.advantages == 0.0 ? one : ratio;
   const Longs clipped = ((t.advantages > 0.0) & (ratio > settings.highest_ratio)) |
                         ((t.advantages < 0.0) & (ratio < settings.lowest_ratio));
@@ -111,8 +112,8 @@ BALCAPRL_INLINE Lanes load_lanes(const TokenInputs& in, int64_t i) {
           in.reference_logprobs == nullptr ? logprobs : load_wide(in.reference_logprobs + i)};
 }
 
-// The last tokens, fewer than there are lanes, in buffers of their own. A lane that is padded with zeros adds nothing but its
-// ratio of 1, which is taken off again.
+// Processes the last tokens, which are fewer than the lanes, in zero-padded buffers. A padded lane adds nothing but its
+// ratio of 1, which is subtracted again, and the largest ratio of that lane is restored.
 template <bool kSampling, bool kReference>
 void add_rest(const TokenInputs& in, const Settings& settings, int64_t begin, int64_t count, float* gradients,
               LaneSums& sums) {
