@@ -41,7 +41,7 @@ test-isa: $(VENV)/.test
 NEWEST := .venv-newest
 TORCHES = $(shell sed -n 's/^ *\("torch\(vision\)\?[<>=][^"]*"\).*/\1/p' setup.py)
 CORE := tests/engine/test_torchvision_compat.py tests/engine/test_extras.py tests/engine/rollout/test_hf.py \
-	tests/engine/policy tests/engine/test_trainer.py
+	tests/engine/policy tests/engine/training/test_trainer.py
 
 test-newest:
 	$(PYTHON) -m venv --clear $(NEWEST)

@@ -32,7 +32,7 @@ from pathlib import Path
 # explicitly.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from balcaprl.kernels.launch import ARCHITECTURES, KernelSpec, Work, registered_kernels
+from balcaprl.kernels.support.launch import ARCHITECTURES, KernelSpec, Work, registered_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "kernels" / "compile_report.json"

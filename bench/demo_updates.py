@@ -25,13 +25,13 @@ from run import ROOT, provenance
 from balcaprl.assets import demo_model_path
 from balcaprl.config import TrainConfig
 from balcaprl.data import load_dataset
-from balcaprl.optim import PolicyOptimizer
 from balcaprl.policy import Policy
 from balcaprl.rewards import score_groups, write_advantages
-from balcaprl.rewards.scene_judge import SceneJudge
+from balcaprl.rewards.scenes.judge import SceneJudge
 from balcaprl.rollout.hf import HFRollout
+from balcaprl.training.optim import PolicyOptimizer
+from balcaprl.training.update import PolicyUpdate
 from balcaprl.types import RolloutGroup
-from balcaprl.update import PolicyUpdate
 
 ARRANGEMENTS = ("shared", "repeated")
 

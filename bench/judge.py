@@ -41,9 +41,9 @@ sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 from scripted_judge import FAULTS, ScriptedServer  # noqa: E402
 
 from balcaprl.config import EndpointConfig, RewardConfig  # noqa: E402
-from balcaprl.rewards.cache import ReplyCache  # noqa: E402
-from balcaprl.rewards.endpoint_judge import EndpointJudge  # noqa: E402
-from balcaprl.rewards.reference_units import UnitStore  # noqa: E402
+from balcaprl.rewards.endpoint.judge import EndpointJudge  # noqa: E402
+from balcaprl.rewards.endpoint.reference_units import UnitStore  # noqa: E402
+from balcaprl.rewards.endpoint.server.cache import ReplyCache  # noqa: E402
 from balcaprl.types import Sample  # noqa: E402
 
 REFERENCE = "A red cup stands on a table. A small dog sleeps. The wall is white."

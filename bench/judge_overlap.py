@@ -22,12 +22,12 @@ from typing import Any
 from judge import serving
 
 from balcaprl.config import TrainConfig
-from balcaprl.metrics import read_jsonl
-from balcaprl.pipeline import SampledStep
+from balcaprl.reporting.metrics import read_jsonl
 from balcaprl.rewards import score_groups
-from balcaprl.rewards.endpoint_judge import EndpointJudge
+from balcaprl.rewards.endpoint.judge import EndpointJudge
 from balcaprl.rewards.judge import ScoreStats
-from balcaprl.trainer import Trainer
+from balcaprl.training.pipeline import SampledStep
+from balcaprl.training.trainer import Trainer
 from balcaprl.types import RolloutGroup
 
 

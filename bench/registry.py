@@ -23,10 +23,10 @@ from inputs import Case, Inputs
 from torch import Tensor
 
 from balcaprl import kernels
-from balcaprl.kernels import native
-from balcaprl.kernels.grouped_advantages import grouped_advantages_reference
-from balcaprl.kernels.linear_logprobs import linear_logprobs_reference
-from balcaprl.kernels.policy_loss import policy_loss_reference
+from balcaprl.kernels.advantages.grouped_advantages import grouped_advantages_reference
+from balcaprl.kernels.head.linear_logprobs import linear_logprobs_reference
+from balcaprl.kernels.loss.policy_loss import policy_loss_reference
+from balcaprl.kernels.support import native
 
 LOSS = ("old_logprobs", "advantages", "cu_seqlens")
 FILTER_EPS = 2.0**-12

@@ -19,7 +19,7 @@ from balcaprl.evaluation.b_capscore import summarise
 from balcaprl.policy import Policy
 from balcaprl.rewards import score_groups
 from balcaprl.rewards.balance import within_group_correlations
-from balcaprl.rewards.scene_judge import SceneJudge
+from balcaprl.rewards.scenes.judge import SceneJudge
 from balcaprl.rollout.hf import HFRollout
 
 

@@ -30,7 +30,7 @@ from registry import OPS, Op, applicable, sizes_row
 from timing import MAX_ROUNDS, MIN_SAMPLE_SECONDS, Measurement, copy_bandwidth, gemm_rate, measure
 
 import balcaprl
-from balcaprl.kernels import native
+from balcaprl.kernels.support import native
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"

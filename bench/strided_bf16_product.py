@@ -6,7 +6,7 @@ The script needs only torch, because it is meant as a bug report to torch and on
 2.13.0 (CPU build) on an Intel Xeon with AMX. It was not seen with ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16``, in float16
 or float32, or for numbers of columns that are multiples of 32. The script writes a matrix of ones into the first
 columns of a wider matrix of NaN, which unwritten memory may also hold; every sum should be the number of columns. The
-project's own products avoid the fault with ``balcaprl.kernels.products``.
+project's own products avoid the fault with ``balcaprl.kernels.support.products``.
 
 The exit status is 1 if any product is wrong, otherwise 0.
 """

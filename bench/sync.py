@@ -118,7 +118,7 @@ def start(policy: Any, strategy: str) -> Any:
     from PIL import Image
 
     from balcaprl.config import SamplingConfig
-    from balcaprl.rollout.vllm import VLLMRollout
+    from balcaprl.rollout.vllm.rollout import VLLMRollout
     from balcaprl.types import Sample
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8))
@@ -186,7 +186,7 @@ def stamp(sources: tuple[str, ...], device: str = "cpu") -> dict[str, Any]:
 
 def build(size: str, folder: Path) -> Path:
     """Builds a random model of about ``size`` parameters. Its vocabulary is small, so most weights are in layers."""
-    from balcaprl.policy.tiny import build_tiny_qwen
+    from balcaprl.demo.tiny_models import build_tiny_qwen
 
     return build_tiny_qwen(folder / size, _CORPUS, num_kv_heads=2, vision_depth=2, **SIZES[size])
 

@@ -34,7 +34,7 @@ from inputs import Case, Inputs
 from registry import Op, Provider, applicable, measure_inputs
 from torch import Tensor
 
-from balcaprl.kernels import native_head
+from balcaprl.kernels.head import native as native_head
 
 Pass = Literal["forward", "backward", "both"]
 Call = Callable[[], tuple[Tensor, ...]]

@@ -57,8 +57,8 @@ class Turn:
 def measure_ours(folder: Path, options: argparse.Namespace, turn: Turn, sampler: str) -> dict[str, Any]:
     """Measures our trainer, with the phases from its own log; returns the row."""
     from balcaprl.config import TrainConfig
-    from balcaprl.metrics import read_jsonl
-    from balcaprl.trainer import Trainer
+    from balcaprl.reporting.metrics import read_jsonl
+    from balcaprl.training.trainer import Trainer
     from balcaprl.types import RewardBreakdown
 
     class FormulaJudge:
@@ -221,7 +221,7 @@ def prepare(folder: Path, pixels: int, count: int) -> None:
     import numpy as np
     from PIL import Image
 
-    from balcaprl.policy.tiny import build_tiny_qwen
+    from balcaprl.demo.tiny_models import build_tiny_qwen
 
     build_tiny_qwen(
         folder / "model", [*_CORPUS, *["Describe the image."] * 2], hidden_size=128, intermediate_size=256, num_layers=4,

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from balcaprl import kernels
-from balcaprl.kernels import launch
-from balcaprl.kernels.launch import Launch, _tile
+from balcaprl.kernels.support import launch
+from balcaprl.kernels.support.launch import Launch, _tile
 
 ROUNDS = 7
 Work = Callable[[], object]

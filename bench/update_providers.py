@@ -36,8 +36,8 @@ from torch import Tensor
 
 from balcaprl.kernels import linear_policy_loss, policy_loss
 from balcaprl.policy import Group, Policy
-from balcaprl.policy.attention import using_attention
-from balcaprl.policy.layers import stock_layers
+from balcaprl.policy.layers.attention import using_attention
+from balcaprl.policy.layers.fused import stock_layers
 
 PREFIX_GROUPER = "bench_prefix_grouper"
 TEXT_TOKENS = 25

@@ -2,6 +2,6 @@
 
 import sys
 
-from balcaprl.cli import main
+from balcaprl.cli.main import main
 
 sys.exit(main())

@@ -18,7 +18,7 @@ from packaging.tags import sys_tags
 from packaging.utils import parse_wheel_filename
 
 from balcaprl import __version__
-from balcaprl.kernels import native
+from balcaprl.kernels.support import native
 
 setuptools = pytest.importorskip("setuptools", "77", reason="wheels are built by setuptools 77 or newer")
 
@@ -143,7 +143,7 @@ SMALL = ["--steps", "1", "--data.num_eval", "1", "--rollout.sampler", "hf", "--r
 def test_the_wheel_runs_where_no_checkout_is(installed: Path, tmp_path: Path) -> None:
     """Its recipe, demo model, start-up hook, template and library: one step of the demo, as the command line takes it."""
     environment = {**os.environ, "PYTHONPATH": str(installed)}
-    where = "import balcaprl.kernels.native as n; print(n.__file__, n.is_available())"
+    where = "import balcaprl.kernels.support.native as n; print(n.__file__, n.is_available())"
     told = run(sys.executable, "-c", where, cwd=tmp_path, env=environment).split()
     assert told == [str(installed / "balcaprl" / "kernels" / "native.py"), str(bool(TOOLS))]
     balcaprl = (sys.executable, "-m", "balcaprl")
@@ -169,4 +169,4 @@ def test_what_an_index_shows(installed: Path) -> None:
     assert set(metadata.get_all("Provides-Extra")) == {"cpu", "gpu", "hf", "judge", "lora", "trl", "test", "dev"}
     # flash-attn imports torch as it is built: what holds it cannot be installed.
     assert "flash-attn" not in {Requirement(text).name for text in distribution.requires or []}
-    assert {e.name: e.value for e in distribution.entry_points} == {"balcaprl": "balcaprl.cli:main"}
+    assert {e.name: e.value for e in distribution.entry_points} == {"balcaprl": "balcaprl.cli.main:main"}

@@ -5,9 +5,9 @@ in which training draws the rest. Records that cannot be used are counted by rea
 """
 
 from balcaprl.data.datasets import Dataset, SampleSource, load_dataset
-from balcaprl.data.image_paths import ImageError
-from balcaprl.data.images import decode_image, load_image
-from balcaprl.data.records import DatasetError, LoadReport
+from balcaprl.data.images.files import decode_image, load_image
+from balcaprl.data.images.paths import ImageError
+from balcaprl.data.records.records import DatasetError, LoadReport
 from balcaprl.data.stream import SampleStream
 
 __all__ = [

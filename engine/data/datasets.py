@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 
 from balcaprl.config import DataConfig
-from balcaprl.data.readers import ImageColumn, read_json
-from balcaprl.data.record_images import RecordImages
-from balcaprl.data.records import DatasetError, LoadReport, Record
+from balcaprl.data.records.images import RecordImages
+from balcaprl.data.records.readers import ImageColumn, read_json
+from balcaprl.data.records.records import DatasetError, LoadReport, Record
 from balcaprl.data.split import split_records
 from balcaprl.data.stream import SampleSource, SampleStream
 from balcaprl.types import Sample
@@ -107,7 +107,7 @@ def locate(config: DataConfig) -> tuple[Path, Path]:
 
 def _read(config: DataConfig, path: Path, report: LoadReport) -> tuple[list[Record], ImageColumn]:
     if config.kind == "hf":
-        from balcaprl.data.hf_folder import read_hf_folder
+        from balcaprl.data.records.hf_folder import read_hf_folder
 
         return read_hf_folder(path, config.instruction, report)
     return read_json(path, config.instruction, report, turns_first=config.kind == "sharegpt4v")

@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from balcaprl.data.records import Record
+from balcaprl.data.records.records import Record
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from balcaprl.data.image_paths import ImageError
-from balcaprl.data.records import DatasetError
+from balcaprl.data.images.paths import ImageError
+from balcaprl.data.records.records import DatasetError
 from balcaprl.logtext import log_few, printable
 from balcaprl.types import Sample
 

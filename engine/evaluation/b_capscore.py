@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from balcaprl.config import RewardConfig, SamplingConfig
-from balcaprl.metrics import nanmean
 from balcaprl.policy import Policy
+from balcaprl.reporting.metrics import nanmean
 from balcaprl.rewards import Judge, score_groups
 from balcaprl.rewards.columns import reward_of
 from balcaprl.rollout import Sampler

@@ -8,14 +8,14 @@ from balcaprl.assets import demo_model_path
 from balcaprl.config import TrainConfig
 from balcaprl.data import load_dataset
 from balcaprl.evaluation.b_capscore import evaluate_captions
-from balcaprl.merge import refuse_other_base
-from balcaprl.metrics import RunLog
-from balcaprl.ownership import Claim, claim_folder
+from balcaprl.files.ownership import Claim, claim_folder
 from balcaprl.policy import Policy
-from balcaprl.prompts import PromptMaker, held_out_prompts
+from balcaprl.reporting.metrics import RunLog
 from balcaprl.rewards import close_judge, make_judge
 from balcaprl.rewards.custom import CustomRewards
 from balcaprl.rollout import make_sampler
+from balcaprl.rollout.prompts import PromptMaker, held_out_prompts
+from balcaprl.training.merge import refuse_other_base
 
 
 def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None) -> dict[str, dict[str, float]]:

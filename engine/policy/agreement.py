@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from balcaprl.policy.head import Head, LogitRule, head_module
-from balcaprl.policy.layers import stock_layers
+from balcaprl.policy.layers.fused import stock_layers
 from balcaprl.policy.packing import Group
 
 if TYPE_CHECKING:

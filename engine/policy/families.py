@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from balcaprl.policy.attention import calling_once_for_segments
+from balcaprl.policy.layers.attention import calling_once_for_segments
 from balcaprl.policy.packing import is_per_token
 
 logger = logging.getLogger(__name__)

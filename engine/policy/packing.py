@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from balcaprl.kernels import SharedPrefixLayout
-from balcaprl.policy.last_layer import ReadTokens
+from balcaprl.policy.layers.last_layer import ReadTokens
 
 
 @dataclass(frozen=True)

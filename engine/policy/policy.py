@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from balcaprl.policy.agreement import check_agreement
-from balcaprl.policy.attention import (
+from balcaprl.policy.families import Family, ImageFeatures, Unknown, family_of
+from balcaprl.policy.head import Head, LogitRule, head_module, known_ids
+from balcaprl.policy.layers.attention import (
     SHARED_PREFIX,
     checkpointing,
     enable_checkpointing,
@@ -21,10 +23,9 @@ from balcaprl.policy.attention import (
     sharing_obstacle,
     using_attention,
 )
-from balcaprl.policy.families import Family, ImageFeatures, Unknown, family_of
-from balcaprl.policy.head import Head, LogitRule, head_module, known_ids
-from balcaprl.policy.last_layer import reading_only
-from balcaprl.policy.layers import fuse_layers, unfuse_layers
+from balcaprl.policy.layers.fused import fuse_layers, unfuse_layers
+from balcaprl.policy.layers.last_layer import reading_only
+from balcaprl.policy.layers.tower import frozen_tower_features, is_frozen
 from balcaprl.policy.packing import (
     Group,
     PackedBatch,
@@ -38,7 +39,6 @@ from balcaprl.policy.packing import (
 from balcaprl.policy.parts import saved_tokens
 from balcaprl.policy.record_text import RecordText
 from balcaprl.policy.stock import check_family, load_stock, processor_of_adapter, with_adapter
-from balcaprl.policy.tower import frozen_tower_features, is_frozen
 from balcaprl.policy.weight_files import is_adapter, model_folder
 from balcaprl.types import Prompt, PromptError, Sample
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from balcaprl import manifest
-from balcaprl.model_path import ModelFilesError, refuse_no_model
+from balcaprl.files import manifest
+from balcaprl.files.model_path import ModelFilesError, refuse_no_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

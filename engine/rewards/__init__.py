@@ -2,7 +2,7 @@
 
 from balcaprl.rewards.columns import advantage_inputs, reward_matrix, write_advantages
 from balcaprl.rewards.judge import Judge, ScoreStats
-from balcaprl.rewards.lexical_judge import LexicalJudge
+from balcaprl.rewards.lexical.judge import LexicalJudge
 from balcaprl.rewards.scoring import GroupScorer, close_judge, make_judge, score_groups
 from balcaprl.types import JudgeStoppedError
 

@@ -28,7 +28,7 @@ import numpy as np
 from balcaprl.config import TrainConfig
 from balcaprl.data.scenes import flawed_caption, scene_sample
 from balcaprl.rewards.judge import BackgroundJudge, Judge, score_safely, validated
-from balcaprl.rewards.scene_judge import SceneJudge
+from balcaprl.rewards.scenes.judge import SceneJudge
 from balcaprl.rewards.scoring import close_judge, make_judge
 from balcaprl.types import REWARD_NAMES, Assertion, RewardBreakdown, Sample
 
@@ -133,7 +133,7 @@ def audit_config(
     endpoint = config.endpoint.model_copy(update={"cache": None, "units": None})
     judge: Judge
     if config.reward.judge == "endpoint":
-        from balcaprl.rewards.endpoint_judge import EndpointJudge
+        from balcaprl.rewards.endpoint.judge import EndpointJudge
 
         judge = EndpointJudge(config.reward, endpoint, units=ExactUnits(samples))
     else:

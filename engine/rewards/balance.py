@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from balcaprl.metrics import nanmean
+from balcaprl.reporting.metrics import nanmean
 from balcaprl.rewards.columns import reward_of
 from balcaprl.types import REWARD_NAMES, RewardBreakdown, RolloutGroup
 

@@ -60,7 +60,7 @@ def apply_conditions(rewards: Tensor, config: RewardConfig) -> Tensor:
 
 
 def advantage_inputs(groups: Sequence[RolloutGroup], config: RewardConfig) -> dict[str, Any]:
-    """Return the arguments of ``balcaprl.kernels.grouped_advantages`` that carry the rewards and the length rule.
+    """Return the arguments of ``balcaprl.kernels.advantages.grouped_advantages`` that carry the rewards and the length rule.
 
     Returns:
         ``rewards`` (R, K) float32, and for the ``mask`` rule also ``lengths``, ``reference_lengths``, ``masked_reward``

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from balcaprl.config import CustomReward
+from balcaprl.rewards.endpoint.server.redaction import redact
 from balcaprl.rewards.foreign import ForeignFunction, Outcome
-from balcaprl.rewards.redaction import redact
 from balcaprl.types import Sample
 
 logger = logging.getLogger(__name__)

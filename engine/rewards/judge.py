@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
-from balcaprl.rewards.redaction import redact
+from balcaprl.rewards.endpoint.server.redaction import redact
 from balcaprl.types import REWARD_NAMES, JudgeStoppedError, RewardBreakdown, Sample
 
 _ROUNDING = 1e-6  # rounding errors may lift a mean of exact ones this far above 1

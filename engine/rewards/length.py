@@ -4,7 +4,7 @@
 
 ==========  =========================================================================================================
 ``mask``    the linguistic reward counts where ``tau_low <= rho <= tau_high`` and is 0 elsewhere; done inside
-            ``balcaprl.kernels.grouped_advantages``, which normalises afterwards
+            ``balcaprl.kernels.advantages.grouped_advantages``, which normalises afterwards
 ``linear``  the linguistic reward is multiplied by ``max(0, 1 - |1 - rho|)``
 ``none``    the linguistic reward stays as judged
 ==========  =========================================================================================================

@@ -72,7 +72,7 @@ def make_judge(
     """
     scenes = data_kind == "scenes"
     if config.judge == "endpoint":
-        from balcaprl.rewards.endpoint_judge import EndpointJudge
+        from balcaprl.rewards.endpoint.judge import EndpointJudge
 
         return EndpointJudge.from_config(config, endpoint or EndpointConfig(), data_path=data_path, run_dir=run_dir)
     if config.judge == "none":
@@ -82,11 +82,11 @@ def make_judge(
             f"reward.judge: scene knows drawn scenes only, data.kind is {data_kind}; set it to auto or lexical"
         )
     if config.judge == "scene" or (config.judge == "auto" and scenes):
-        from balcaprl.rewards.scene_judge import SceneJudge
+        from balcaprl.rewards.scenes.judge import SceneJudge
 
         return SceneJudge()
-    from balcaprl.rewards.lexical_judge import LexicalJudge
-    from balcaprl.rewards.lexical_language import check_references
+    from balcaprl.rewards.lexical.judge import LexicalJudge
+    from balcaprl.rewards.lexical.language import check_references
 
     check_references(references)
     return LexicalJudge()

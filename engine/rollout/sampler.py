@@ -110,7 +110,7 @@ def make_sampler(config: TrainConfig, policy: Policy, folder: Path | None = None
     if name == "hf" and config.rollout.max_staleness:
         raise ValueError("rollout.max_staleness = 1 needs a sampler with weights of its own, and vLLM is not installed")
     if name == "vllm":
-        from balcaprl.rollout.vllm import VLLMRollout
+        from balcaprl.rollout.vllm.rollout import VLLMRollout
 
         return VLLMRollout(
             policy,

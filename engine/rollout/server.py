@@ -30,7 +30,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from balcaprl.config import SamplingConfig
-from balcaprl.ownership import PathInUseError, claim_folder, has_mark
+from balcaprl.files.ownership import PathInUseError, claim_folder, has_mark
 from balcaprl.policy import Policy
 from balcaprl.rollout.adapters import has_split_head, merged_tensors
 from balcaprl.rollout.images import collapsed

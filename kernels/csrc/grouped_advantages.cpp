@@ -1,4 +1,4 @@
-// Grouped advantages; kernels/ops/grouped_advantages.py has the mathematics and every edge rule.
+// Grouped advantages; kernels/ops/advantages/grouped_advantages.py has the mathematics and every edge rule.
 //
 // The rewards are read once. A batch of groups is converted to double and laid out so that the same entries of
 // neighbouring groups are adjacent in memory. The statistics of several groups can then be computed at once, without a

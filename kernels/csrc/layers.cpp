@@ -1,4 +1,4 @@
-// RMSNorm, silu(gate) * up and rotary positions over many rows, forward and backward, for kernels/ops/native_layers.py.
+// RMSNorm, silu(gate) * up and rotary positions over many rows, forward and backward, for kernels/ops/layers/native.py.
 // All arrays are float32.
 #include "layers.h"
 

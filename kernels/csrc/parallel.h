@@ -1,7 +1,7 @@
 // parallel_for runs blocks of work on the threads that torch's own kernels use.
 //
 // The library does not link OpenMP. A second runtime in the process would keep a second team of threads, and the two
-// teams would compete for the cores. kernels/ops/native.py looks up GOMP_parallel in the runtime that torch uses
+// teams would compete for the cores. kernels/ops/support/native.py looks up GOMP_parallel in the runtime that torch uses
 // (libgomp, or Intel's or LLVM's runtime, which offer the same entry) and passes its address to the library. Without an
 // address the blocks run one after another.
 //

@@ -1,6 +1,6 @@
 // The policy loss of a ragged batch. balcaprl_token_batch checks values and copies each rollout's values to its tokens;
 // balcaprl_token_loss computes loss, gradient and metrics in one pass. They implement token_batch and token_loss of
-// kernels/ops/token_loss.py.
+// kernels/ops/loss/token_loss.py.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -77,7 +77,7 @@ BALCAPRL_EXPORT int32_t balcaprl_token_batch(int64_t num_tokens, int64_t num_rol
 }
 
 // All inputs are (T); old, sampling and reference log-probabilities may be null. A cap of 0 turns importance sampling
-// off. Writes the gradients (T) and 7 sums: the loss, then METRIC_SUMS of kernels/ops/token_loss.py.
+// off. Writes the gradients (T) and 7 sums: the loss, then METRIC_SUMS of kernels/ops/loss/token_loss.py.
 BALCAPRL_EXPORT int32_t balcaprl_token_loss(int64_t num_tokens, const float* logprobs, const float* old_logprobs,
                                             const float* advantages, const float* scale, const float* sampling_logprobs,
                                             const float* reference_logprobs, double clip_low, double clip_high,

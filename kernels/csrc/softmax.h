@@ -12,7 +12,7 @@
 
 namespace balcaprl {
 
-// The codes are the positions in DTYPES of kernels/ops/native_softmax.py.
+// The codes are the positions in DTYPES of kernels/ops/support/native_softmax.py.
 enum LogitsType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 constexpr int32_t kNumLogitsTypes = 3;
 

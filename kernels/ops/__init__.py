@@ -1,18 +1,18 @@
 """Kernels of group-relative policy optimisation. Each op takes ``impl="auto"`` or the name of one implementation.
 
 Each op has one file with its mathematics, its public function, its plain-PyTorch reference and its registration with
-``torch.library`` as ``balcaprl::<op>``. ``balcaprl.kernels.native.is_available()`` tells whether the compiled CPU
+``torch.library`` as ``balcaprl::<op>``. ``balcaprl.kernels.support.native.is_available()`` tells whether the compiled CPU
 library can be used. This package imports only torch, triton, numpy and the standard library.
 """
 
 # The ops are imported eagerly because an op and its file share a name: ``balcaprl.kernels.<op>`` must be the function.
-from balcaprl.kernels.grouped_advantages import grouped_advantages
-from balcaprl.kernels.linear_logprobs import LogProbs, linear_logprobs
-from balcaprl.kernels.linear_policy_loss import linear_policy_loss
-from balcaprl.kernels.logits_policy_loss import logits_policy_loss
-from balcaprl.kernels.policy_loss import PolicyLoss, policy_loss
-from balcaprl.kernels.shared_prefix_attention import shared_prefix_attention
-from balcaprl.kernels.shared_prefix_layout import SharedPrefixLayout
+from balcaprl.kernels.advantages.grouped_advantages import grouped_advantages
+from balcaprl.kernels.head.linear_logprobs import LogProbs, linear_logprobs
+from balcaprl.kernels.head.linear_policy_loss import linear_policy_loss
+from balcaprl.kernels.loss.logits_policy_loss import logits_policy_loss
+from balcaprl.kernels.loss.policy_loss import PolicyLoss, policy_loss
+from balcaprl.kernels.shared_prefix.attention import shared_prefix_attention
+from balcaprl.kernels.shared_prefix.layout import SharedPrefixLayout
 
 __all__ = [
     "LogProbs",

@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 
 from balcaprl.config import SamplingConfig, TrainConfig
+from balcaprl.demo.tiny_models import build_tiny_qwen
 from balcaprl.evaluation import evaluate_captions
 from balcaprl.evaluation.standalone import evaluate_checkpoint
-from balcaprl.metrics import read_jsonl
 from balcaprl.policy import Policy
-from balcaprl.policy.tiny import build_tiny_qwen
+from balcaprl.reporting.metrics import read_jsonl
 from balcaprl.rewards import make_judge
 from balcaprl.rollout import HFRollout
-from balcaprl.trainer import Trainer
+from balcaprl.training.trainer import Trainer
 from balcaprl.types import Sample
 
 CORPUS = ["There are two shapes on a white background. A large solid red circle is at the top left."] * 3

@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import load_file
 from scripted_judge import FAULTS, ScriptedServer
 
-from balcaprl.checkpoint import list_checkpoints
-from balcaprl.cli import main
+from balcaprl.cli.main import main
 from balcaprl.config import TrainConfig
-from balcaprl.metrics import read_jsonl
-from balcaprl.policy.tiny import build_tiny_qwen
+from balcaprl.demo.tiny_models import build_tiny_qwen
+from balcaprl.reporting.metrics import read_jsonl
 from balcaprl.rewards import GroupScorer
-from balcaprl.trainer import Trainer
+from balcaprl.training.checkpoint import list_checkpoints
+from balcaprl.training.trainer import Trainer
+from balcaprl.training.update import PolicyUpdate
 from balcaprl.types import JudgeStoppedError
-from balcaprl.update import PolicyUpdate
 
 CORPUS = ["There are two shapes on a white background. A large solid red circle is at the top left."] * 3
 KEY = "sk-planted-4c0ffee5-0123456789abcdef"

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from balcaprl.config import TrainConfig
-from balcaprl.metrics import read_jsonl
-from balcaprl.policy.tiny import build_tiny_qwen
-from balcaprl.rewards.protocol import TASKS
+from balcaprl.demo.tiny_models import build_tiny_qwen
+from balcaprl.reporting.metrics import read_jsonl
+from balcaprl.rewards.endpoint.protocol import TASKS
 
 CORPUS = ["There are two shapes on a white background. A large solid red circle is at the top left."] * 3
 STARTUP = Path(importlib.util.find_spec("balcaprl").origin).parent / "assets" / "startup"
@@ -88,7 +88,7 @@ def own_counts(server):
 @pytest.mark.parametrize("calls", ["separate", "combined"])
 def test_ten_steps_against_vllm(server, tmp_path, calls):
     """Every reply is valid, images included; tokens equal the server's own counts; three components are there."""
-    from balcaprl.trainer import Trainer
+    from balcaprl.training.trainer import Trainer
 
     policy = build_tiny_qwen(tmp_path / "policy", [*CORPUS, *["Describe the image."] * 2], num_layers=2, vision_depth=2)
     config = TrainConfig.model_validate(

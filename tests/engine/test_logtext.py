@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from balcaprl.logtext import MAX_CHARS, PrintableFormatter, leave_out, printable
-from balcaprl.rewards.redaction import redact
+from balcaprl.rewards.endpoint.server.redaction import redact
 
 HOSTILE = [
     "\x1b[2J\x1b[31m",
@@ -49,7 +49,8 @@ def test_the_formatter_keeps_line_ends_alone():
 
 def test_the_command_line_logs_through_it():
     script = (
-        "import logging, balcaprl.cli as c; c._COMMANDS['doctor'] = lambda _: logging.getLogger('balcaprl.x').warning('%s', "
+        "import logging, balcaprl.cli.main as c\n"
+        "c._COMMANDS['doctor'] = lambda _: logging.getLogger('balcaprl.x').warning('%s', "
         "'\\x1b[2J') or 0; c.main(['doctor'])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, timeout=600)

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from balcaprl.cli import RECIPES, main
+from balcaprl.cli.main import RECIPES, main
 from balcaprl.config import TrainConfig
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-from balcaprl.metrics import RunLog
-from balcaprl.rotation import COMPLETIONS
+from balcaprl.files.rotation import COMPLETIONS
+from balcaprl.reporting.metrics import RunLog
 from balcaprl.types import Completion, Rollout, RolloutGroup
 
 STEPS = 12

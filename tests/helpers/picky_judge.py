@@ -9,7 +9,7 @@ from PIL import Image
 from scripted_judge import ScriptedServer, take_apart
 
 from balcaprl.config import EndpointConfig, RewardConfig
-from balcaprl.rewards.endpoint_judge import EndpointJudge
+from balcaprl.rewards.endpoint.judge import EndpointJudge
 from balcaprl.types import Sample
 
 

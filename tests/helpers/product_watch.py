@@ -1,6 +1,6 @@
 """Looks at the first operand of every 16-bit matrix product on the CPU, on any processor: what could a product read beside it?
 
-Some processors' products do read beside a strided operand (``balcaprl.kernels.products``), most do not, and a test that
+Some processors' products do read beside a strided operand (``balcaprl.kernels.support.products``), most do not, and a test that
 only looks at results would say nothing there. Use it with memory that is poisoned before it is written: ``poisoned``.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from balcaprl.kernels.products import BLOCK_COLUMNS, has_no_gaps
+from balcaprl.kernels.support.products import BLOCK_COLUMNS, has_no_gaps
 
 _MATRICES = {"mm": (0,), "bmm": (0,), "addmm": (1,), "baddbmm": (1,), "addbmm": (1,), "mv": (0,), "addmv": (1,)}
 _ATTENTION = {

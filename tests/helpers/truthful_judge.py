@@ -12,8 +12,8 @@ from PIL import Image
 from scripted_judge import Asked
 
 from balcaprl.data.scenes.world import Scene
-from balcaprl.rewards.scene_judge import collect_claims, linguistic_scores
-from balcaprl.rewards.scene_parser import parse_caption
+from balcaprl.rewards.scenes.judge import collect_claims, linguistic_scores
+from balcaprl.rewards.scenes.parser import parse_caption
 from balcaprl.types import Sample
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from balcaprl.config import TrainConfig
 from balcaprl.policy import Group
-from balcaprl.trainer import Trainer
+from balcaprl.training.trainer import Trainer
 from balcaprl.types import RewardBreakdown, Sample
 
 CORPUS = ["There are two shapes on a white background. A large solid red circle is at the top left."] * 3

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from balcaprl.kernels import launch, native
+from balcaprl.kernels.support import launch, native
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from balcaprl.kernels import native
+from balcaprl.kernels.support import native
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from balcaprl.kernels import launch
-from balcaprl.kernels.launch import KernelSpec, Launch, Work
+from balcaprl.kernels.support import launch
+from balcaprl.kernels.support.launch import KernelSpec, Launch, Work
 
 # As for `python bench/compile_report.py`: bench is no part of the package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))

@@ -22,8 +22,8 @@ from balcaprl.kernels import (
     policy_loss,
     shared_prefix_attention,
 )
-from balcaprl.kernels.shared_prefix_reference import shared_prefix_attention_reference
-from balcaprl.kernels.testing import Compared, assert_as_accurate_over
+from balcaprl.kernels.shared_prefix.reference import shared_prefix_attention_reference
+from balcaprl.kernels.support.testing import Compared, assert_as_accurate_over
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 HALF_AND_SINGLE = [torch.float32, torch.bfloat16, torch.float16]

@@ -16,17 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from balcaprl.kernels import (
-    grouped_advantages,
-    linear_logprobs,
-    linear_policy_loss,
-    logits_policy_loss,
-    native,
-    policy_loss,
-)
-from balcaprl.kernels.grouped_advantages import grouped_advantages_reference
-from balcaprl.kernels.linear_logprobs import linear_logprobs_reference
-from balcaprl.kernels.policy_loss import policy_loss_reference
+from balcaprl.kernels import grouped_advantages, linear_logprobs, linear_policy_loss, logits_policy_loss, policy_loss
+from balcaprl.kernels.advantages.grouped_advantages import grouped_advantages_reference
+from balcaprl.kernels.head.linear_logprobs import linear_logprobs_reference
+from balcaprl.kernels.loss.policy_loss import policy_loss_reference
+from balcaprl.kernels.support import native
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import peers

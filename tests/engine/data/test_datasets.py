@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from balcaprl.config import DataConfig
-from balcaprl.data import DatasetError, ImageError, json_files, load_dataset
-from balcaprl.prompts import PromptMaker, held_out_prompts
+from balcaprl.data import DatasetError, ImageError, load_dataset
+from balcaprl.data.records import json_files
+from balcaprl.rollout.prompts import PromptMaker, held_out_prompts
 from balcaprl.types import Prompt
 
 

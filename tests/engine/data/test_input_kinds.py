@@ -18,9 +18,9 @@ from png_files import png
 
 from balcaprl.config import DataConfig
 from balcaprl.data import DatasetError, load_dataset
+from balcaprl.demo.tiny_models import build_tiny_qwen
 from balcaprl.policy import Policy
-from balcaprl.policy.tiny import build_tiny_qwen
-from balcaprl.prompts import PromptMaker, PromptStream
+from balcaprl.rollout.prompts import PromptMaker, PromptStream
 
 PAGE = Path(__file__).parents[3] / "docs" / "data.md"
 ROWS = dict(

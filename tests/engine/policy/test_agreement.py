@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
+from balcaprl.demo.tiny_models import build_tiny_llava, build_tiny_qwen
 from balcaprl.policy import Policy, PolicyMismatchError, agreement
 from balcaprl.policy.families import Llava, QwenVL
-from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
 
 CORPUS = ["A large red circle is above a small blue square.", "Describe the image."] * 3
 SMALL = {"hidden_size": 48, "intermediate_size": 64, "num_layers": 2, "num_heads": 4, "vision_hidden_size": 32}

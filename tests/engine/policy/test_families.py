@@ -8,7 +8,7 @@ import torch
 
 from balcaprl.policy import Group, Policy, UnsupportedFamilyError
 from balcaprl.policy.families import family_of
-from balcaprl.policy.layers import stock_layers
+from balcaprl.policy.layers.fused import stock_layers
 from balcaprl.torchvision_compat import ensure_importable
 
 ensure_importable()

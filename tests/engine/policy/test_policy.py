@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from balcaprl.demo.tiny_models import build_tiny_llava, build_tiny_qwen
 from balcaprl.policy import Group, Policy, UnsupportedFamilyError
-from balcaprl.policy.layers import stock_layers
-from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
+from balcaprl.policy.layers.fused import stock_layers
 from balcaprl.types import Sample
 
 CORPUS = ["A large red circle is above a small blue square.", "Describe the image."] * 3

@@ -8,9 +8,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from balcaprl.demo.tiny_models import build_tiny_llava, build_tiny_qwen
 from balcaprl.policy import Policy
 from balcaprl.policy.record_text import RecordText
-from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
 from balcaprl.types import PromptError, Sample
 
 CORPUS = ["A large red circle is above a small blue square.", "Describe the image."] * 3

@@ -9,9 +9,9 @@ import torch
 from product_watch import ProductWatch, poisoned
 
 from balcaprl.config import SamplingConfig
-from balcaprl.kernels.testing import Compared, assert_as_accurate_over
+from balcaprl.kernels.support.testing import Compared, assert_as_accurate_over
 from balcaprl.policy import Group, Policy
-from balcaprl.policy.layers import stock_layers
+from balcaprl.policy.layers.fused import stock_layers
 from balcaprl.rollout.hf import HFRollout
 from balcaprl.torchvision_compat import ensure_importable
 from balcaprl.types import Prompt

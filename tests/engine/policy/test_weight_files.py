@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from balcaprl import manifest
+from balcaprl.demo.tiny_models import build_tiny_qwen
+from balcaprl.files import manifest
 from balcaprl.policy import Policy
-from balcaprl.policy.tiny import build_tiny_qwen
 from balcaprl.policy.weight_files import ModelFilesError, check_folder
 
 CORPUS = ["A large solid red circle is at the top left. Describe the image."] * 3

@@ -13,7 +13,7 @@ import pytest
 from scripted_judge import ScriptedServer, plain_answer
 
 from balcaprl.config import EndpointConfig, RewardConfig
-from balcaprl.rewards.endpoint_judge import EndpointJudge
+from balcaprl.rewards.endpoint.judge import EndpointJudge
 from balcaprl.types import Sample
 
 HONEST = "A green bottle stands there."

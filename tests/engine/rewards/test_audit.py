@@ -9,11 +9,11 @@ import pytest
 from scripted_judge import ScriptedServer
 from truthful_judge import truthful_answer
 
-from balcaprl.cli import main
+from balcaprl.cli.main import main
 from balcaprl.config import TrainConfig
 from balcaprl.rewards import LexicalJudge
 from balcaprl.rewards.audit import audit_captions, audit_config, audit_judge, cohen_kappa, correlation, weighted_kappa
-from balcaprl.rewards.scene_judge import SceneJudge
+from balcaprl.rewards.scenes.judge import SceneJudge
 from balcaprl.types import Assertion, RewardBreakdown
 
 

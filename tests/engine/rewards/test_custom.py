@@ -491,7 +491,7 @@ def test_a_source_that_cannot_be_loaded_is_told_before_anything_heavy(tmp_path, 
     path.write_text(text)
     from balcaprl.config import TrainConfig
     from balcaprl.evaluation.standalone import evaluate_checkpoint
-    from balcaprl.trainer import Trainer
+    from balcaprl.training.trainer import Trainer
 
     config = TrainConfig.model_validate(
         {

@@ -16,7 +16,7 @@ from scripted_judge import FAULTS, ScriptedServer, plain_answer
 from balcaprl.config import EndpointConfig, RewardConfig
 from balcaprl.kernels import grouped_advantages
 from balcaprl.rewards import GroupScorer, advantage_inputs
-from balcaprl.rewards.endpoint_judge import EndpointJudge
+from balcaprl.rewards.endpoint.judge import EndpointJudge
 from balcaprl.types import Completion, Prompt, Rollout, RolloutGroup, Sample
 
 REFERENCE = "A red cup stands on a table. A small dog sleeps. The wall is white."

@@ -12,9 +12,9 @@ from aiohttp import web
 from scripted_judge import ScriptedServer
 
 from balcaprl.config import EndpointConfig, ProtocolConfig, RewardConfig
-from balcaprl.rewards.endpoint_judge import EndpointJudge
-from balcaprl.rewards.outcomes import asked_wait_s
-from balcaprl.rewards.protocol import TASKS, Call, ReplyError, cache_key, numbered, parse_reply
+from balcaprl.rewards.endpoint.judge import EndpointJudge
+from balcaprl.rewards.endpoint.protocol import TASKS, Call, ReplyError, cache_key, numbered, parse_reply
+from balcaprl.rewards.endpoint.server.outcomes import asked_wait_s
 from balcaprl.types import JudgeStoppedError, Sample
 
 CONFIG = ProtocolConfig(model="m")
@@ -117,7 +117,7 @@ def test_truth_values_as_texts_and_comments_in_assertions():
         with pytest.raises(ReplyError):
             parse_reply(MATCH, bad, CONFIG)
     one = {"text": "a", "quote": "a", "reason": "", "verified": "true", "pointable": True, "evidence": "here"}
-    from balcaprl.rewards.encoding import EncodedImage
+    from balcaprl.rewards.endpoint.encoding import EncodedImage
 
     verify = Call(TASKS["verify"], {"caption": "A cat sits."}, EncodedImage("data:image/png;base64,aGVsbG8=", "digest"))
     assert parse_reply(verify, json.dumps({"assertions": [one]}), CONFIG).assertions[0].verified is True

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from scripted_judge import ScriptedServer, plain_answer
 
 from balcaprl.config import EndpointConfig, RewardConfig
-from balcaprl.rewards.endpoint_judge import EndpointJudge
-from balcaprl.rewards.endpoint_scores import merged_assertions
+from balcaprl.rewards.endpoint.judge import EndpointJudge
+from balcaprl.rewards.endpoint.protocol import TASKS, Call, JudgedAssertion, locate_quote, most_assertions, parse_reply
+from balcaprl.rewards.endpoint.scores import merged_assertions
 from balcaprl.rewards.length import is_outside_bounds, measure_length
-from balcaprl.rewards.protocol import TASKS, Call, JudgedAssertion, locate_quote, most_assertions, parse_reply
 from balcaprl.rewards.unicode_text import comparable, count_words, find_words
 from balcaprl.types import Sample
 

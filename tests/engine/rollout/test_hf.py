@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from balcaprl.config import SamplingConfig, TrainConfig
+from balcaprl.demo.tiny_models import build_tiny_llava, build_tiny_qwen
 from balcaprl.policy import Group, Policy
-from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
 from balcaprl.rollout import HFRollout, Sampler, make_sampler
 from balcaprl.rollout.hf import _Decoder
 from balcaprl.types import Sample

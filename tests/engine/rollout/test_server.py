@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 
 from balcaprl.config import SamplingConfig, TrainConfig
 from balcaprl.data import load_dataset
+from balcaprl.demo.tiny_models import build_tiny_qwen
 from balcaprl.evaluation.standalone import evaluate_checkpoint
-from balcaprl.ownership import claim_folder
+from balcaprl.files.ownership import claim_folder
 from balcaprl.policy import Group, Policy
-from balcaprl.policy.tiny import build_tiny_qwen
-from balcaprl.prompts import PromptMaker, held_out_prompts
 from balcaprl.rollout import Sampler, make_sampler, server
+from balcaprl.rollout.prompts import PromptMaker, held_out_prompts
 from balcaprl.rollout.server import ServerError, ServerRollout
 from balcaprl.rollout.weights import StaleWeightsError
 from balcaprl.torchvision_compat import subprocess_env

@@ -8,12 +8,12 @@ import torch
 from vllm_runs import CORPUS, SMALL, largest_difference, make_sample
 
 from balcaprl.config import SamplingConfig
+from balcaprl.demo.tiny_models import build_tiny_llava, build_tiny_qwen
 from balcaprl.policy import Group, Policy
-from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
 from balcaprl.rollout import HFRollout
 from balcaprl.rollout.probe import sampler_logprobs
 from balcaprl.rollout.server import ServerRollout
-from balcaprl.rollout.vllm import VLLMRollout
+from balcaprl.rollout.vllm.rollout import VLLMRollout
 
 SAMPLERS = [
     "hf",

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from vllm_runs import CORPUS, SMALL, NoisyJudge, run, run_config
 
-from balcaprl.checkpoint import list_checkpoints
 from balcaprl.config import TrainConfig
-from balcaprl.metrics import is_reproducible, read_jsonl
-from balcaprl.policy.tiny import build_tiny_qwen
-from balcaprl.trainer import Trainer
+from balcaprl.demo.tiny_models import build_tiny_qwen
+from balcaprl.reporting.metrics import is_reproducible, read_jsonl
+from balcaprl.training.checkpoint import list_checkpoints
+from balcaprl.training.trainer import Trainer
 
 pytest.importorskip("vllm", reason="vLLM is an optional extra")
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 def run_elsewhere(config, sabotage=""):
     """The same in a process of its own, after ``sabotage``; its exit status and errors."""
     code = "import sys, json; from vllm_runs import NoisyJudge; from balcaprl.config import TrainConfig\n"
-    code += "from balcaprl.trainer import Trainer\n" + sabotage
+    code += "from balcaprl.training.trainer import Trainer\n" + sabotage
     code += "\ntrainer = Trainer(TrainConfig.model_validate(json.loads(sys.argv[1])), judge=NoisyJudge())\n"
     code += "trainer.train(); trainer.close()"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -74,7 +74,7 @@ def test_three_runs_of_one_seed_are_equal_bit_for_bit(folder, uninterrupted, tmp
 
 KILLED_IN_THE_SYNC = {
     "shared": """
-from balcaprl.rollout.vllm_engine import VLLMEngine
+from balcaprl.rollout.vllm.engine import VLLMEngine
 original = VLLMEngine.drop_caches
 VLLMEngine.drop_caches = lambda self: die() if due() else original(self)
 """,

@@ -13,9 +13,9 @@ import torch
 from vllm_runs import CORPUS, SMALL, largest_difference, make_sample, perturb, token_ids
 
 from balcaprl.config import SamplingConfig
+from balcaprl.demo.tiny_models import build_tiny_llava, build_tiny_qwen
 from balcaprl.policy import Group, Policy
-from balcaprl.policy.tiny import build_tiny_llava, build_tiny_qwen
-from balcaprl.rollout.vllm import VLLMRollout
+from balcaprl.rollout.vllm.rollout import VLLMRollout
 
 pytest.importorskip("vllm", reason="vLLM is an optional extra")
 SAMPLING = SamplingConfig(max_completion_tokens=10)

@@ -1,0 +1,1 @@
+"""The command line: arguments and words; the work is done by the packages below it."""

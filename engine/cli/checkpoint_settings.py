@@ -1,0 +1,189 @@
+"""What a checkpoint may decide about its own evaluation.
+
+A checkpoint's ``trainer_state.json`` holds the configuration of its run. A checkpoint often comes from somebody else,
+so this configuration is not trusted: a value is used only if it can do nothing but change numbers. It never chooses a
+server, a key, a path, a program or how much memory is used. Those come from the user's ``--config`` and overrides, or
+not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from balcaprl.config import STATE_FILE, TrainConfig
+from balcaprl.files.jsonl import read_json
+from balcaprl.types import REWARD_NAMES
+
+_MAX_STATE_BYTES = 16 << 20
+
+
+def _any(_: Any) -> bool:
+    return True
+
+
+def _one_of(*allowed: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in allowed
+
+
+def _at_most(bound: float) -> Callable[[Any], bool]:
+    return lambda value: type(value) in (int, float) and value <= bound
+
+
+def _short_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 4096
+
+
+def _few_short_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) <= 16 and all(map(_short_text, value))
+
+
+def _of_the_three(value: Any) -> bool:
+    """Whether all conditions use only the three rewards that every run has; any other name is a custom reward."""
+    return (
+        isinstance(value, list)
+        and len(value) <= 16
+        and all(isinstance(c, dict) and c.get("reward") in REWARD_NAMES and c.get("on") in REWARD_NAMES for c in value)
+    )
+
+
+_TAKEN: dict[str, Callable[[Any], bool]] = {
+    "seed": _at_most(1 << 62),
+    "model.dtype": _any,
+    "model.attention": _one_of("sdpa", "eager"),  # other values may load kernels from elsewhere
+    "data.kind": _one_of("scenes"),
+    "data.instruction": _short_text,
+    "data.max_pixels": _at_most(4_014_080),
+    "data.num_eval": _at_most(2048),
+    "rollout.sampler": _one_of("auto", "vllm", "hf"),
+    "rollout.sampling.temperature": _at_most(100),
+    "rollout.sampling.max_completion_tokens": _at_most(4096),
+    "rollout.sampling.stop": _few_short_texts,
+    "reward.judge": _one_of("auto", "scene", "lexical"),
+    "reward.precision_weight": _at_most(1e6),
+    "reward.recall_weight": _at_most(1e6),
+    "reward.linguistic_weight": _at_most(1e6),
+    "reward.length_rule": _any,
+    "reward.tau_low": _at_most(1e6),
+    "reward.tau_high": _at_most(1e6),
+    "reward.length_unit": _any,
+    "reward.conditions": _of_the_three,
+    "evaluation.seed": _at_most(1 << 62),
+    "evaluation.batch_size": _at_most(256),
+}
+"""Fields that may be taken from a checkpoint, each with a check of its value. All other fields are left out, so that a
+new field is taken only after somebody has thought about it. The configuration itself checks types and lower bounds."""
+_UNUSED = ("output_dir", "steps", "threads", "model.path", "advantage", "loss", "optim", "checkpoint", "logging")
+"""Fields that only training uses. An evaluation never reads them, so the user is not told that they are left out."""
+
+
+@dataclass
+class CheckpointSettings:
+    """Settings that were taken from a checkpoint, and those that were not."""
+
+    taken: dict[str, Any] = field(default_factory=dict)
+    """Part of a ``TrainConfig``, as nested plain values."""
+    left_out: list[str] = field(default_factory=list)
+    """Names of fields that differ from their defaults and matter for an evaluation, but that a checkpoint may not
+    set."""
+    num_unknown: int = 0
+    """Number of keys that are not fields of the configuration."""
+    data_kind: str = "scenes"
+    """Kind of data that the run says it was trained on."""
+
+
+def read_checkpoint_settings(checkpoint: Path) -> CheckpointSettings | None:
+    """Settings that a checkpoint folder may make for its own evaluation; None if it holds no trainer state.
+
+    Raises:
+        ValueError: the trainer state cannot be read, or holds no configuration.
+    """
+    path = checkpoint / STATE_FILE
+    try:
+        state = read_json(path, _MAX_STATE_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    config = state.get("config") if isinstance(state, dict) else None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no configuration of a run; name a recipe with --config")
+    return harmless_settings(config)
+
+
+def harmless_settings(config: dict[str, Any]) -> CheckpointSettings:
+    """Sort the plain values of an untrusted configuration into those that are taken and those that are left out."""
+    defaults = dict(_leaves(TrainConfig, TrainConfig().model_dump(mode="json")))
+    said = {name: _get(config, name) for name in defaults}
+    said = {name: value for name, value in said.items() if value is not None and value != defaults[name]}
+    taken = _valid({name: value for name, value in said.items() if name in _TAKEN and _TAKEN[name](value)})
+    unused = tuple(f"{name}." for name in _UNUSED)
+    kind = said.get("data.kind")
+    return CheckpointSettings(
+        taken=_nested(taken),
+        left_out=[name for name in said if name not in taken and not f"{name}.".startswith(unused)],
+        num_unknown=_count_unknown(TrainConfig, config),
+        data_kind=kind if isinstance(kind, str) else "scenes",
+    )
+
+
+def _valid(values: dict[str, Any]) -> dict[str, Any]:
+    """The given values without those that the configuration rejects."""
+    values = dict(values)
+    while values:
+        try:
+            TrainConfig.model_validate(_nested(values))
+            break
+        except ValidationError as error:
+            wrong = tuple(".".join([*map(str, problem["loc"]), ""]) for problem in error.errors())
+            # A problem may be located inside a value, at a value, at a section, or at the whole configuration.
+            keep = {
+                n: v
+                for n, v in values.items()
+                if not any(f"{n}.".startswith(w) or w.startswith(f"{n}.") for w in wrong)
+            }
+            values = keep if len(keep) < len(values) else {}
+    return values
+
+
+def _leaves(model: type[BaseModel], values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of all fields that are not sections."""
+    for name, about in model.model_fields.items():
+        section = about.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield from _leaves(section, values[name], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", values[name]
+
+
+def _get(values: Any, name: str) -> Any:
+    for key in name.split("."):
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, last = name.split(".")
+        here = nested
+        for key in sections:
+            here = here.setdefault(key, {})
+        here[last] = value
+    return nested
+
+
+def _count_unknown(model: type[BaseModel], values: Any) -> int:
+    if not isinstance(values, dict):
+        return 0
+    count = 0
+    for key, value in values.items():
+        about = model.model_fields.get(key)
+        section = about.annotation if about is not None else None
+        if about is None:
+            count += 1
+        elif isinstance(section, type) and issubclass(section, BaseModel):
+            count += _count_unknown(section, value)
+    return count

@@ -1,0 +1,1 @@
+"""From what a record says of its image to RGB pixels."""

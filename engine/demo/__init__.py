@@ -1,0 +1,1 @@
+"""Where the demo starts: tiny models and the warm start."""

@@ -1,0 +1,474 @@
+"""What a run writes while it goes: metrics, evaluations, captions, and one line of progress.
+
+A run folder holds four JSON Lines files, in which each line is an object with a ``step``:
+
+- ``metrics.jsonl`` has one line per training step.
+- ``evaluations.jsonl`` has one line per evaluation and mode.
+- ``completions.jsonl`` has one line per rollout.
+- ``eval_captions.jsonl`` has one line per rollout on a held-out image.
+
+``rotation.py`` compresses older lines of the last two files into parts. TensorBoard events are in ``tensorboard/``, and
+pictures in ``eval_images/``. balcaprl marks the events and pictures that it writes, and only ever removes marked ones.
+
+Two runs with the same seed on one machine write the same lines, except for the keys that :func:`is_reproducible`
+excludes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import math
+import os
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from balcaprl.extras import pip_install
+from balcaprl.files import rotation
+from balcaprl.files.jsonl import (
+    encode_line as encode_line,  # the three `as` imports are part of this module's interface
+)
+from balcaprl.files.jsonl import plain
+from balcaprl.files.jsonl import read_jsonl as read_jsonl
+from balcaprl.files.jsonl import truncate_jsonl as truncate_jsonl
+from balcaprl.files.ownership import Claim, claim_folder, clear_partial_files, write_atomically
+from balcaprl.files.rotation import COMPLETIONS, EVAL_CAPTIONS, ROTATED
+from balcaprl.types import Rollout, RolloutGroup
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+EVAL_IMAGES = "eval_images"
+TENSORBOARD = "tensorboard"
+LOG_FILES = (METRICS, EVALUATIONS, COMPLETIONS, EVAL_CAPTIONS)
+_WRITTEN = (*LOG_FILES, "config.yaml", "summary.json", "report.html", "judge_usage.json")
+"""Files that a run replaces as a whole."""
+_EVENTS_SUFFIX = ".balcaprl"
+"""Suffix of the names of the TensorBoard files that balcaprl writes."""
+_PICTURE_MARK = ("Software", "balcaprl")
+"""PNG text that marks the pictures of balcaprl; it stands within the first 128 bytes of the file."""
+
+
+def nanmean(values: Iterable[float | None]) -> float:
+    """Mean of the finite values; NaN where there is none."""
+    finite = [float(v) for v in values if v is not None and math.isfinite(v)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
+
+
+def is_reproducible(key: str) -> bool:
+    """Whether two runs of the same seed must agree on this metric: all but times, rates, memory and device load."""
+    return not (key.startswith(("time/", "memory/", "device/")) or key.endswith("_per_second"))
+
+
+def memory_metrics() -> dict[str, float]:
+    """Memory of this process in GiB.
+
+    The metrics are its resident size and, if CUDA is in use, the peak of PyTorch's CUDA allocator.
+    """
+    metrics = {"memory/rss_gib": psutil.Process().memory_info().rss / 2**30}
+    import torch  # imported here, so that reading a run folder does not need torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        metrics["memory/cuda_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return metrics
+
+
+def eval_image_path(output_dir: Path, sample_id: str) -> Path:
+    """Path of the picture of a held-out sample: ``eval_images/<sample_id>.png``.
+
+    Sample ids come from data files. Characters that could lead out of the folder are percent-encoded, and a name that
+    is too long for a file system is cut and ends in a hash.
+    """
+    name = urllib.parse.quote(sample_id, safe=" ", errors="replace")
+    if len(name) > 200:
+        name = f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return Path(output_dir) / EVAL_IMAGES / f"{name}.png"
+
+
+def save_eval_image(output_dir: Path, sample_id: str, image: Image.Image) -> Path:
+    """Save a held-out image for the report, completely or not at all, and return its path."""
+    path = eval_image_path(output_dir, sample_id)
+    from PIL.PngImagePlugin import PngInfo
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark, buffer = PngInfo(), io.BytesIO()
+    mark.add_text(*_PICTURE_MARK)
+    image.convert("RGB").save(buffer, format="PNG", pnginfo=mark)
+    write_atomically(path, buffer.getvalue())
+    return path
+
+
+def _is_our_picture(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return b"tEXt" + "\0".join(_PICTURE_MARK).encode() in file.read(128)
+
+
+# ---------------------------------------------------------------------------------------------------- records
+
+
+def rollout_record(step: int, sample_id: str, index: int, rollout: Rollout) -> dict[str, Any]:
+    """One line of ``completions.jsonl``. A rollout that was never judged has null scores."""
+    record: dict[str, Any] = {
+        "step": step,
+        "sample_id": sample_id,
+        "rollout": index,
+        "caption": rollout.completion.text,
+        "finished": rollout.completion.finished,
+        "advantage": rollout.advantage,
+        "length_ratio": rollout.length_ratio,
+    }
+    breakdown = rollout.breakdown
+    for name in ("precision", "recall", "linguistic", "b_capscore", "clarity", "fluency", "coherence"):
+        record[name] = None if breakdown is None else getattr(breakdown, name)
+    if breakdown is not None and breakdown.extra:
+        record["extra"] = dict(breakdown.extra)
+    record["assertions"] = [
+        {
+            "text": a.text,
+            "spans": [list(s) for s in a.spans],
+            "verified": a.verified,
+            "pointable": a.pointable,
+            **({"reason": a.reason} if a.reason else {}),
+        }
+        for a in (breakdown.assertions if breakdown else ())
+    ]
+    record["reference_units"] = [
+        {"text": u.text, "covered": u.covered} for u in (breakdown.reference_units if breakdown else ())
+    ]
+    record["error"] = breakdown.error if breakdown else "not judged"
+    return record
+
+
+# ---------------------------------------------------------------------------------------------------- the log
+
+
+class RunLog:
+    """Writes a run's log files, each line in one write, so that a kill loses at most the line being written.
+
+    Args:
+        output_dir: the run folder; it is made if missing.
+        tensorboard: whether to write TensorBoard events to ``tensorboard/`` too.
+        completions: whether to keep every completion in ``completions.jsonl``.
+        resume_step: step of the checkpoint from which the run resumes. Later lines are cut away, because the run writes
+            them again. None marks a fresh run; what an earlier run left in these files is then discarded.
+        claim: the caller's claim on the folder, which the caller also releases. If None, the log claims the folder as
+            that of a run.
+        part_bytes: size at which a file of captions is compressed into a part, in bytes.
+        parts_max_bytes: bound on the size of all parts of such a file together, in bytes; the oldest parts are removed.
+
+    Raises:
+        RuntimeError: TensorBoard is asked for but not installed.
+        ForeignPathError: the folder holds files that no run of balcaprl wrote.
+        PathInUseError: another process writes to the folder.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        tensorboard: bool = True,
+        completions: bool = True,
+        resume_step: int | None = None,
+        *,
+        claim: Claim | None = None,
+        part_bytes: int = rotation.PART_BYTES,
+        parts_max_bytes: int = rotation.MAX_BYTES,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        # Look for TensorBoard first: if it is missing, nothing has been discarded yet.
+        writer_class = _summary_writer_class() if tensorboard else None
+        self._claim = None
+        if claim is None:
+            self._claim = claim_folder(self.output_dir, "run", option="output_dir", adopt=resume_step is not None)
+        self._completions, self._part_bytes, self._parts_max_bytes = completions, part_bytes, parts_max_bytes
+        self._files: dict[str, BinaryIO] = {}
+        self._evaluated_step = resume_step
+        self._writer = None
+        self._prepare(resume_step)
+        if writer_class is not None:
+            self._writer = writer_class(
+                str(self.output_dir / TENSORBOARD),
+                purge_step=None if resume_step is None else resume_step + 1,
+                filename_suffix=_EVENTS_SUFFIX,
+            )
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of one training step."""
+        self._write(METRICS, {"step": step, **metrics})
+        self._scalars(metrics, step)
+
+    def log_evaluation(self, step: int, mode: str, scores: Mapping[str, float]) -> None:
+        """Write the scores of one evaluation; ``mode`` is ``sampled`` or ``greedy``."""
+        self._write(EVALUATIONS, {"step": step, "mode": mode, **scores})
+        self._scalars({f"eval_{mode}/{name}": value for name, value in scores.items()}, step)
+
+    def log_completions(self, step: int, groups: Iterable[RolloutGroup]) -> None:
+        """Write every rollout of a step, if completions are kept."""
+        if not self._completions:
+            return
+        for group in groups:
+            for index, rollout in enumerate(group.rollouts):
+                self._write(COMPLETIONS, rollout_record(step, group.prompt.sample.sample_id, index, rollout))
+        self._pack_if_full(COMPLETIONS)
+
+    def log_eval_captions(self, step: int, mode: str, groups: Iterable[RolloutGroup]) -> None:
+        """Write the captions of held-out images with their references, for the report."""
+        # Not between the modes of one evaluation: a part must end where a step ends.
+        if step != self._evaluated_step:
+            self._pack_if_full(EVAL_CAPTIONS)
+            self._evaluated_step = step
+        for group in groups:
+            sample = group.prompt.sample
+            for index, rollout in enumerate(group.rollouts):
+                record = rollout_record(step, sample.sample_id, index, rollout)
+                self._write(EVAL_CAPTIONS, {**record, "mode": mode, "reference": sample.reference})
+
+    def sync(self) -> None:
+        """Force all lines to disk. Call this before saving a checkpoint, because the log must not lag behind it."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Close all files; closing twice is harmless."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        if self._claim is not None:
+            self._claim.release()
+
+    def _prepare(self, resume_step: int | None) -> None:
+        clear_partial_files(self.output_dir, lambda name: name in _WRITTEN or rotation.is_part(name))
+        clear_partial_files(self.output_dir / EVAL_IMAGES, lambda name: name.endswith(".png"))
+        if resume_step is None:
+            self._discard()
+            return
+        for name in LOG_FILES:
+            path = self.output_dir / name
+            if name in ROTATED:
+                dropped = rotation.cut_back(self.output_dir, resume_step, name)
+            else:
+                dropped = truncate_jsonl(path, resume_step)
+            if dropped:
+                logger.info("%s: dropped %d lines after step %d", path, dropped, resume_step)
+        self._pack_if_full(COMPLETIONS)  # packs the file again if it was full at that step
+
+    def _pack_if_full(self, name: str) -> None:
+        path = self.output_dir / name
+        if path.is_file() and path.stat().st_size >= self._part_bytes:
+            if name in self._files:
+                self._files.pop(name).close()
+            rotation.pack(self.output_dir, self._parts_max_bytes, name)
+
+    def _discard(self) -> None:
+        """Remove what an earlier run wrote, and nothing else."""
+        rotation.discard(self.output_dir)
+        for name in LOG_FILES:
+            (self.output_dir / name).unlink(missing_ok=True)
+        events = (self.output_dir / TENSORBOARD).glob(f"events.out.tfevents.*{_EVENTS_SUFFIX}")
+        pictures = (self.output_dir / EVAL_IMAGES).glob("*.png")
+        ours = [*events, *(path for path in pictures if path.is_file() and _is_our_picture(path))]
+        for path in ours:
+            path.unlink()
+
+    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+        if name not in self._files:
+            self._files[name] = open(self.output_dir / name, "ab", buffering=0)  # noqa: SIM115 (close() does)
+        line = encode_line(record)
+        written = self._files[name].write(line)
+        if written != len(line):
+            raise OSError(f"{self.output_dir / name}: only {written} of {len(line)} bytes written; is the disk full?")
+
+    def _scalars(self, metrics: Mapping[str, Any], step: int) -> None:
+        if self._writer is None:
+            return
+        for name, value in plain(metrics).items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+
+def _summary_writer_class() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        try:
+            from tensorboardX import SummaryWriter  # type: ignore[no-redef]
+        except ImportError:
+            raise RuntimeError(
+                "logging.tensorboard is on, but neither tensorboard nor tensorboardX is installed: "
+                f"run `{pip_install('tensorboard')}`, or set logging.tensorboard=false"
+            ) from None
+    return SummaryWriter
+
+
+# ---------------------------------------------------------------------------------------------------- time
+
+
+class PhaseTimer:
+    """Adds up the seconds of a step's phases, from any thread.
+
+    >>> timer = PhaseTimer()
+    >>> timer.start_step()
+    >>> with timer("sample"):
+    ...     pass
+    >>> sorted(timer.finish_step())
+    ['time/sample', 'time/step']
+
+    Args:
+        synchronize: function called at both ends of a phase, so that queued device work counts in the phase that
+            started it: ``torch.cuda.synchronize`` on CUDA, None on a CPU.
+    """
+
+    def __init__(self, synchronize: Callable[[], object] | None = None) -> None:
+        self._synchronize = synchronize or (lambda: None)
+        self._lock = threading.Lock()
+        self._seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def start_step(self) -> None:
+        """Clear all phases and start the step's own clock."""
+        with self._lock:
+            self._seconds = {}
+            self._started = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the seconds of the ``with`` block as ``time/<phase>``; a phase that is entered twice adds up."""
+        self._synchronize()
+        started = time.perf_counter()
+        try:
+            yield
+            self._synchronize()
+        finally:
+            seconds = time.perf_counter() - started
+            with self._lock:
+                self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+    def finish_step(self) -> dict[str, float]:
+        """``time/<phase>`` of each phase and ``time/step``, in seconds; phases that overlap may exceed the step."""
+        with self._lock:
+            metrics = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+            metrics["time/step"] = time.perf_counter() - self._started
+        return metrics
+
+
+# ---------------------------------------------------------------------------------------------------- progress
+
+
+class ProgressLine:
+    """One live line on a terminal; elsewhere a plain line now and then, fit for a log file.
+
+    Args:
+        num_steps: number of steps of the whole run.
+        start_step: number of steps that are already done when a run resumes.
+        every_steps: number of steps after which the next plain line is due.
+        every_seconds: number of seconds after which the next plain line is due, if that is sooner.
+        console: rich console; by default standard error, so that standard output stays free for results.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        start_step: int = 0,
+        *,
+        every_steps: int = 10,
+        every_seconds: float = 10.0,
+        console: Console | None = None,
+    ) -> None:
+        self.console = console or Console(stderr=True)
+        self._num_steps, self._start_step = num_steps, start_step
+        self._every_steps, self._every_seconds = every_steps, every_seconds
+        self._printed_at = time.monotonic()
+        self._printed_step = start_step
+        # Without a terminal, the bar is never started and only estimates the time left. The first step does not count
+        # for the estimate, because it loads and compiles.
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=12))
+        self._progress = Progress(
+            *columns,
+            console=self.console,
+            transient=False,
+            speed_estimate_period=_ETA_WINDOW_S,
+            get_time=lambda: time.monotonic(),
+        )
+        self._task = self._progress.add_task(f"step {start_step}/{num_steps}", total=num_steps, completed=start_step)
+        if self.console.is_terminal:
+            self._progress.start()
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Show the state after ``step`` steps, without metrics that are missing."""
+        self._progress.update(self._task, completed=step)
+        task = self._progress.tasks[0]
+        line = f"step {step}/{self._num_steps}{format_metrics(metrics)}  eta {TimeRemainingColumn().render(task)}"
+        if self.console.is_terminal:
+            self._progress.update(self._task, description=line)
+            return
+        now = time.monotonic()
+        due = step - self._printed_step >= self._every_steps or now - self._printed_at >= self._every_seconds
+        first = self._printed_step == self._start_step
+        if due or first or step >= self._num_steps:
+            self.message(line)
+            self._printed_step, self._printed_at = step, now
+
+    def message(self, text: str) -> None:
+        """Print a line of its own, above the live line where there is one."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Keep the last line on the screen and release the terminal; closing twice is harmless."""
+        if self.console.is_terminal:
+            self._progress.stop()
+
+
+_ETA_WINDOW_S = 3600.0
+"""Seconds of past steps from which the time left is estimated: one hour."""
+
+
+_SHOWN = (
+    ("reward/b_capscore", "b-cap", "{:.3f}"),
+    ("reward/precision", "prec", "{:.3f}"),
+    ("reward/recall", "rec", "{:.3f}"),
+    ("reward/linguistic", "ling", "{:.3f}"),
+    ("length_ratio", "len", "{:.2f}"),
+    ("sampling_kl", "kl", "{:.1e}"),
+    ("tokens_per_second", "tok/s", "{:.0f}"),
+)
+
+
+def format_metrics(metrics: Mapping[str, Any]) -> str:
+    """The few metrics that show whether a run is healthy, such as ``  b-cap 0.512  prec 0.481``."""
+    parts = []
+    for key, label, pattern in _SHOWN:
+        value = metrics.get(key)
+        if value is not None:
+            parts.append(f"  {label} {pattern.format(float(value)) if math.isfinite(value) else '-'}")
+    return "".join(parts)

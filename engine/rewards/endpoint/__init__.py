@@ -1,0 +1,1 @@
+"""The judge model behind an HTTP endpoint: prompts, replies, scores."""

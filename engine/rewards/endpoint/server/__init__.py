@@ -1,0 +1,1 @@
+"""Asking servers: HTTP client, concurrency, retries, reply cache, budget, refusals."""

@@ -1,0 +1,1 @@
+"""The judge by word overlap with the reference."""

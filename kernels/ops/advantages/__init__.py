@@ -1,0 +1,1 @@
+"""Advantages of groups: each reward normalised in its group by itself."""

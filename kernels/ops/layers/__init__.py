@@ -1,0 +1,1 @@
+"""Small layers of decoder models on fused CPU kernels."""

@@ -1,0 +1,1 @@
+"""The clipped policy loss, from log-probabilities or from logits."""

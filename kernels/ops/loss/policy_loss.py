@@ -1,0 +1,188 @@
+"""The clipped policy loss of a ragged batch, from log-probabilities.
+
+For completion token t of rollout j with advantage A_j::
+
+    ratio  = exp(logprobs - old_logprobs)
+    token  = -min(ratio * A_j, clip(ratio, 1 - clip_low, 1 + clip_high) * A_j)
+    token *= min(exp(old_logprobs - sampling_logprobs), sampling_ratio_cap)         only if a cap is given
+    token += kl_coef * (exp(d) - d - 1),   d = reference_logprobs - logprobs        the k3 estimator
+
+The reduction divides by a *global* denominator, ``normalizer``, so that the losses of the parts of a batch add up to
+the loss of the whole batch:
+
+=================  =======================================  ==========================================================
+reduction          loss                                     ``normalizer``; its default
+=================  =======================================  ==========================================================
+``token-mean``     sum over tokens / normalizer             completion tokens of the global batch; this call's T
+``sequence-mean``  sum over rollouts of the mean over       completions of the global batch, empty ones included; this
+                   their tokens / normalizer                call's R
+``constant``       sum over tokens / normalizer             completions x max length of the global batch; this call's
+                                                            R x its longest completion (1 if all are empty)
+=================  =======================================  ==========================================================
+
+An empty completion contributes 0. A token whose advantage is 0 has a policy term of exactly 0, whatever its ratio. The
+op computes the gradient together with the loss and keeps nothing else for the backward. The gradient is::
+
+    d token / d logprobs = -A_j * ratio * importance * [not clipped] + kl_coef * (1 - exp(d))
+    clipped: ratio > 1 + clip_high and A_j > 0, or ratio < 1 - clip_low and A_j < 0
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from balcaprl.kernels.loss.token_loss import (
+    LOSS_SCHEMA,
+    LossArguments,
+    PolicyLoss,
+    check_arguments,
+    compute_dtype,
+    metric_sums,
+    policy_loss_metrics,
+    spread,
+    token_batch,
+    token_loss,
+    token_losses,
+    token_terms,
+)
+from balcaprl.kernels.support import launch, native
+from balcaprl.kernels.support.checks import check_impl, check_tensor
+
+IMPLS = ("reference", "native", "triton")
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    sampling_logprobs: Tensor | None = None,
+    sampling_ratio_cap: float | None = None,
+    reference_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    reduction: str = "token-mean",
+    normalizer: float | None = None,
+    impl: str = "auto",
+) -> PolicyLoss:
+    """Loss and metrics of T completion tokens of R rollouts; the module's docstring has the mathematics.
+
+    Args:
+        logprobs: (T,) floating log-probabilities under the current policy, with gradient. Float64 is computed in
+            float64, every other dtype in float32.
+        old_logprobs: (T,) floating log-probabilities under the policy at the start of this batch's updates; None means
+            on-policy: the detached ``logprobs``.
+        advantages: (R,) floating, the advantage of each rollout.
+        cu_seqlens: (R + 1,) int32 offsets, never falling, from 0 to T: rollout j has tokens cu_seqlens[j] to
+            cu_seqlens[j + 1] - 1.
+        clip_low: lower clip range, 0 <= clip_low <= 1.
+        clip_high: upper clip range, >= 0.
+        sampling_logprobs: (T,) floating log-probabilities that the sampler returned.
+        sampling_ratio_cap: cap of the importance weight, > 0; turns on truncated importance sampling and needs
+            ``sampling_logprobs``.
+        reference_logprobs: (T,) floating log-probabilities under the frozen reference policy.
+        kl_coef: coefficient of the KL term, >= 0; a value above 0 needs ``reference_logprobs``. At 0 the divergence is
+            only measured.
+        reduction: ``token-mean``, ``sequence-mean`` or ``constant``.
+        normalizer: the global denominator, > 0; the table in the module's docstring has its meaning and default.
+        impl: ``native`` (CPU), ``triton`` (CUDA, or CPU under Triton's interpreter), ``reference`` or ``auto``. Only
+            ``reference`` supports float64.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or range, or a value that is not finite; the message
+            starts with the argument's name.
+    """
+    check_tensor("logprobs", logprobs, shape=("T",))
+    arguments = LossArguments(
+        old_logprobs,
+        advantages,
+        cu_seqlens,
+        clip_low,
+        clip_high,
+        sampling_logprobs,
+        sampling_ratio_cap,
+        reference_logprobs,
+        kl_coef,
+        reduction,
+        normalizer,
+    )
+    check_arguments(arguments, logprobs.shape[0], logprobs.device)
+    check_impl("policy_loss", impl, IMPLS)
+    if impl == "native" and (logprobs.device.type != "cpu" or logprobs.dtype == torch.float64):
+        raise ValueError(f"impl: 'native' is for CPU tensors below float64, got {logprobs.dtype} on {logprobs.device}")
+    if impl == "triton":
+        launch.check_triton(logprobs.device)
+        if logprobs.dtype == torch.float64:
+            raise ValueError("impl: 'triton' is for tensors below float64, got torch.float64; use 'reference'")
+    loss, metrics, _ = _policy_loss_op(logprobs, *arguments.plain(), impl)
+    return arguments.result(loss, metrics)
+
+
+def _choose(logprobs: Tensor) -> str:
+    """Returns the fastest implementation that can run on these log-probabilities."""
+    if logprobs.dtype == torch.float64:
+        return "reference"
+    if logprobs.device.type == "cuda" and launch.has_triton():
+        return "triton"
+    if logprobs.device.type != "cpu":
+        return "reference"
+    if native.is_available():
+        return "native"
+    native.warn_unavailable()
+    return "reference"
+
+
+def policy_loss_reference(
+    logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, cu_seqlens: Tensor, **options: Any
+) -> PolicyLoss:
+    """The specification of ``policy_loss``, in plain PyTorch with autograd's own gradient.
+
+    Takes the same arguments except ``impl``, and does not check them.
+    """
+    arguments = LossArguments(old_logprobs, advantages, cu_seqlens, **options)
+    logprobs = logprobs.to(compute_dtype(logprobs.dtype))
+    batch = spread(arguments, logprobs.shape[0], logprobs.dtype)
+    tokens = token_terms(logprobs, batch, arguments.settings)
+    loss = (token_losses(tokens, batch, arguments.settings) * batch.scale).sum()
+    return arguments.result(loss, policy_loss_metrics(metric_sums(tokens)).to(loss.dtype))
+
+
+@torch.library.custom_op(
+    "balcaprl::policy_loss",
+    mutates_args=(),
+    schema=f"(Tensor logprobs, {LOSS_SCHEMA}, str impl) -> (Tensor loss, Tensor metrics, Tensor grad_logprobs)",
+)
+def _policy_loss_op(logprobs, *rest):
+    """The forward, with its checks of values, which a tracer does not see.
+
+    Returns the loss, the (5,) metrics, and d loss / d logprobs.
+    """
+    arguments, impl = LossArguments(*rest[:-1]), rest[-1]
+    impl = _choose(logprobs) if impl == "auto" else impl
+    dtype = compute_dtype(logprobs.dtype)
+    batch = token_batch(arguments, logprobs.shape[0], dtype, impl, logprobs=logprobs)
+    loss, sums, gradient = token_loss(logprobs.to(dtype).contiguous(), batch, arguments.settings, impl)
+    return loss.to(dtype), policy_loss_metrics(sums).to(dtype), gradient.to(logprobs.dtype)
+
+
+@_policy_loss_op.register_fake
+def _policy_loss_fake(logprobs, *_):
+    dtype = compute_dtype(logprobs.dtype)
+    return logprobs.new_empty((), dtype=dtype), logprobs.new_empty(5, dtype=dtype), logprobs.new_empty(logprobs.shape)
+
+
+def _policy_loss_setup(ctx, inputs, output):
+    ctx.save_for_backward(output[2])
+
+
+def _policy_loss_backward(ctx, grad_loss, _grad_metrics, _grad_gradient):
+    (gradient,) = ctx.saved_tensors
+    return (gradient * grad_loss).to(gradient.dtype), *([None] * (len(LossArguments._fields) + 1))
+
+
+_policy_loss_op.register_autograd(_policy_loss_backward, setup_context=_policy_loss_setup)

@@ -1,0 +1,431 @@
+"""The token-wise part that ``policy_loss``, ``linear_policy_loss`` and ``logits_policy_loss`` share.
+
+``policy_loss.py`` has the mathematics. After each rollout's advantage and share of the reduction have been copied to
+its tokens, the loss of a token depends only on that token's log-probability, so any slice of tokens can be processed by
+itself::
+
+    arguments = LossArguments(...)                      what the caller passed; check_arguments() reads no values
+    batch = token_batch(arguments, T, dtype, impl)      checks values; per-token advantages and scale
+    parts = [token_loss(logprobs[a:b], batch.rows(a, b), arguments.settings, impl) for a, b in ranges]
+    loss = sum of the parts' loss_sum;   metrics = policy_loss_metrics(stack of their metric_sums)
+    result = arguments.result(loss, metrics)
+
+``token_loss`` returns the gradient together with the loss. Autograd only sees ``token_terms`` and ``token_losses``, of
+which ``policy_loss_reference`` consists.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from balcaprl.kernels.support import native
+from balcaprl.kernels.support.checks import check_choice, check_number, check_tensor
+
+REDUCTIONS = ("token-mean", "sequence-mean", "constant")
+LOSS_SCHEMA = (
+    "Tensor? old_logprobs, Tensor advantages, Tensor cu_seqlens, float clip_low, float clip_high, "
+    "Tensor? sampling_logprobs, float? sampling_ratio_cap, Tensor? reference_logprobs, float kl_coef, str reduction, "
+    "float? normalizer"
+)
+"""The fields of ``LossArguments``, in the same order, in the syntax of a ``torch.library`` schema."""
+METRIC_SUMS = ("clipped", "ratio", "ratio_max", "k3_reference", "k3_sampling", "count")
+_RATIO_MAX = METRIC_SUMS.index("ratio_max")
+
+
+class PolicyLoss(NamedTuple):
+    """The loss and its metrics: 0-d tensors, float64 for float64 log-probabilities, otherwise float32.
+
+    The metrics are detached, cover only the tokens of *this call*, and do not use ``normalizer``. To join the metrics
+    of several calls, weight the means by the calls' numbers of tokens. Without tokens the metrics are 0. A metric whose
+    input was not given is NaN.
+    """
+
+    loss: Tensor
+    """The loss, differentiable once."""
+    clip_fraction: Tensor
+    """Share of tokens whose policy gradient is 0 because of the clip."""
+    ratio_mean: Tensor
+    """Mean of exp(logprobs - old_logprobs)."""
+    ratio_max: Tensor
+    """Largest exp(logprobs - old_logprobs)."""
+    kl: Tensor
+    """Mean k3 estimate of KL(policy || reference policy), from ``reference_logprobs``."""
+    sampling_kl: Tensor
+    """Mean k3 estimate of KL(sampler || trainer): exp(d) - d - 1 with d = old_logprobs - sampling_logprobs. It is never
+    negative, and 0 if sampler and trainer agree on every token."""
+
+
+class LossSettings(NamedTuple):
+    """Numeric settings of the token loss; ``policy_loss`` documents them."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    sampling_ratio_cap: float | None = None
+    kl_coef: float = 0.0
+
+
+class LossArguments(NamedTuple):
+    """Arguments that all policy losses share, without log-probabilities, logits, hidden states, weight and targets.
+
+    ``policy_loss`` documents them.
+    """
+
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    cu_seqlens: Tensor
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    sampling_logprobs: Tensor | None = None
+    sampling_ratio_cap: float | None = None
+    reference_logprobs: Tensor | None = None
+    kl_coef: float = 0.0
+    reduction: str = "token-mean"
+    normalizer: float | None = None
+
+    @property
+    def settings(self) -> LossSettings:
+        return LossSettings(self.clip_low, self.clip_high, self.sampling_ratio_cap, self.kl_coef)
+
+    @property
+    def per_token(self) -> dict[str, Tensor]:
+        """The per-token (T,) tensors that are not None, by name."""
+        names = ("old_logprobs", "sampling_logprobs", "reference_logprobs")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def plain(self) -> LossArguments:
+        """The arguments in the form that a ``torch.library`` op accepts: tensors detached, numbers as float."""
+        return self._replace(
+            old_logprobs=_detached(self.old_logprobs),
+            sampling_logprobs=_detached(self.sampling_logprobs),
+            reference_logprobs=_detached(self.reference_logprobs),
+            advantages=self.advantages.detach(),
+            clip_low=float(self.clip_low),
+            clip_high=float(self.clip_high),
+            sampling_ratio_cap=None if self.sampling_ratio_cap is None else float(self.sampling_ratio_cap),
+            kl_coef=float(self.kl_coef),
+            normalizer=None if self.normalizer is None else float(self.normalizer),
+        )
+
+    def result(self, loss: Tensor, metrics: Tensor) -> PolicyLoss:
+        """Makes a ``PolicyLoss`` of the loss and the (5,) metrics, with NaN for a metric whose input was not given.
+
+        The registered op itself must not return NaN, because opcheck compares outputs and NaN differs from itself.
+        """
+        clip_fraction, ratio_mean, ratio_max, kl, sampling_kl = metrics.detach().unbind()
+        kl = torch.full_like(kl, torch.nan) if self.reference_logprobs is None else kl
+        sampling_kl = torch.full_like(sampling_kl, torch.nan) if self.sampling_logprobs is None else sampling_kl
+        return PolicyLoss(loss, clip_fraction, ratio_mean, ratio_max, kl, sampling_kl)
+
+
+class TokenBatch(NamedTuple):
+    """Inputs of the loss of T tokens except their log-probabilities: (T,) contiguous tensors of the compute dtype."""
+
+    old_logprobs: Tensor | None
+    """Log-probabilities at the start of the batch's updates; None means on-policy: the log-probabilities themselves."""
+    advantages: Tensor
+    scale: Tensor
+    """Factor of each token's loss in the sum; it contains the reduction and ``normalizer``."""
+    sampling_logprobs: Tensor | None
+    reference_logprobs: Tensor | None
+
+    def rows(self, begin: int, end: int) -> TokenBatch:
+        """Selects the tokens [begin, end)."""
+        old, advantages, scale, sampling, reference = (None if t is None else t[begin:end] for t in self)
+        assert advantages is not None  # advantages and scale are never None
+        assert scale is not None
+        return TokenBatch(old, advantages, scale, sampling, reference)
+
+
+class TokenLoss(NamedTuple):
+    """Loss, metric sums and gradient of some tokens: the result of ``token_loss``."""
+
+    loss_sum: Tensor
+    """Sum over tokens of loss times scale, 0-d float64."""
+    metric_sums: Tensor
+    """Sums of the metrics, (6,) float64, in the order of ``METRIC_SUMS``; ``ratio_max`` is a maximum, not a sum."""
+    grad_logprobs: Tensor
+    """Gradient d loss_sum / d logprobs, (T,) in the dtype of the log-probabilities."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which losses of inputs of ``dtype`` are computed: float64 for float64, otherwise float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def check_arguments(arguments: LossArguments, num_tokens: int, device: torch.device) -> None:
+    """Checks the arguments of a policy loss without reading a tensor's values.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or range, or is missing; the message starts with its
+            name.
+    """
+    for name, value in arguments.per_token.items():
+        check_tensor(name, value, shape=(num_tokens,), device=device)
+    check_tensor("advantages", arguments.advantages, shape=("R",), device=device)
+    offsets_shape = (arguments.advantages.shape[0] + 1,)
+    check_tensor("cu_seqlens", arguments.cu_seqlens, shape=offsets_shape, dtypes=(torch.int32,), device=device)
+    check_number("clip_low", arguments.clip_low, low=0.0, high=1.0)
+    check_number("clip_high", arguments.clip_high, low=0.0)
+    check_number("kl_coef", arguments.kl_coef, low=0.0)
+    check_choice("reduction", arguments.reduction, REDUCTIONS)
+    if arguments.kl_coef > 0.0 and arguments.reference_logprobs is None:
+        raise ValueError(f"reference_logprobs: missing; kl_coef={arguments.kl_coef} needs them")
+    if arguments.sampling_ratio_cap is not None:
+        check_number("sampling_ratio_cap", arguments.sampling_ratio_cap, low=0.0, exclusive_low=True)
+        if arguments.sampling_logprobs is None:
+            raise ValueError("sampling_logprobs: missing; sampling_ratio_cap needs them")
+    if arguments.normalizer is not None:
+        check_number("normalizer", arguments.normalizer, low=0.0, exclusive_low=True)
+
+
+def check_finite(**tensors: Tensor | None) -> None:
+    """Checks that all values are finite; if they are, it reads only one flag from the device for all tensors together.
+
+    Raises:
+        ValueError: a value is not finite; the message starts with the name of the first such tensor.
+    """
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if present and not torch.stack([tensor.isfinite().all() for tensor in present.values()]).all():
+        for name, tensor in present.items():
+            bad = int((~tensor.isfinite()).sum())
+            if bad:
+                raise ValueError(f"{name}: {bad} of {tensor.numel()} values are not finite")
+
+
+def check_ragged(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Checks that the offsets ``cu_seqlens`` start at 0, never fall, and end at ``num_tokens``."""
+    ends_fit = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens)
+    if not (ends_fit & (cu_seqlens.diff() >= 0).all()):
+        raise ValueError(
+            f"cu_seqlens: expected offsets that never fall, from 0 to {num_tokens}; got {cu_seqlens.tolist()}"
+        )
+
+
+def token_batch(
+    arguments: LossArguments, num_tokens: int, dtype: torch.dtype, impl: str, *, logprobs: Tensor | None = None
+) -> TokenBatch:
+    """Checks the values of ``arguments`` and converts them to one value per token.
+
+    Args:
+        arguments: arguments that have passed ``check_arguments``.
+        num_tokens: T, the number of tokens.
+        dtype: float32 or float64, the result of ``compute_dtype``.
+        impl: implementation of the op, not ``auto``. ``native`` supports only float32.
+        logprobs: (T,) log-probabilities if they are an input of the op; their values are checked too.
+
+    Raises:
+        ValueError: a value is not finite, or ``cu_seqlens`` are not valid offsets; the message starts with the
+            argument's name.
+    """
+    if impl == "native" or (impl == "triton" and dtype == torch.float32):
+        return _checked_batch(arguments, num_tokens, logprobs, impl)
+    _check_values(arguments, num_tokens, logprobs)
+    return spread(arguments, num_tokens, dtype)
+
+
+def _checked_batch(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None, impl: str) -> TokenBatch:
+    """Makes the token batch with ``native`` or ``triton``, which check values in the same pass."""
+    if impl == "native":
+        batch = _token_batch_native(arguments, num_tokens, logprobs)
+    else:
+        from balcaprl.kernels.loss import triton as triton_token_loss
+
+        batch = triton_token_loss.token_batch(arguments, num_tokens, logprobs)
+    if batch is None:
+        _check_values(arguments, num_tokens, logprobs)  # raises with the name of the bad argument
+        raise ValueError("advantages or log-probabilities: a value that float32 cannot hold")
+    return batch
+
+
+def _check_values(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None) -> None:
+    check_ragged(arguments.cu_seqlens, num_tokens)
+    check_finite(logprobs=logprobs, advantages=arguments.advantages, **arguments.per_token)
+
+
+def _token_batch_native(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None) -> TokenBatch | None:
+    """Runs ``balcaprl_token_batch`` of ``kernels/csrc/policy_loss.cpp``; returns None if a value is not allowed."""
+    # The names below keep converted copies alive until the call returns.
+    offsets, advantages_R = arguments.cu_seqlens.contiguous(), _plain_float(arguments.advantages)
+    per_token = (logprobs, arguments.old_logprobs, arguments.sampling_logprobs, arguments.reference_logprobs)
+    floats = [None if t is None else _plain_float(t) for t in per_token]
+    advantages_T, scale_T = torch.empty(2, num_tokens).unbind()
+    status = native.library().balcaprl_token_batch(
+        num_tokens,
+        advantages_R.shape[0],
+        offsets.data_ptr(),
+        advantages_R.data_ptr(),
+        *(None if t is None else t.data_ptr() for t in floats),
+        REDUCTIONS.index(arguments.reduction),
+        0.0 if arguments.normalizer is None else arguments.normalizer,
+        advantages_T.data_ptr(),
+        scale_T.data_ptr(),
+    )
+    return None if status != native.OK else TokenBatch(floats[1], advantages_T, scale_T, floats[2], floats[3])
+
+
+def _plain_float(tensor: Tensor) -> Tensor:
+    """Returns the tensor as contiguous float32, without a copy if it already is."""
+    return tensor.to(torch.float32).contiguous()
+
+
+def spread(arguments: LossArguments, num_tokens: int, dtype: torch.dtype) -> TokenBatch:
+    """Converts the arguments to one value per token, like ``token_batch`` but without checks."""
+    lengths_R = arguments.cu_seqlens.diff().long()
+    per_token = {name: value.to(dtype).contiguous() for name, value in arguments.per_token.items()}
+    return TokenBatch(
+        old_logprobs=per_token.get("old_logprobs"),
+        advantages=arguments.advantages.to(dtype).repeat_interleave(lengths_R, output_size=num_tokens),
+        scale=_token_scale(lengths_R, num_tokens, arguments.reduction, arguments.normalizer, dtype),
+        sampling_logprobs=per_token.get("sampling_logprobs"),
+        reference_logprobs=per_token.get("reference_logprobs"),
+    )
+
+
+def token_loss(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings, impl: str) -> TokenLoss:
+    """Computes loss, metric sums and gradient of T tokens (a whole batch or any rows of it), without autograd.
+
+    Args:
+        logprobs_T: (T,) finite log-probabilities in the dtype of ``batch``, contiguous.
+        batch: result of ``token_batch``, or rows of it.
+        settings: clip ranges, importance cap and KL coefficient; ``policy_loss`` documents them.
+        impl: implementation of the op, not ``auto``. ``native`` supports only float32; ``triton`` uses the reference
+            for float64.
+    """
+    if impl == "native":
+        return _token_loss_native(logprobs_T, batch, settings)
+    if impl == "triton" and logprobs_T.dtype == torch.float32:
+        from balcaprl.kernels.loss import triton as triton_token_loss
+
+        return triton_token_loss.token_loss(logprobs_T, batch, settings)
+    with torch.no_grad():
+        tokens = token_terms(logprobs_T, batch, settings)
+        losses_T = token_losses(tokens, batch, settings)
+        grad_T = _token_gradient(tokens, batch, settings) * batch.scale
+        loss_sum = (losses_T * batch.scale).sum(dtype=torch.float64)
+        return TokenLoss(loss_sum, metric_sums(tokens), grad_T)
+
+
+def _token_loss_native(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings) -> TokenLoss:
+    """Runs ``balcaprl_token_loss`` of ``kernels/csrc/policy_loss.cpp``: one pass over the tokens on torch's threads."""
+    sums = torch.empty(1 + len(METRIC_SUMS), dtype=torch.float64)
+    gradient_T = torch.empty(logprobs_T.shape[0])
+    status = native.library().balcaprl_token_loss(
+        logprobs_T.shape[0],
+        logprobs_T.data_ptr(),
+        *(None if t is None else t.data_ptr() for t in batch),
+        settings.clip_low,
+        settings.clip_high,
+        settings.sampling_ratio_cap or 0.0,
+        settings.kl_coef,
+        gradient_T.data_ptr(),
+        sums.data_ptr(),
+    )
+    if status != native.OK:
+        raise MemoryError(f"token_loss: no memory for {logprobs_T.shape[0]} tokens")
+    return TokenLoss(sums[0], sums[1:], gradient_T)
+
+
+def policy_loss_metrics(metric_sums: Tensor) -> Tensor:
+    """(5,) float64 metrics in the order of ``PolicyLoss``, from the (6,) sums of one part or the (N, 6) of several.
+
+    A metric is 0 if there are no tokens or its input is missing.
+    """
+    joined = metric_sums.view(-1, len(METRIC_SUMS))
+    sums = joined.sum(dim=0)
+    count = sums[-1].clamp(min=1.0)
+    return torch.cat([sums[:2] / count, joined[:, _RATIO_MAX].amax(dim=0, keepdim=True), sums[3:5] / count])
+
+
+class TokenTerms(NamedTuple):
+    """Terms from which loss, gradient and metrics are computed; all (T,), in the compute dtype except ``clipped``."""
+
+    ratio: Tensor
+    surrogate_ratio: Tensor
+    """``ratio``, replaced by 1 where the advantage is 0, because an overflowing ratio times 0 would be NaN."""
+    clipped: Tensor
+    """Whether the clip makes the token's policy gradient 0; bool."""
+    importance: Tensor | None
+    reference_difference: Tensor | None
+    sampling_difference: Tensor | None
+
+
+def token_terms(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings) -> TokenTerms:
+    """Computes the terms of (T,) log-probabilities, differentiable in ``logprobs_T``."""
+    old_logprobs = logprobs_T.detach() if batch.old_logprobs is None else batch.old_logprobs
+    log_ratio = logprobs_T - old_logprobs
+    ratio, positive, negative = log_ratio.exp(), batch.advantages > 0, batch.advantages < 0
+    clipped = (positive & (ratio > 1.0 + settings.clip_high)) | (negative & (ratio < 1.0 - settings.clip_low))
+    sampling_difference = None if batch.sampling_logprobs is None else old_logprobs - batch.sampling_logprobs
+    importance = None
+    if settings.sampling_ratio_cap is not None and sampling_difference is not None:
+        importance = sampling_difference.exp().clamp(max=settings.sampling_ratio_cap)
+    return TokenTerms(
+        ratio=ratio,
+        surrogate_ratio=log_ratio.masked_fill(batch.advantages == 0, 0.0).exp(),
+        clipped=clipped,
+        importance=importance,
+        reference_difference=None if batch.reference_logprobs is None else batch.reference_logprobs - logprobs_T,
+        sampling_difference=sampling_difference,
+    )
+
+
+def token_losses(tokens: TokenTerms, batch: TokenBatch, settings: LossSettings) -> Tensor:
+    """(T,) losses of the tokens, before scaling and summation."""
+    clipped_ratio = tokens.surrogate_ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
+    losses_T = -torch.minimum(tokens.surrogate_ratio * batch.advantages, clipped_ratio * batch.advantages)
+    if tokens.importance is not None:
+        losses_T = losses_T * tokens.importance
+    if settings.kl_coef > 0.0 and tokens.reference_difference is not None:
+        losses_T = losses_T + settings.kl_coef * _k3(tokens.reference_difference)
+    return losses_T
+
+
+def metric_sums(tokens: TokenTerms) -> Tensor:
+    """(6,) float64 sums of the metrics, detached, in the order of ``METRIC_SUMS``; 0 for a missing input."""
+    ratio = tokens.ratio.detach().double()
+    zero = ratio.new_zeros(())
+    differences = (tokens.reference_difference, tokens.sampling_difference)
+    divergences = [zero if d is None else _k3(d.detach()).sum(dtype=torch.float64) for d in differences]
+    largest = ratio.max() if ratio.shape[0] else zero
+    clipped, count = tokens.clipped.sum(dtype=torch.float64), torch.full_like(zero, ratio.shape[0])
+    return torch.stack([clipped, ratio.sum(), largest, *divergences, count])
+
+
+def _token_gradient(tokens: TokenTerms, batch: TokenBatch, settings: LossSettings) -> Tensor:
+    """(T,) gradient d token / d logprobs, before scaling."""
+    gradient = -(batch.advantages * tokens.surrogate_ratio).masked_fill(tokens.clipped, 0.0)
+    if tokens.importance is not None:
+        gradient = gradient * tokens.importance
+    if settings.kl_coef > 0.0 and tokens.reference_difference is not None:
+        gradient = gradient - settings.kl_coef * tokens.reference_difference.expm1()
+    return gradient
+
+
+def _k3(difference: Tensor) -> Tensor:
+    """The k3 estimator exp(d) - d - 1, computed with expm1, which stays accurate near 0."""
+    return difference.expm1() - difference
+
+
+def _token_scale(
+    lengths_R: Tensor, num_tokens: int, reduction: str, normalizer: float | None, dtype: torch.dtype
+) -> Tensor:
+    """(T,) factor of each token's loss: 1 / (the reduction's denominator)."""
+    num_rollouts = lengths_R.shape[0]
+    defaults = {"token-mean": max(num_tokens, 1), "sequence-mean": max(num_rollouts, 1)}
+    if normalizer is not None or reduction in defaults:
+        value = defaults[reduction] if normalizer is None else normalizer
+        denominator = torch.full((), value, dtype=dtype, device=lengths_R.device)
+    else:
+        longest = lengths_R.max() if num_rollouts else lengths_R.sum()
+        denominator = (longest.to(dtype) * num_rollouts).clamp(min=1)
+    if reduction != "sequence-mean":
+        return denominator.reciprocal().repeat(num_tokens)
+    per_rollout = (lengths_R.to(dtype) * denominator).reciprocal()
+    return per_rollout.repeat_interleave(lengths_R, output_size=num_tokens)

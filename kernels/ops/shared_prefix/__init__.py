@@ -1,0 +1,1 @@
+"""Attention of a group's completions to their shared prompt."""

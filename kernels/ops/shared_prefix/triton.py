@@ -1,0 +1,330 @@
+"""``impl="triton"`` of ``shared_prefix_attention``: launches the kernels of ``shared_prefix_kernels.py``, and tells the
+compile suite what their machine code must show. This module is imported only where ``impl="triton"`` runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from balcaprl.kernels.shared_prefix.attention import TRITON_MAX_HEAD_DIM
+from balcaprl.kernels.shared_prefix.layout import SharedPrefixLayout
+from balcaprl.kernels.shared_prefix.triton_kernels import (
+    _shared_prefix_delta_kernel,
+    _shared_prefix_dkdv_kernel,
+    _shared_prefix_dq_kernel,
+    _shared_prefix_fwd_kernel,
+)
+from balcaprl.kernels.support.launch import TRITON_TYPES, KernelSpec, Launch, Work, launch, on_device
+
+
+class _Segments(NamedTuple):
+    """For each packed token, where its segment begins and ends: (T,) int32 on the tokens' device."""
+
+    starts: Tensor
+    ends: Tensor
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Computes (out, lse) as ``shared_prefix_attention._implementation`` defines them.
+
+    Raises:
+        ValueError: ``head_dim`` is above ``TRITON_MAX_HEAD_DIM``, or the dtype is float64.
+    """
+    _check(query)
+    query, key, value = (_addressable(x) for x in (query, key, value))
+    num_tokens, num_heads, _ = query.shape
+    out = query.new_empty(query.shape)
+    lse = query.new_empty((num_heads, num_tokens), dtype=torch.float32)
+    row = launch("_shared_prefix_fwd_kernel", query.device, query.dtype)
+    num_tiles = _most_tiles(layout, row.blocks["BLOCK_M"])
+    _run(
+        _shared_prefix_fwd_kernel,
+        (layout.num_groups * num_tiles * num_heads,),
+        row,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        _segments(layout).starts,
+        layout.cu_groups,
+        layout.cu_prompts,
+        *_strides(query, key, value),
+        num_tokens,
+        num_tiles,
+        key.shape[1],
+        num_heads // key.shape[1],
+        scale,
+    )
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: SharedPrefixLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the three gradients as ``shared_prefix_attention._implementation`` defines them."""
+    query, key, value, grad_out = (_addressable(x) for x in (query, key, value, grad_out))
+    saved = _Saved(query, key, value, grad_out, lse.contiguous(), _delta(out.contiguous(), grad_out))
+    segments = _segments(layout)
+    grad_query = _grad_query(saved, segments.starts, layout, scale)
+    return grad_query, *_grad_key_value(saved, segments.ends, layout, scale)
+
+
+class _Saved(NamedTuple):
+    """The inputs of both gradient kernels, in the order of their arguments."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grad_out: Tensor
+    lse: Tensor
+    delta: Tensor
+
+
+def _delta(out: Tensor, grad_out: Tensor) -> Tensor:
+    """The sum of out * grad_out over columns, (H, T) float32."""
+    num_tokens, num_heads, _ = out.shape
+    delta = out.new_empty((num_heads, num_tokens), dtype=torch.float32)
+    row = launch("_shared_prefix_delta_kernel", out.device, out.dtype)
+    grid = (triton.cdiv(num_tokens, row.blocks["BLOCK_T"]) * num_heads,)
+    _run(_shared_prefix_delta_kernel, grid, row, out, grad_out, delta, *_strides(grad_out), num_tokens, num_heads)
+    return delta
+
+
+def _grad_query(saved: _Saved, starts: Tensor, layout: SharedPrefixLayout, scale: float) -> Tensor:
+    query, num_kv_heads = saved.query, saved.key.shape[1]
+    num_tokens, num_heads, _ = query.shape
+    gradient = query.new_empty(query.shape)
+    row = launch("_shared_prefix_dq_kernel", query.device, query.dtype)
+    num_tiles = _most_tiles(layout, row.blocks["BLOCK_M"])
+    _run(
+        _shared_prefix_dq_kernel,
+        (layout.num_groups * num_tiles * num_heads,),
+        row,
+        *saved,
+        gradient,
+        starts,
+        layout.cu_groups,
+        layout.cu_prompts,
+        *_strides(*saved[:4]),
+        num_tokens,
+        num_tiles,
+        num_kv_heads,
+        num_heads // num_kv_heads,
+        scale,
+    )
+    return gradient
+
+
+def _grad_key_value(saved: _Saved, ends: Tensor, layout: SharedPrefixLayout, scale: float) -> tuple[Tensor, Tensor]:
+    key = saved.key
+    num_tokens, num_kv_heads, _ = key.shape
+    repeats = saved.query.shape[1] // num_kv_heads
+    row = launch("_shared_prefix_dkdv_kernel", key.device, key.dtype)
+    num_tiles = _most_tiles(layout, row.blocks["BLOCK_N"])
+    programs = layout.num_groups * num_tiles * num_kv_heads
+    heads_per_part = _heads_per_part(programs, repeats, key.device)
+    parts = triton.cdiv(repeats, heads_per_part)
+    dtype = key.dtype if parts == 1 else torch.float32
+    grad_key, grad_value = (key.new_empty((parts, *key.shape), dtype=dtype) for _ in range(2))
+    _run(
+        _shared_prefix_dkdv_kernel,
+        (programs, parts),
+        row,
+        *saved,
+        grad_key,
+        grad_value,
+        ends,
+        layout.cu_groups,
+        layout.cu_prompts,
+        *_strides(*saved[:4]),
+        grad_key.stride(0),
+        num_tokens,
+        num_tiles,
+        num_kv_heads,
+        repeats,
+        heads_per_part,
+        scale,
+    )
+    if parts == 1:
+        return grad_key[0], grad_value[0]
+    return grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(key.dtype)
+
+
+def _run(kernel: Any, grid: tuple[int, ...], row: Launch, *arguments: Tensor | float) -> None:
+    """Launches a kernel on the device of its first argument, a tensor (T, heads, head_dim)."""
+    first = arguments[0]
+    assert isinstance(first, Tensor)
+    with on_device(first.device):
+        kernel[grid](*arguments, HEAD_DIM=first.shape[2], **_split(first.shape[2]), **row.kwargs())
+
+
+def _heads_per_part(programs: int, repeats: int, device: torch.device) -> int:
+    """Number of query heads that one program of the key gradient walks: all that share the key head, unless that makes
+    fewer than two programs for each streaming multiprocessor."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    wanted_parts = triton.cdiv(2 * multiprocessors, max(programs, 1))
+    return max(1, repeats // min(wanted_parts, repeats))
+
+
+def _check(query: Tensor) -> None:
+    if query.dtype not in TRITON_TYPES:
+        raise ValueError(f"impl: 'triton' has no {query.dtype}; use 'reference' or 'auto'")
+    size, largest = query.shape[-1], TRITON_MAX_HEAD_DIM
+    if not 1 <= size <= largest:
+        raise ValueError(f"query: impl 'triton' has head sizes from 1 to {largest}, not {size}; use 'auto'")
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """``x``, or a copy if its columns are not contiguous or offsets within a tile of 256 tokens exceed 31 bits."""
+    return x if x.stride(2) == 1 and 256 * x.stride(0) < 2**31 else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """The token stride and the head stride of each tensor, one tensor after the other."""
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def _split(head_dim: int) -> dict[str, int]:
+    """Splits a head's columns into two parts that are powers of two, each at least 16 as the matrix products require;
+    the second may be 0."""
+    first = max(16, 1 << (head_dim.bit_length() - 1))
+    rest = head_dim - first
+    return {"D0": first, "D1": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0}
+
+
+def _most_tiles(layout: SharedPrefixLayout, block: int) -> int:
+    """The largest number of tiles of any group. Reads only host tensors, so the host does not wait for the device."""
+    return max(-(-prompt // block) + -(-sum(completions) // block) for _, prompt, completions in layout.groups())
+
+
+def _segments(layout: SharedPrefixLayout) -> _Segments:
+    bounds = torch.stack((layout.cu_seqlens[:-1], layout.cu_seqlens[1:]))
+    lengths = layout.cu_seqlens.diff()
+    return _Segments(*bounds.repeat_interleave(lengths, dim=1, output_size=layout.num_tokens))
+
+
+# The compile suite's shape: 8 groups of 8 completions of 128 tokens after prompts of 1024, with Qwen2.5-VL-3B's heads.
+_GROUPS, _COMPLETIONS, _PROMPT, _COMPLETION = 8, 8, 1024, 128
+_HEADS, _KV_HEADS = 16, 2
+_TOKENS = _GROUPS * (_PROMPT + _COMPLETIONS * _COMPLETION)
+_PAIRS = _GROUPS * (
+    _PROMPT * (_PROMPT + 1) // 2 + _COMPLETIONS * (_COMPLETION * _PROMPT + _COMPLETION * (_COMPLETION + 1) // 2)
+)
+_SHAPE = f"B={_GROUPS} G={_COMPLETIONS} prompt={_PROMPT} completion={_COMPLETION} H={_HEADS} H_kv={_KV_HEADS}"
+_STRIDES = [f"{name}_stride_{axis}" for name in ("query", "key", "value", "grad") for axis in "TH"]
+_COUNTS = ("num_tokens", "num_tiles", "num_kv_heads", "repeats")
+
+
+def _keys_read(row: Launch) -> int:
+    """Number of keys that all tiles of queries of one head and one group load together."""
+    block_m, block_n = row.blocks["BLOCK_M"], row.blocks["BLOCK_N"]
+    prompt = sum(_tiled(begin, block_n) + _tiled(block_m, block_n) for begin in range(0, _PROMPT, block_m))
+    own = 0
+    for begin in range(0, _COMPLETIONS * _COMPLETION, block_m):
+        own += _tiled(_PROMPT, block_n) + _tiled(block_m + begin % _COMPLETION, block_n)
+    return prompt + own
+
+
+def _queries_read(row: Launch) -> int:
+    """Number of queries that all tiles of keys of one head and one group load together."""
+    block_m, block_n = row.blocks["BLOCK_M"], row.blocks["BLOCK_N"]
+    total = _COMPLETIONS * _COMPLETION
+    prompt = sum(_tiled(_PROMPT - begin + total, block_m) for begin in range(0, _PROMPT, block_n))
+    own = 0
+    for begin in range(0, total, block_n):
+        end = _tiled(min(begin + block_n, total), _COMPLETION)
+        own += _tiled(end - begin, block_m)
+    return prompt + own
+
+
+def _tiled(length: int, block: int) -> int:
+    return -(-length // block) * block
+
+
+def _forward_work(head_dim: int, dtype: torch.dtype, row: Launch) -> Work:
+    size = head_dim * dtype.itemsize
+    queries = 2 * _TOKENS * _HEADS * size + 4 * _HEADS * _TOKENS
+    keys = 2 * _TOKENS * _KV_HEADS * size
+    repeated = 2 * _GROUPS * _HEADS * _keys_read(row) * size
+    return _work(head_dim, dtype, queries + keys, queries + repeated, 2)
+
+
+def _dq_work(head_dim: int, dtype: torch.dtype, row: Launch) -> Work:
+    size = head_dim * dtype.itemsize
+    queries = 3 * _TOKENS * _HEADS * size + 8 * _HEADS * _TOKENS
+    keys = 2 * _TOKENS * _KV_HEADS * size
+    repeated = 2 * _GROUPS * _HEADS * _keys_read(row) * size
+    return _work(head_dim, dtype, queries + keys, queries + repeated, 3)
+
+
+def _dkdv_work(head_dim: int, dtype: torch.dtype, row: Launch) -> Work:
+    size = head_dim * dtype.itemsize
+    queries = 2 * _TOKENS * _HEADS * size + 8 * _HEADS * _TOKENS
+    keys = 4 * _TOKENS * _KV_HEADS * size
+    repeated = _GROUPS * _HEADS * _queries_read(row) * (2 * size + 8)
+    return _work(head_dim, dtype, queries + keys, keys + repeated, 4)
+
+
+def _delta_work(head_dim: int, dtype: torch.dtype, _: Launch) -> Work:
+    moved = _TOKENS * _HEADS * (2 * head_dim * dtype.itemsize + 4)
+    return Work(f"{_SHAPE} D={head_dim}", moved, moved, 2 * _TOKENS * _HEADS * head_dim)
+
+
+def _work(head_dim: int, dtype: torch.dtype, floor: int, moved: int, products: int) -> Work:
+    """The work of ``products`` matrix products over all pairs of a query and a key that it sees."""
+    operations = 2 * products * _PAIRS * _HEADS * head_dim
+    return Work(f"{_SHAPE} D={head_dim}", floor, moved, operations, "tensor" if dtype.itemsize == 2 else "fp32")
+
+
+_WORK = {
+    _shared_prefix_fwd_kernel: _forward_work,
+    _shared_prefix_delta_kernel: _delta_work,
+    _shared_prefix_dq_kernel: _dq_work,
+    _shared_prefix_dkdv_kernel: _dkdv_work,
+}
+
+
+def _spec(kernel: Any, head_dim: int, dtype: torch.dtype) -> KernelSpec:
+    types = dict.fromkeys(("starts_T", "ends_T", "cu_groups", "cu_prompts"), "*i32")
+    types |= dict.fromkeys(("lse_HT", "delta_HT"), "*fp32")
+    types |= dict.fromkeys((*_STRIDES, *_COUNTS, "num_heads", "heads_per_part", "part_stride"), "i32")
+    types["scale"] = "fp32"
+    constexprs = {"HEAD_DIM": head_dim, **_split(head_dim)}
+    streams = kernel is _shared_prefix_delta_kernel
+    return KernelSpec(
+        kernel=kernel,
+        dtype=dtype,
+        arguments={
+            name: types.get(name, f"*{TRITON_TYPES[dtype]}")
+            for name in kernel.arg_names
+            if name not in constexprs and not name.startswith("BLOCK")
+        },
+        constexprs=constexprs,
+        work=lambda row: _WORK[kernel](head_dim, dtype, row),
+        variant=f"d{head_dim}",
+        divisible=frozenset({*_STRIDES, "part_stride"}),
+        wide_store=not streams,
+        tensor_core=dtype.itemsize == 2 and not streams,
+    )
+
+
+_VARIANTS = [(d, torch.bfloat16) for d in (64, 80, 96, 128)] + [
+    (128, torch.float16),
+    (80, torch.float32),
+    (128, torch.float32),
+]
+KERNEL_SPECS = [_spec(kernel, *variant) for kernel in _WORK for variant in _VARIANTS]
