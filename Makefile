@@ -18,7 +18,7 @@ To train on the GPU, make an environment of its own:
 endef
 export GPU_NOTE
 
-.PHONY: demo test test-interpreter test-isa test-newest lint bench gpu
+.PHONY: demo test test-interpreter test-isa test-newest test-toolchain lint bench gpu
 demo: $(VENV)/.cpu
 	$(BIN)/balcaprl demo --out demo-run
 
@@ -31,6 +31,10 @@ test: $(VENV)/.test
 # The Triton kernels on CPU tensors: a process that interprets cannot compile, and slow. Single tests go where there is room.
 test-interpreter: $(VENV)/.test
 	TRITON_INTERPRET=1 TRITON_DEFAULT_FP_FUSION=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m interpreter -n 2 --dist worksteal tests/kernels
+
+# What compilers make of the sources: Triton kernels for sm_80, sm_90 and sm_100, the native library with sanitizers, archives.
+test-toolchain: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m toolchain $(PARALLEL)
 
 # The kernels' tests as if on older processors, and on this one with all that it has.
 test-isa: $(VENV)/.test

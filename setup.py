@@ -23,6 +23,7 @@ PACKAGE_DIR = {"balcaprl": "engine", "balcaprl.kernels": "kernels/ops"}
 PACKAGES = [
     "balcaprl",
     "balcaprl.assets",
+    "balcaprl.checkpoints",
     "balcaprl.cli",
     "balcaprl.config",
     "balcaprl.data",

@@ -1,141 +1,28 @@
-"""The registry of what is measured: ops x cases x providers. A new op adds one entry to ``OPS``.
+"""The registry of what is measured: ops x cases x providers (``providers.py``). A new op adds one entry to ``OPS``.
 
-A provider computes the op from the same tensors as all others. The providers are each of our implementations, the plain
-formulation that a trainer would write (``eager``), the same under ``torch.compile`` (``compile``), and the peers' own
-code (``peers.py``). Cases that ours lose are kept. Two things are ceilings and not peers: ``gemms``, the bare
-matrix products of the language-model head (one in the forward, two more for the gradients), and, for ops that only
-stream memory, the bandwidth of a copy.
+Cases that ours lose are kept. Two things are ceilings and not peers: ``gemms``, the bare matrix products of the
+language-model head (one in the forward, two more for the gradients), and, for ops that only stream memory, the
+bandwidth of a copy.
 """
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 import inputs
 import peers
 import torch
 from inputs import Case, Inputs
+from providers import Op, Provider, implementations, padded, plain, plain_loss, trl_loss
 from torch import Tensor
 
 from balcaprl import kernels
 from balcaprl.kernels.advantages.grouped_advantages import grouped_advantages_reference
 from balcaprl.kernels.head.linear_logprobs import linear_logprobs_reference
 from balcaprl.kernels.loss.policy_loss import policy_loss_reference
-from balcaprl.kernels.support import native
 
 LOSS = ("old_logprobs", "advantages", "cu_seqlens")
 FILTER_EPS = 2.0**-12
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One way to compute an op."""
-
-    run: Callable[[Inputs, Case], Tensor]
-    """Computes the differentiable output."""
-    gradients: Callable[[Inputs, Case], tuple[Tensor, ...]] | None = None
-    """Computes output and gradients in another way than autograd; None means autograd."""
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    needs: str | None = None
-    """A package that the provider needs and that may be missing."""
-    ours: bool = False
-    ceiling: bool = False
-    """Whether the provider does only the op's irreducible work and not the op, so that its result is not compared."""
-    every_token: bool = False
-    """Whether this is our code with a gradient for every token, in a case where some tokens have none. It is timed in
-    the same rounds to show what leaving out those tokens saves. Its result differs from the op's, so it is not compared
-    with the reference."""
-
-    def unavailable(self, device: torch.device) -> str | None:
-        """The reason why the provider cannot run on ``device``, or None if it can."""
-        if device.type not in self.devices:
-            return f"runs on {' and '.join(self.devices)} only"
-        if self.needs is not None and find_spec(self.needs) is None:
-            return f"{self.needs} is not installed"
-        return None
-
-
-@dataclass(frozen=True)
-class Op:
-    """One op with its cases, its providers, and the least work that any of them can do."""
-
-    name: str
-    cases: tuple[Case, ...]
-    make_inputs: Callable[[Case, torch.Generator], Inputs]
-    """Makes a case's inputs on torch's default device, which is also the generator's."""
-    providers: Mapping[str, Provider]
-    exact: Callable[[Inputs, Case], Tensor]
-    """Computes the reference, usually from float64 inputs; every provider is compared with it before it is timed."""
-    differentiable: tuple[str, ...] = ()
-    """Names of the inputs that get a gradient; empty if the op has no backward."""
-    floor_bytes: Callable[[Case], tuple[int, int]] = lambda case: (0, 0)
-    """The fewest bytes that a forward, and a forward with gradients, must read and write, each value once."""
-    floor_flops: Callable[[Case], tuple[int, int]] = lambda case: (0, 0)
-    """The fewest multiplications and additions of a forward, and of a forward with gradients, if matrix products bound
-    them."""
-    tolerance: Mapping[torch.dtype, float] = field(
-        default_factory=lambda: {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-    )
-    """Largest allowed error against ``exact`` by dtype: of outputs, relative to the largest value; of gradients, in the
-    2-norm."""
-
-
-def _impls(op: str, run: Callable[[Inputs, Case, str], Tensor]) -> dict[str, Provider]:
-    """Providers of our implementations of an op. ``native`` runs on the CPU, ``triton`` on CUDA."""
-    function = getattr(kernels, op)
-    devices = {"native": ("cpu",), "triton": ("cuda",)}
-    found = {}
-    for impl in sys.modules[function.__module__].IMPLS:
-        if impl == "native" and not native.is_available():
-            continue
-        provider = Provider(
-            lambda made, case, impl=impl: run(made, case, impl),
-            devices=devices.get(impl, ("cpu", "cuda")),
-            needs="triton" if impl == "triton" else None,
-            ours=True,
-        )
-        found[impl] = provider
-    # The fastest implementations come first, so that they lead the tables.
-    return {name: found[name] for name in ("native", "triton", "reference") if name in found}
-
-
-def _plain(eager: Callable[[Inputs, Case], Tensor]) -> dict[str, Provider]:
-    """Providers of a plain formulation: as it is, and under ``torch.compile`` with dynamic shapes, as batches of
-    varying length need them."""
-
-    @functools.cache
-    def compiled() -> Callable[[Inputs, Case], Tensor]:
-        return torch.compile(eager, dynamic=True)
-
-    return {"eager": Provider(eager), "compile": Provider(lambda made, case: compiled()(made, case))}
-
-
-def _padded(made: Inputs, names: tuple[str, ...]) -> list[Tensor]:
-    """Views of the named (T, ...) inputs as (R, L, ...); possible because all completions are equally long."""
-    num_rollouts = made["advantages"].shape[0]
-    return [made[name].unflatten(0, (num_rollouts, -1)) for name in names]
-
-
-def _trl_loss(logprobs: Tensor, made: Inputs) -> Tensor:
-    """TRL's ``dapo`` loss of (T,) log-probabilities; it is the same as our default loss."""
-    (old,) = _padded(made, ("old_logprobs",))
-    shaped = logprobs.view_as(old)
-    mask = torch.ones_like(old)
-    return peers.trl_policy_loss(shaped, mask, made["advantages"], loss_type="dapo", old_logprobs=old)
-
-
-def _plain_loss(logprobs: Tensor, made: Inputs) -> Tensor:
-    """The token-mean loss as a trainer's step would write it."""
-    num_tokens = logprobs.shape[0]
-    lengths = made["cu_seqlens"].diff()
-    advantages = made["advantages"].repeat_interleave(lengths, output_size=num_tokens)
-    ratio = (logprobs - made["old_logprobs"]).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
 
 
 # grouped_advantages. All providers use the method ``gdpo``, which is also TRL's.
@@ -162,13 +49,13 @@ GROUPED_ADVANTAGES = Op(
     ),
     make_inputs=inputs.rewards,
     providers={
-        **_impls(
+        **implementations(
             "grouped_advantages",
             lambda made, case, impl: kernels.grouped_advantages(
                 made["rewards"], case.sizes["size"], method="gdpo", impl=impl
             ),
         ),
-        **_plain(_advantages_eager),
+        **plain(_advantages_eager),
         "trl": Provider(
             lambda made, case: peers.trl_grouped_advantages(made["rewards"], case.sizes["size"]), needs="trl"
         ),
@@ -197,12 +84,12 @@ POLICY_LOSS = Op(
     ),
     make_inputs=inputs.logprobs,
     providers={
-        **_impls(
+        **implementations(
             "policy_loss",
             lambda made, case, impl: kernels.policy_loss(made["logprobs"], *(made[k] for k in LOSS), impl=impl).loss,
         ),
-        **_plain(lambda made, case: _plain_loss(made["logprobs"], made)),
-        "trl": Provider(lambda made, case: _trl_loss(made["logprobs"], made), needs="trl"),
+        **plain(lambda made, case: plain_loss(made["logprobs"], made)),
+        "trl": Provider(lambda made, case: trl_loss(made["logprobs"], made), needs="trl"),
     },
     exact=lambda made, case: policy_loss_reference(made["logprobs"], *(made[k] for k in LOSS)).loss,
     floor_bytes=_loss_bytes,
@@ -280,14 +167,14 @@ LINEAR_LOGPROBS = Op(
     cases=_head_cases(),
     make_inputs=inputs.head,
     providers={
-        **_impls(
+        **implementations(
             "linear_logprobs",
             lambda made, case, impl: (
                 kernels.linear_logprobs(made["hidden"], made["weight"], made["targets"], impl=impl).logprobs
             ),
         ),
         "gemms": _GEMMS,
-        **_plain(_eager_logprobs_and_entropy),
+        **plain(_eager_logprobs_and_entropy),
         "trl": Provider(
             lambda made, case: peers.trl_logprobs(made["hidden"], made["weight"], made["targets"])[0], needs="trl"
         ),
@@ -310,7 +197,7 @@ def _head_loss_every_token(made: Inputs, case: Case) -> Tensor:
 
 
 def _head_loss_liger(made: Inputs, case: Case, *, whole: bool) -> Tensor:
-    hidden, targets, old = _padded(made, ("hidden", "targets", "old_logprobs"))
+    hidden, targets, old = padded(made, ("hidden", "targets", "old_logprobs"))
     return peers.liger_linear_policy_loss(
         hidden,
         made["weight"],
@@ -326,7 +213,7 @@ def _head_loss_liger(made: Inputs, case: Case, *, whole: bool) -> Tensor:
 
 def _head_loss_trl(made: Inputs, case: Case) -> Tensor:
     logprobs, _ = peers.trl_logprobs(made["hidden"], made["weight"], made["targets"], outputs=())
-    return _trl_loss(logprobs, made)
+    return trl_loss(logprobs, made)
 
 
 _MIDDLE = {"tokens": 512, "hidden": 896, "vocabulary": 32_768, "rollouts": 8}
@@ -344,10 +231,10 @@ LINEAR_POLICY_LOSS = Op(
     ),
     make_inputs=inputs.head_loss,
     providers={
-        **_impls("linear_policy_loss", _head_loss_ours),
+        **implementations("linear_policy_loss", _head_loss_ours),
         "native-every-token": Provider(_head_loss_every_token, devices=("cpu",), every_token=True),
         "gemms": _GEMMS,
-        **_plain(lambda made, case: _plain_loss(_eager_logprobs(made), made)),
+        **plain(lambda made, case: plain_loss(_eager_logprobs(made), made)),
         "trl": Provider(_head_loss_trl, needs="trl"),
         # ``liger`` is Liger's default, one completion per chunk; ``liger-whole`` puts all completions into one chunk,
         # which is faster on a CPU.
@@ -372,18 +259,18 @@ def _logits_ours(made: Inputs, case: Case, impl: str) -> Tensor:
 
 
 def _logits_trl(made: Inputs, case: Case) -> Tensor:
-    return _trl_loss(peers.trl_logprobs_of_logits(made["logits"], made["targets"]), made)
+    return trl_loss(peers.trl_logprobs_of_logits(made["logits"], made["targets"]), made)
 
 
 def _eager_logits_loss(made: Inputs, case: Case) -> Tensor:
     logprobs = made["logits"].float().log_softmax(dim=-1).gather(1, made["targets"][:, None])[:, 0]
-    return _plain_loss(logprobs, made)
+    return plain_loss(logprobs, made)
 
 
 def _logits_liger(made: Inputs, case: Case) -> Tensor:
     """Liger's loss. Liger requires one more position per completion than it scores, so it gets its own padded logits,
     made at the first call."""
-    targets, old = _padded(made, ("targets", "old_logprobs"))
+    targets, old = padded(made, ("targets", "old_logprobs"))
     if "_longer" not in made:
         logits = made["logits"].detach().unflatten(0, (targets.shape[0], -1))
         made["_longer"] = torch.nn.functional.pad(logits, (0, 0, 0, 1)).requires_grad_()
@@ -416,8 +303,8 @@ LOGITS_POLICY_LOSS = Op(
     ),
     make_inputs=inputs.logits_loss,
     providers={
-        **_impls("logits_policy_loss", _logits_ours),
-        **_plain(_eager_logits_loss),
+        **implementations("logits_policy_loss", _logits_ours),
+        **plain(_eager_logits_loss),
         "trl": Provider(_logits_trl, needs="trl"),
         "liger": Provider(_logits_liger, _logits_liger_gradients, devices=("cuda",), needs="liger_kernel"),
     },

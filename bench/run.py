@@ -26,7 +26,8 @@ from pathlib import Path
 
 import torch
 from inputs import Case
-from registry import OPS, Op, applicable, sizes_row
+from providers import Op
+from registry import OPS, applicable, sizes_row
 from timing import MAX_ROUNDS, MIN_SAMPLE_SECONDS, Measurement, copy_bandwidth, gemm_rate, measure
 
 import balcaprl
@@ -36,9 +37,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("torch", "triton", "trl", "liger-kernel")
 SOURCES = (
-    "kernels/ops/*.py",
+    "kernels/ops/**/*.py",
     "kernels/csrc/**/*",
     "bench/inputs.py",
+    "bench/providers.py",
     "bench/registry.py",
     "bench/timing.py",
     "bench/peers.py",
@@ -63,11 +65,13 @@ def provenance(device: torch.device) -> dict[str, object]:
 
 
 def sources_digest(patterns: Iterable[str] = SOURCES) -> str:
-    """A short hash of the sources behind the figures; unlike the commit, it does not change when results are added."""
-    digest = hashlib.sha256()
-    for path in sorted({p for pattern in patterns for p in ROOT.glob(pattern) if p.is_file() and p.suffix != ".so"}):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
+    """A short hash of the sources behind the figures.
+
+    Unlike the commit, it changes neither when results are added nor when files are only moved or renamed.
+    """
+    files = {p for pattern in patterns for p in ROOT.glob(pattern) if p.is_file() and p.suffix not in (".so", ".pyc")}
+    contents = sorted(hashlib.sha256(path.read_bytes()).digest() for path in files)
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:12]
 
 
 def case_rows(op: Op, case: Case, measured: Measurement, device: torch.device, bandwidth: float) -> Iterator[dict]:

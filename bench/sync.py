@@ -35,7 +35,7 @@ from typing import Any
 
 import psutil
 
-SOURCES = ("engine/rollout/*.py", "engine/policy/*.py", "bench/sync.py")
+SOURCES = ("engine/rollout/**/*.py", "engine/policy/**/*.py", "bench/sync.py")
 WAYS = ("shared", "inplace", "reload", "trl")
 SIZES: dict[str, dict[str, Any]] = {
     "1m": {"hidden_size": 128, "intermediate_size": 256, "num_layers": 4, "num_heads": 4},

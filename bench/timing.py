@@ -31,10 +31,11 @@ from typing import Literal
 
 import torch
 from inputs import Case, Inputs
-from registry import Op, Provider, applicable, measure_inputs
+from providers import Op, Provider
+from registry import applicable, measure_inputs
 from torch import Tensor
 
-from balcaprl.kernels.head import native as native_head
+from balcaprl.kernels.head.native_logits_room import release_scratch
 
 Pass = Literal["forward", "backward", "both"]
 Call = Callable[[], tuple[Tensor, ...]]
@@ -384,7 +385,7 @@ def _bytes_of(tensors: tuple[Tensor, ...]) -> int:
 def _reset_high_water_mark() -> bool:
     """Returns free memory to the system, then resets the peak of resident memory to its present value. The result is
     False on systems that cannot do this."""
-    native_head.release_scratch()
+    release_scratch()
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

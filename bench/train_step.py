@@ -29,7 +29,7 @@ from typing import Any
 
 from sync import append, failure, stamp
 
-SOURCES = ("engine/**/*.py", "kernels/ops/*.py", "kernels/csrc/**/*", "bench/train_step.py")
+SOURCES = ("engine/**/*.py", "kernels/ops/**/*.py", "kernels/csrc/**/*", "bench/train_step.py")
 PROVIDERS = ("ours", "ours-hf", "trl", "trl-accumulated")
 WARMUP = 2
 WAITING = "waiting for its turn"

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from balcaprl.kernels import linear_policy_loss, policy_loss
 from balcaprl.policy import Group, Policy
+from balcaprl.policy.forward import text_inputs
 from balcaprl.policy.layers.attention import using_attention
 from balcaprl.policy.layers.fused import stock_layers
 
@@ -365,7 +366,7 @@ def _grouped_loss(policy: Policy, rollouts: Rollouts) -> Tensor:
     grouping = _grouping(rollouts, tokens.shape[1], device)
     image_index = (tokens == _IMAGE).flatten().nonzero()[:, 0]
     images = {name: torch.cat([g.image_inputs[name] for g in groups]) for name in groups[0].image_inputs}
-    inputs = policy.text_inputs(tokens, image_index, torch.arange(len(image_index), device=device), images)
+    inputs = text_inputs(policy, tokens, image_index, torch.arange(len(image_index), device=device), images)
     with using_attention(policy.text_model.config, PREFIX_GROUPER):
         hidden = policy.text_model(
             **inputs,

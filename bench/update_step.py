@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import os
 import statistics
@@ -35,7 +34,7 @@ from typing import Any
 
 import timing
 import torch
-from run import RESULTS, ROOT, SAME, cpu_name, provenance
+from run import RESULTS, SAME, cpu_name, provenance, sources_digest
 from torch import Tensor, nn
 from update_providers import PROVIDERS, SIZES, Forward, Rollouts, Shape, build_policy, make_rollouts
 
@@ -59,9 +58,9 @@ GPU_CASES = [ACCEPTANCE, Shape("3b", 8, 256, 128), Shape("3b", 8, 256, 512), Sha
 """Cases that fit 80 GB without gradient checkpointing, including the repeated batch's activations."""
 QUICK = Shape("3m", 3, 16, 8)
 SOURCES = (
-    "kernels/ops/*.py",
+    "kernels/ops/**/*.py",
     "kernels/csrc/**/*",
-    "engine/policy/*.py",
+    "engine/policy/**/*.py",
     "bench/update_*.py",
     "bench/timing.py",
     "bench/peers.py",
@@ -264,14 +263,6 @@ def measured_already(path: Path | None, where: dict[str, Any]) -> set[tuple[str,
     return {(r["case"], r["provider"]) for r in rows if all(r.get(name) == where.get(name) for name in keys)}
 
 
-def sources_digest() -> str:
-    """A short hash of all sources that the figures depend on."""
-    digest = hashlib.sha256()
-    for path in sorted({p for pattern in SOURCES for p in ROOT.glob(pattern) if p.is_file() and p.suffix != ".so"}):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", help="part of a case's name; may be repeated, all must match")
@@ -297,7 +288,7 @@ def main() -> None:
     if options.device.type == "cuda":
         path = options.output or path.with_name(f"{torch.cuda.get_device_name().replace(' ', '_')}.jsonl")
     target = None if str(path) == "-" else path
-    where = {**provenance(options.device), "sources": sources_digest(), "dtype": options.dtype}
+    where = {**provenance(options.device), "sources": sources_digest(SOURCES), "dtype": options.dtype}
     done = set() if options.fresh else measured_already(target, where)
     rate = timing.gemm_rate(getattr(torch, options.dtype), options.device)
     names, total = options.provider or list(PROVIDERS), 0.0

@@ -22,6 +22,8 @@ from balcaprl.kernels.support import native
 
 setuptools = pytest.importorskip("setuptools", "77", reason="wheels are built by setuptools 77 or newer")
 
+pytestmark = pytest.mark.toolchain
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"engine": "balcaprl", "kernels/ops": "balcaprl/kernels"}
 LIBRARY = f"balcaprl/kernels/{native.LIBRARY_NAME}"
@@ -145,7 +147,7 @@ def test_the_wheel_runs_where_no_checkout_is(installed: Path, tmp_path: Path) ->
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     where = "import balcaprl.kernels.support.native as n; print(n.__file__, n.is_available())"
     told = run(sys.executable, "-c", where, cwd=tmp_path, env=environment).split()
-    assert told == [str(installed / "balcaprl" / "kernels" / "native.py"), str(bool(TOOLS))]
+    assert told == [str(installed / "balcaprl" / "kernels" / "support" / "native.py"), str(bool(TOOLS))]
     balcaprl = (sys.executable, "-m", "balcaprl")
     assert run(*balcaprl, "--version", cwd=tmp_path, env=environment) == f"balcaprl {__version__}\n"
     recipe = str(installed / "balcaprl" / "recipes" / "demo.yaml")

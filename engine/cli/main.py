@@ -282,7 +282,7 @@ def _merge(options: Namespace) -> int:
 
     base = None if options.base is None else str(expand_home(options.base))
     check_merge(options.folder, options.out, base)  # before torch is imported
-    from balcaprl.training.merge import merge_checkpoint
+    from balcaprl.checkpoints.merge import merge_checkpoint
 
     merge_checkpoint(options.folder, options.out, base)
     print(options.out)

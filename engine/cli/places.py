@@ -33,7 +33,7 @@ def check_data_path(config: DataConfig) -> None:
 
 
 def check_merge(checkpoint: Path, out: Path, base: str | None) -> None:
-    """Raise the errors of ``balcaprl.training.merge.merge_checkpoint`` that the paths alone can show.
+    """Raise the errors of ``balcaprl.checkpoints.merge.merge_checkpoint`` that the paths alone can show.
 
     Raises:
         ModelFilesError: ``checkpoint`` or ``base`` names no folder, and cannot be a hub id.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from balcaprl.assets import demo_model_path
+from balcaprl.checkpoints.merge import refuse_other_base
 from balcaprl.config import TrainConfig
 from balcaprl.data import load_dataset
 from balcaprl.evaluation.b_capscore import evaluate_captions
@@ -15,7 +16,6 @@ from balcaprl.rewards import close_judge, make_judge
 from balcaprl.rewards.custom import CustomRewards
 from balcaprl.rollout import make_sampler
 from balcaprl.rollout.prompts import PromptMaker, held_out_prompts
-from balcaprl.training.merge import refuse_other_base
 
 
 def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None) -> dict[str, dict[str, float]]:

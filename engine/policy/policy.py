@@ -13,19 +13,12 @@ import torch
 from torch import Tensor
 
 from balcaprl.policy.agreement import check_agreement
-from balcaprl.policy.families import Family, ImageFeatures, Unknown, family_of
+from balcaprl.policy.families import Family, Unknown, family_of
+from balcaprl.policy.forward import last_hidden_states
 from balcaprl.policy.head import Head, LogitRule, head_module, known_ids
-from balcaprl.policy.layers.attention import (
-    SHARED_PREFIX,
-    checkpointing,
-    enable_checkpointing,
-    register,
-    sharing_obstacle,
-    using_attention,
-)
+from balcaprl.policy.layers.attention import checkpointing, enable_checkpointing, register, sharing_obstacle
 from balcaprl.policy.layers.fused import fuse_layers, unfuse_layers
-from balcaprl.policy.layers.last_layer import reading_only
-from balcaprl.policy.layers.tower import frozen_tower_features, is_frozen
+from balcaprl.policy.layers.tower import is_frozen
 from balcaprl.policy.packing import (
     Group,
     PackedBatch,
@@ -38,7 +31,14 @@ from balcaprl.policy.packing import (
 )
 from balcaprl.policy.parts import saved_tokens
 from balcaprl.policy.record_text import RecordText
-from balcaprl.policy.stock import check_family, load_stock, processor_of_adapter, with_adapter
+from balcaprl.policy.stock import (
+    check_family,
+    load_stock,
+    processor_of_adapter,
+    torch_device,
+    torch_dtype,
+    with_adapter,
+)
 from balcaprl.policy.weight_files import is_adapter, model_folder
 from balcaprl.types import Prompt, PromptError, Sample
 
@@ -94,7 +94,7 @@ class Policy:
             device: Device of the weights; ``auto`` takes the first CUDA device, or the CPU if there is none.
             attention: Name of transformers' attention implementation.
             freeze_vision: Keep the image tower fixed (its projection into the text model stays trainable).
-            fused_layers: Run small layers on fused kernels, as in ``layers.py``.
+            fused_layers: Run small layers on fused kernels, as in ``layers/fused.py``.
             base: The model that an adapter belongs to; the base named in the adapter's own files is ignored.
             verify: Also compare the files of a checkpoint with its manifest.
 
@@ -104,7 +104,7 @@ class Policy:
             ModelFilesError: The folder is damaged or holds what must not be loaded, or the hub cannot be reached.
             ValueError: torch has no such dtype, or an adapter comes without ``base``.
         """
-        weights_dtype, weights_device = _torch_dtype(dtype), _torch_device(device)
+        weights_dtype, weights_device = torch_dtype(dtype), torch_device(device)
         folder = model_folder(path_or_id, verify=verify, accept=check_family)
         if is_adapter(folder):
             if base is None:
@@ -350,74 +350,13 @@ class Policy:
         on_cpu = {key: value.cpu() for key, value in image_inputs.items() if key != "pixel_values"}
         return self.family.prompt_positions(self.stock_model, prompt_ids.cpu(), on_cpu)
 
-    def text_inputs(
-        self,
-        tokens: Tensor,
-        image_index: Tensor,
-        feature_index: Tensor,
-        image_inputs: dict[str, Tensor],
-        tower_cache: dict[Any, ImageFeatures] | None = None,
-    ) -> dict[str, Any]:
-        """Make the text model's inputs for rows of tokens (N, L): embeddings (N, L, D), with image features in place.
-
-        Args:
-            tokens: LongTensor (N, L): the ids of the rows.
-            image_index: LongTensor (I,): places of the placeholders in the flattened rows, ascending.
-            feature_index: LongTensor (I,): the feature row of each placeholder. The image tower runs once per image,
-                however many rows share the image.
-            image_inputs: Image tensors of all images.
-            tower_cache: Cache for the tower's output on these images, if they will be used again: a frozen tower then
-                runs only once.
-        """
-        embeds = self.model.get_input_embeddings()(tokens)
-        if not image_index.numel():
-            return {"inputs_embeds": embeds}
-        features = self._image_features(image_inputs, tower_cache)
-        rows = features.embeds.to(embeds.dtype).index_select(0, feature_index)
-        inputs = {"inputs_embeds": embeds.flatten(0, 1).index_copy(0, image_index, rows).view_as(embeds)}
-        if features.deepstack:
-            mask = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device)
-            inputs["visual_pos_masks"] = mask.index_fill(0, image_index, True).view_as(tokens)
-            inputs["deepstack_visual_embeds"] = [x.index_select(0, feature_index) for x in features.deepstack]
-        return inputs
-
-    def _image_features(self, image_inputs: dict[str, Tensor], cache: dict[Any, ImageFeatures] | None) -> ImageFeatures:
-        model = self.stock_model
-        if cache is not None and self.family.projections(model) and is_frozen(self.family.vision_modules(model)):
-            return frozen_tower_features(self.family, model, image_inputs, cache)
-        return self.family.image_features(model, image_inputs)
-
     def hidden_states(self, packed: PackedBatch) -> Tensor:
         """Compute last hidden states (T, D) at the positions that predict each completion token; differentiable."""
         if not packed.num_targets:
             return self.lm_head_weight[:0]
         with self.autocast(), checkpointing(self.model) if torch.is_grad_enabled() else nullcontext():
-            rows = self._last_hidden(packed) if self.family.is_known else self._whole_forward(packed)
+            rows = last_hidden_states(self, packed)
         return rows.flatten(0, 1).index_select(0, packed.predict_index)
-
-    def _last_hidden(self, packed: PackedBatch) -> Tensor:
-        """Run the text model on embeddings, in the layout of ``packed``; returns last hidden states (N, L, D)."""
-        text_model = self.text_model
-        inputs = self.text_inputs(
-            packed.tokens, packed.image_index, packed.feature_index, packed.image_inputs, packed.tower_cache
-        )
-        inputs |= {"position_ids": self.family.position_ids(packed.positions), "use_cache": False}
-        if packed.prefix_layout is None:
-            return text_model(**inputs, attention_mask=packed.attention_mask).last_hidden_state
-        with using_attention(text_model.config, SHARED_PREFIX), reading_only(text_model.layers[-1], packed.read):
-            return text_model(**inputs, attention_mask=None, prefix_layout=packed.prefix_layout).last_hidden_state
-
-    def _whole_forward(self, packed: PackedBatch) -> Tensor:
-        """Run a model whose parts are not known, with the images of each row; returns last hidden states (N, L, D)."""
-        assert packed.attention_mask is not None  # unknown families always get the repeated layout
-        model, parts, begin = self.stock_model.model, [], 0
-        for block in packed.blocks:
-            rows = slice(begin, begin + block.num_rows)
-            tokens, mask = packed.tokens[rows], packed.attention_mask[rows]
-            output = model(input_ids=tokens, attention_mask=mask, use_cache=False, **block.inputs)
-            parts.append(output.last_hidden_state)
-            begin = rows.stop
-        return torch.cat(parts)
 
     def logprobs(
         self,
@@ -497,16 +436,3 @@ class Policy:
         """Write a stock checkpoint folder: safetensors, configuration, generation config, processor and tokenizer."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-
-
-def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype must be a torch dtype or its name, such as float32 or bfloat16; got {dtype!r}")
-    return found
-
-
-def _torch_device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)

@@ -29,6 +29,25 @@ _PLAIN_INITS = (True, False, "gaussian")
 """Values of ``init_lora_weights`` that leave the model's own weights unchanged."""
 
 
+def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return a torch dtype that may be given by its name.
+
+    Raises:
+        ValueError: torch has no such dtype.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be a torch dtype or its name, such as float32 or bfloat16; got {dtype!r}")
+    return found
+
+
+def torch_device(device: str | torch.device) -> torch.device:
+    """Return a torch device; ``auto`` is the first CUDA device, or the CPU if there is none."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
 def check_family(folder: Path) -> None:
     """Refuse a folder whose configuration belongs to no supported family, before its weights are looked at.
 

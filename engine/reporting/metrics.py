@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics, evaluations, captions, and one line of progress.
+"""What a run writes while it goes: metrics, evaluations and captions.
 
 A run folder holds four JSON Lines files, in which each line is an object with a ``step``:
 
@@ -8,7 +8,8 @@ A run folder holds four JSON Lines files, in which each line is an object with a
 - ``eval_captions.jsonl`` has one line per rollout on a held-out image.
 
 ``rotation.py`` compresses older lines of the last two files into parts. TensorBoard events are in ``tensorboard/``, and
-pictures in ``eval_images/``. balcaprl marks the events and pictures that it writes, and only ever removes marked ones.
+pictures, which ``eval_images.py`` writes, in ``eval_images/``. balcaprl marks the events and pictures that it writes, and
+only ever removes marked ones.
 
 Two runs with the same seed on one machine write the same lines, except for the keys that :func:`is_reproducible`
 excludes.
@@ -16,22 +17,17 @@ excludes.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import logging
 import math
 import os
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import psutil
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from balcaprl.extras import pip_install
 from balcaprl.files import rotation
@@ -41,26 +37,21 @@ from balcaprl.files.jsonl import (
 from balcaprl.files.jsonl import plain
 from balcaprl.files.jsonl import read_jsonl as read_jsonl
 from balcaprl.files.jsonl import truncate_jsonl as truncate_jsonl
-from balcaprl.files.ownership import Claim, claim_folder, clear_partial_files, write_atomically
+from balcaprl.files.ownership import Claim, claim_folder, clear_partial_files
 from balcaprl.files.rotation import COMPLETIONS, EVAL_CAPTIONS, ROTATED
+from balcaprl.reporting.eval_images import EVAL_IMAGES, is_our_picture
 from balcaprl.types import Rollout, RolloutGroup
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
-EVAL_IMAGES = "eval_images"
 TENSORBOARD = "tensorboard"
 LOG_FILES = (METRICS, EVALUATIONS, COMPLETIONS, EVAL_CAPTIONS)
 _WRITTEN = (*LOG_FILES, "config.yaml", "summary.json", "report.html", "judge_usage.json")
 """Files that a run replaces as a whole."""
 _EVENTS_SUFFIX = ".balcaprl"
 """Suffix of the names of the TensorBoard files that balcaprl writes."""
-_PICTURE_MARK = ("Software", "balcaprl")
-"""PNG text that marks the pictures of balcaprl; it stands within the first 128 bytes of the file."""
 
 
 def nanmean(values: Iterable[float | None]) -> float:
@@ -85,36 +76,6 @@ def memory_metrics() -> dict[str, float]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         metrics["memory/cuda_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return metrics
-
-
-def eval_image_path(output_dir: Path, sample_id: str) -> Path:
-    """Path of the picture of a held-out sample: ``eval_images/<sample_id>.png``.
-
-    Sample ids come from data files. Characters that could lead out of the folder are percent-encoded, and a name that
-    is too long for a file system is cut and ends in a hash.
-    """
-    name = urllib.parse.quote(sample_id, safe=" ", errors="replace")
-    if len(name) > 200:
-        name = f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-    return Path(output_dir) / EVAL_IMAGES / f"{name}.png"
-
-
-def save_eval_image(output_dir: Path, sample_id: str, image: Image.Image) -> Path:
-    """Save a held-out image for the report, completely or not at all, and return its path."""
-    path = eval_image_path(output_dir, sample_id)
-    from PIL.PngImagePlugin import PngInfo
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mark, buffer = PngInfo(), io.BytesIO()
-    mark.add_text(*_PICTURE_MARK)
-    image.convert("RGB").save(buffer, format="PNG", pnginfo=mark)
-    write_atomically(path, buffer.getvalue())
-    return path
-
-
-def _is_our_picture(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return b"tEXt" + "\0".join(_PICTURE_MARK).encode() in file.read(128)
 
 
 # ---------------------------------------------------------------------------------------------------- records
@@ -290,7 +251,7 @@ class RunLog:
             (self.output_dir / name).unlink(missing_ok=True)
         events = (self.output_dir / TENSORBOARD).glob(f"events.out.tfevents.*{_EVENTS_SUFFIX}")
         pictures = (self.output_dir / EVAL_IMAGES).glob("*.png")
-        ours = [*events, *(path for path in pictures if path.is_file() and _is_our_picture(path))]
+        ours = [*events, *(path for path in pictures if path.is_file() and is_our_picture(path))]
         for path in ours:
             path.unlink()
 
@@ -374,101 +335,3 @@ class PhaseTimer:
             metrics = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
             metrics["time/step"] = time.perf_counter() - self._started
         return metrics
-
-
-# ---------------------------------------------------------------------------------------------------- progress
-
-
-class ProgressLine:
-    """One live line on a terminal; elsewhere a plain line now and then, fit for a log file.
-
-    Args:
-        num_steps: number of steps of the whole run.
-        start_step: number of steps that are already done when a run resumes.
-        every_steps: number of steps after which the next plain line is due.
-        every_seconds: number of seconds after which the next plain line is due, if that is sooner.
-        console: rich console; by default standard error, so that standard output stays free for results.
-    """
-
-    def __init__(
-        self,
-        num_steps: int,
-        start_step: int = 0,
-        *,
-        every_steps: int = 10,
-        every_seconds: float = 10.0,
-        console: Console | None = None,
-    ) -> None:
-        self.console = console or Console(stderr=True)
-        self._num_steps, self._start_step = num_steps, start_step
-        self._every_steps, self._every_seconds = every_steps, every_seconds
-        self._printed_at = time.monotonic()
-        self._printed_step = start_step
-        # Without a terminal, the bar is never started and only estimates the time left. The first step does not count
-        # for the estimate, because it loads and compiles.
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=12))
-        self._progress = Progress(
-            *columns,
-            console=self.console,
-            transient=False,
-            speed_estimate_period=_ETA_WINDOW_S,
-            get_time=lambda: time.monotonic(),
-        )
-        self._task = self._progress.add_task(f"step {start_step}/{num_steps}", total=num_steps, completed=start_step)
-        if self.console.is_terminal:
-            self._progress.start()
-
-    def __enter__(self) -> ProgressLine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Show the state after ``step`` steps, without metrics that are missing."""
-        self._progress.update(self._task, completed=step)
-        task = self._progress.tasks[0]
-        line = f"step {step}/{self._num_steps}{format_metrics(metrics)}  eta {TimeRemainingColumn().render(task)}"
-        if self.console.is_terminal:
-            self._progress.update(self._task, description=line)
-            return
-        now = time.monotonic()
-        due = step - self._printed_step >= self._every_steps or now - self._printed_at >= self._every_seconds
-        first = self._printed_step == self._start_step
-        if due or first or step >= self._num_steps:
-            self.message(line)
-            self._printed_step, self._printed_at = step, now
-
-    def message(self, text: str) -> None:
-        """Print a line of its own, above the live line where there is one."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        """Keep the last line on the screen and release the terminal; closing twice is harmless."""
-        if self.console.is_terminal:
-            self._progress.stop()
-
-
-_ETA_WINDOW_S = 3600.0
-"""Seconds of past steps from which the time left is estimated: one hour."""
-
-
-_SHOWN = (
-    ("reward/b_capscore", "b-cap", "{:.3f}"),
-    ("reward/precision", "prec", "{:.3f}"),
-    ("reward/recall", "rec", "{:.3f}"),
-    ("reward/linguistic", "ling", "{:.3f}"),
-    ("length_ratio", "len", "{:.2f}"),
-    ("sampling_kl", "kl", "{:.1e}"),
-    ("tokens_per_second", "tok/s", "{:.0f}"),
-)
-
-
-def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """The few metrics that show whether a run is healthy, such as ``  b-cap 0.512  prec 0.481``."""
-    parts = []
-    for key, label, pattern in _SHOWN:
-        value = metrics.get(key)
-        if value is not None:
-            parts.append(f"  {label} {pattern.format(float(value)) if math.isfinite(value) else '-'}")
-    return "".join(parts)

@@ -24,7 +24,8 @@ from markupsafe import Markup
 from balcaprl.data.images.files import ImageError, load_image
 from balcaprl.files.ownership import ForeignPathError, has_mark, refuse_foreign_file, write_atomically
 from balcaprl.reporting.charts import Chart, Series, line_chart, moving_mean, stacked_chart
-from balcaprl.reporting.metrics import eval_image_path, nanmean
+from balcaprl.reporting.eval_images import eval_image_path
+from balcaprl.reporting.metrics import nanmean
 from balcaprl.reporting.run_reading import RUN_FILES, Run, load_run, measured
 
 logger = logging.getLogger(__name__)

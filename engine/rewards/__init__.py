@@ -3,7 +3,8 @@
 from balcaprl.rewards.columns import advantage_inputs, reward_matrix, write_advantages
 from balcaprl.rewards.judge import Judge, ScoreStats
 from balcaprl.rewards.lexical.judge import LexicalJudge
-from balcaprl.rewards.scoring import GroupScorer, close_judge, make_judge, score_groups
+from balcaprl.rewards.registry import close_judge, make_judge
+from balcaprl.rewards.scoring import GroupScorer, score_groups
 from balcaprl.types import JudgeStoppedError
 
 __all__ = [

@@ -28,8 +28,8 @@ import numpy as np
 from balcaprl.config import TrainConfig
 from balcaprl.data.scenes import flawed_caption, scene_sample
 from balcaprl.rewards.judge import BackgroundJudge, Judge, score_safely, validated
+from balcaprl.rewards.registry import close_judge, make_judge
 from balcaprl.rewards.scenes.judge import SceneJudge
-from balcaprl.rewards.scoring import close_judge, make_judge
 from balcaprl.types import REWARD_NAMES, Assertion, RewardBreakdown, Sample
 
 GRADES = ("clarity", "fluency", "coherence")

@@ -30,6 +30,16 @@ class Judge(Protocol):
         ...
 
 
+class NoJudge:
+    """Gives no scores for the three rewards, for a run that learns only from ``reward.custom``."""
+
+    name = "none"
+
+    def score(self, sample: Sample, captions: Sequence[str]) -> list[RewardBreakdown]:
+        """Return breakdowns without scores."""
+        return [RewardBreakdown() for _ in captions]
+
+
 @runtime_checkable
 class BackgroundJudge(Judge, Protocol):
     """A judge that scores in the background: it takes groups as they are sampled, and sampling goes on meanwhile."""

@@ -1,11 +1,12 @@
-"""Samplers: in-process vLLM, and transformers as the fallback."""
+"""Samplers (vLLM in this process, a vLLM server, transformers' own model), and the prompts that they take."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from balcaprl.rollout.hf import HFRollout
-from balcaprl.rollout.sampler import Sampler, make_sampler
+from balcaprl.rollout.registry import make_sampler
+from balcaprl.rollout.sampler import Sampler
 
 if TYPE_CHECKING:
     from balcaprl.rollout.vllm.rollout import VLLMRollout

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from balcaprl.config import SamplingConfig
 from balcaprl.policy import Policy
+from balcaprl.policy.forward import text_inputs
 from balcaprl.policy.packing import merge_image_inputs
 from balcaprl.rollout.sampler import Draw, check_context, check_request, first_stop, gather, make_rollouts
 from balcaprl.types import DivergedError, Prompt, RolloutGroup, SyncReport
@@ -194,7 +195,7 @@ class _Decoder:
         image_inputs = merge_image_inputs([prompt.image_inputs for prompt in self._prompts], device)
         feature_index = torch.arange(len(image_index), device=device)
         self._mask = self._mask.to(device)
-        inputs = policy.text_inputs(tokens.to(device), image_index, feature_index, image_inputs)
+        inputs = text_inputs(policy, tokens.to(device), image_index, feature_index, image_inputs)
         hidden = self._run(inputs, positions.to(device))
         self._cache.batch_repeat_interleave(group_size)
         self._mask = self._mask.repeat_interleave(group_size, 0)

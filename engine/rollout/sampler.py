@@ -1,16 +1,14 @@
-"""The interface and common code of all samplers, and the choice of one by configuration."""
+"""The interface and common code of all samplers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from balcaprl.config import SamplingConfig, TrainConfig
+from balcaprl.config import SamplingConfig
 from balcaprl.logtext import printable
 from balcaprl.policy import Policy
 from balcaprl.types import Completion, Prompt, Rollout, RolloutGroup, SyncReport
@@ -89,51 +87,6 @@ class Sampler(Protocol):
     def close(self) -> None:
         """Free the sampler's resources. A closed sampler cannot generate."""
         ...
-
-
-def make_sampler(config: TrainConfig, policy: Policy, folder: Path | None = None) -> Sampler:
-    """Make the sampler that ``config.rollout.sampler`` asks for; ``auto`` takes vLLM if it is installed.
-
-    Args:
-        config: the configuration, of which only the rollout section is used.
-        policy: the policy to sample from.
-        folder: the caller's own folder, to which nobody else writes, for files that a sampler has to write; None for a
-            temporary folder.
-
-    Raises:
-        RuntimeError: ``vllm`` is asked for and not installed; the message says how to install it.
-        ValueError: ``rollout.max_staleness`` is set, and the sampler is ``hf``, which has no weights of its own.
-    """
-    name = config.rollout.sampler
-    if name == "auto":
-        name = "vllm" if find_spec("vllm") is not None else "hf"
-    if name == "hf" and config.rollout.max_staleness:
-        raise ValueError("rollout.max_staleness = 1 needs a sampler with weights of its own, and vLLM is not installed")
-    if name == "vllm":
-        from balcaprl.rollout.vllm.rollout import VLLMRollout
-
-        return VLLMRollout(
-            policy,
-            max_completion_tokens=config.rollout.sampling.max_completion_tokens,
-            memory_gib=config.rollout.vllm_memory_gib,
-            gpu_memory_utilization=config.rollout.vllm_gpu_memory_utilization,
-            sync=config.rollout.sync,
-            probe=config.rollout.sync_probe,
-            independent=config.rollout.max_staleness > 0,
-            sleep=config.rollout.vllm_sleep,
-        )
-    if name == "server":
-        from balcaprl.rollout.server import ServerRollout
-
-        return ServerRollout(
-            policy,
-            url=config.rollout.server_url,
-            weights_dir=config.rollout.server_weights_dir or (None if folder is None else folder / "server-weights"),
-            api_key_env=config.rollout.server_api_key_env,
-        )
-    from balcaprl.rollout.hf import HFRollout
-
-    return HFRollout(policy)
 
 
 def check_request(prompts: Sequence[Prompt], group_size: int) -> None:

@@ -1,1 +1,1 @@
-"""The training loop: trainer, pipeline, update, optimiser, checkpoints."""
+"""The training loop: trainer, pipeline, update, optimiser."""

@@ -8,9 +8,7 @@ digest of the reference, so that a resumed run measures from the same reference 
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -18,12 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from balcaprl.policy import PackedBatch, Policy
+from balcaprl.policy.weight_digest import BASE, START, digest_of
 from balcaprl.rollout.adapters import adapted_modules, delta_of
-
-_SAMPLES = 1024
-"""Number of elements of each tensor that go into a digest."""
-_ADAPTER_PARTS = re.compile(r"\.lora_\w+\.|\.modules_to_save\.")
-_WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.)")
 
 
 class Reference(Protocol):
@@ -37,7 +31,7 @@ class Reference(Protocol):
 class WithoutAdapter:
     """The ``Reference`` of a policy that trains only adapters: the policy without them."""
 
-    kind = "base"
+    kind = BASE
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -60,7 +54,7 @@ class StartingWeights:
         ValueError: the two policies have different parameters.
     """
 
-    kind = "start"
+    kind = START
 
     def __init__(self, policy: Policy, start: Policy) -> None:
         self._policy = policy
@@ -106,42 +100,20 @@ def adapter_adds_nothing(policy: Policy) -> bool:
     return all(delta is None or not delta.any() for delta in deltas)
 
 
-def digest_of(policy: Policy, kind: str) -> str:
-    """Digest that tells two sets of weights apart.
+def make_reference(
+    policy: Policy, start: Callable[[], Policy], before: dict[str, str] | None
+) -> tuple[Reference, dict[str, str]]:
+    """Reference of the divergence, and the kind and digest by which a checkpoint records it.
 
-    The kind ``base`` covers the model beneath an adapter, the kind ``start`` all weights. The digest covers names,
-    shapes and ``_SAMPLES`` evenly spaced elements of each tensor. That suffices, because two fine-tunes of one model
-    differ nearly everywhere.
+    Args:
+        policy: the policy that is trained.
+        start: function that returns the policy with which the run began or begins; this may be ``policy`` itself.
+        before: kind and digest in the checkpoint that the run resumes from; None if there are none.
     """
-    if kind == StartingWeights.kind:
-        return _digest(policy.model.named_parameters())
-    return _digest_of_base(policy.stock_model, None)
-
-
-def is_of_base(model: nn.Module, digest: str) -> bool:
-    """Whether ``digest``, of kind ``base``, is that of the stock model, as it is or rounded to 16 bits.
-
-    The model may carry an adapter.
-    """
-    return any(_digest_of_base(model, dtype) == digest for dtype in (None, torch.bfloat16, torch.float16))
-
-
-def _digest_of_base(model: nn.Module, dtype: torch.dtype | None) -> str:
-    # What is trained with an adapter, such as biases or the rows of some tokens, is no part of the base, whatever its
-    # name.
-    named = [(n, p) for n, p in model.named_parameters() if not p.requires_grad and not _ADAPTER_PARTS.search(n)]
-    return _digest(((_WRAPPERS.sub("", name), parameter) for name, parameter in named), dtype)
-
-
-def _digest(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:
-    """SHA-256 of the tensors as they are, or as they would be in ``dtype``."""
-    digest = hashlib.sha256()
-    pieces = []
-    for name, tensor in tensors:
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().flatten()
-        places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLES, flat.numel()), dtype=torch.float64)
-        pieces.append(flat[places.long().to(flat.device)].to(dtype or flat.dtype).float())
-    if pieces:
-        digest.update(torch.cat([piece.to(pieces[0].device) for piece in pieces]).cpu().numpy().tobytes())
-    return digest.hexdigest()
+    if before is not None and before.get("kind") == WithoutAdapter.kind:
+        return WithoutAdapter(policy), {"kind": WithoutAdapter.kind, "digest": digest_of(policy, WithoutAdapter.kind)}
+    begun = start()
+    if before is None and adapter_adds_nothing(begun):
+        return WithoutAdapter(policy), {"kind": WithoutAdapter.kind, "digest": digest_of(begun, WithoutAdapter.kind)}
+    digest = digest_of(begun, StartingWeights.kind)
+    return StartingWeights(policy, begun), {"kind": StartingWeights.kind, "digest": digest}

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from balcaprl.checkpoints.checkpoint import TrainerState, list_checkpoints, newest_whole
 from balcaprl.config import TrainConfig
 from balcaprl.training.optim import learning_rate
 
@@ -21,6 +23,23 @@ logger = logging.getLogger(__name__)
 
 # Fields and sections in which a resumed run may always differ from its start.
 FREE_FIELDS = ("output_dir", "steps", "threads", "checkpoint", "logging", "evaluation", "endpoint")
+
+
+def checkpoint_to_resume(config: TrainConfig) -> tuple[Path, TrainerState] | None:
+    """The newest whole checkpoint of the run folder and its state; None if there is none.
+
+    Raises:
+        ValueError: the run may not resume, or not with this configuration.
+    """
+    if list_checkpoints(config.output_dir) and not config.checkpoint.resume:
+        raise ValueError(
+            f"{config.output_dir} holds a run with checkpoints, and checkpoint.resume is false: choose another "
+            "output_dir, or remove the folder to start over"
+        )
+    found = newest_whole(config.output_dir)
+    if found is not None:
+        refuse_changed_config(found[1].config, config)
+    return found
 
 
 def changed_fields(saved: dict[str, Any], current: TrainConfig) -> dict[str, tuple[Any, Any]]:

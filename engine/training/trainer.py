@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
+from balcaprl.checkpoints.checkpoint import TrainerState, clear_partial_checkpoints, list_checkpoints, save_checkpoint
 from balcaprl.config import TrainConfig
 from balcaprl.data import Dataset, load_dataset
 from balcaprl.data.digest import data_digest
 from balcaprl.evaluation import Evaluation, evaluate_captions
-from balcaprl.evaluation.b_capscore import summarise
-from balcaprl.files.ownership import Claim, claim_folder, write_atomically
+from balcaprl.files.ownership import Claim
 from balcaprl.policy import Policy
 from balcaprl.policy.stock import load_into, unsaved_parameters
-from balcaprl.reporting.metrics import PhaseTimer, ProgressLine, RunLog, memory_metrics, nanmean, save_eval_image
-from balcaprl.reporting.report import write_report
-from balcaprl.reporting.summary import write_summary
+from balcaprl.policy.weight_digest import digest_of
+from balcaprl.reporting.metrics import PhaseTimer, memory_metrics, nanmean
 from balcaprl.rewards import (
     GroupScorer,
     Judge,
@@ -36,31 +31,23 @@ from balcaprl.rewards import (
     make_judge,
     write_advantages,
 )
-from balcaprl.rewards.balance import within_group_correlations
 from balcaprl.rewards.columns import reward_of
 from balcaprl.rewards.custom import CustomRewards
 from balcaprl.rollout import Sampler, make_sampler
 from balcaprl.rollout.prompts import HeldOut, PromptMaker, PromptStream, held_out_prompts
-from balcaprl.training.checkpoint import (
-    TrainerState,
-    clear_partial_checkpoints,
-    list_checkpoints,
-    newest_whole,
-    save_checkpoint,
-)
 from balcaprl.training.learning import LearningWatch, NothingToLearnError, refuse_unfinite_samples
 from balcaprl.training.optim import PolicyOptimizer
 from balcaprl.training.pipeline import RolloutPipeline, SampledStep
 from balcaprl.training.prospects import refuse_hopeless, warn_of_doubts
-from balcaprl.training.reference import Reference, StartingWeights, WithoutAdapter, adapter_adds_nothing, digest_of
-from balcaprl.training.resume import refuse_changed_config, refuse_other_origin, tell_learning_rate
+from balcaprl.training.record import RunRecord, claim_run_folder, reward_metrics
+from balcaprl.training.reference import Reference, make_reference
+from balcaprl.training.resume import checkpoint_to_resume, refuse_other_origin, tell_learning_rate
+from balcaprl.training.signals import first_signal
 from balcaprl.training.telemetry import SamplingAlarm, SamplingGap, device_metrics, speed_metrics, sync_metrics
 from balcaprl.training.update import PolicyUpdate
-from balcaprl.types import DivergedError, RewardBreakdown, RolloutGroup
+from balcaprl.types import DivergedError, RewardBreakdown, RolloutGroup, SyncReport
 
 logger = logging.getLogger(__name__)
-
-NUM_REPORT_IMAGES = 12
 
 
 class Trainer:
@@ -78,26 +65,25 @@ class Trainer:
         policy: Policy | None = None,
     ) -> None:
         self.config = config
-        self.claim = claim_run_folder(config)
+        claim = claim_run_folder(config)
         try:
-            self._set_up(config, judge=judge, sampler=sampler, policy=policy)
+            self._set_up(claim, judge, sampler, policy)
         except BaseException:
-            self.claim.release()
+            claim.release()
             raise
 
-    def _set_up(
-        self, config: TrainConfig, *, judge: Judge | None, sampler: Sampler | None, policy: Policy | None
-    ) -> None:
+    def _set_up(self, claim: Claim, judge: Judge | None, sampler: Sampler | None, policy: Policy | None) -> None:
+        config = self.config
         self.step = 0
         self.policy_version = 0
+        self.num_unfinite = 0
         self.stop_signal: int | None = None
         refuse_hopeless(config)
         self.watch = LearningWatch(config)
         torch.set_num_threads(config.threads or torch.get_num_threads())
         torch.manual_seed(config.seed)
         clear_partial_checkpoints(config.output_dir)
-        resumed = self._checkpoint_to_resume()
-        checkpoint, state = resumed or (None, None)
+        checkpoint, state = checkpoint_to_resume(config) or (None, None)
         # Load the user's own code first, so that it fails before anything heavy is loaded.
         custom = CustomRewards(config.reward.custom)
         self.dataset: Dataset = load_dataset(config.data, seed=config.seed)
@@ -129,29 +115,24 @@ class Trainer:
         if checkpoint is not None and state is not None:
             self._restore(checkpoint, state)
         self.resumed_from = self.step if checkpoint is not None else None
+        self.record = RunRecord(config, claim, self.resumed_from)
         self.sampler = sampler or make_sampler(config, self.policy, config.output_dir)
         if sampler is not None:
             self._take_over(sampler)
         self.timer = PhaseTimer(torch.cuda.synchronize if self.policy.device.type == "cuda" else None)
         self._held_out: HeldOut | None = None
         self.sampler.policy_version = self.policy_version
+        self.sync_report = SyncReport("none yet", 0, 0, 0.0, self.policy_version)
         self.gap, self.alarm = SamplingGap(), SamplingAlarm(config.rollout.sampling_kl_limit)
         self.update = PolicyUpdate(
             self.policy, self.optimizer, config, reference, self.gap.add, starts_at_reference=True
         )
-        self.pipeline = RolloutPipeline(
-            config.rollout,
-            self.sampler,
-            self.stream,
-            make_scorer=lambda: GroupScorer(self.judge, config.reward, self.policy.count_tokens, custom),
-            step_seed=lambda step: step_seed(config.seed, step),
-            timer=self.timer,
-        )
+        self.pipeline = self._make_pipeline(custom)
 
     def train(self) -> dict[str, Any]:
         """Run until ``config.steps`` steps are done or a signal asks to stop; return the run's summary."""
         config = self.config
-        with self._open_logs(), self._stop_on_signals(), self._left_whole_if_it_diverges():
+        with self.record.opened(), first_signal(self._stop_after_this_step), self._left_whole_if_it_diverges():
             if self.resumed_from is None:
                 self.evaluate()
             while self.step < config.steps and self.stop_signal is None:
@@ -172,7 +153,7 @@ class Trainer:
                 self.save_if_due()
                 self.stop_if_nothing_is_learnt(groups, stats)
             self.save()
-            summary = self.finish()
+            summary = self.record.finish(self.sampler.name)
             if self.stop_signal is None:
                 self.watch.finish()
             return summary
@@ -220,11 +201,8 @@ class Trainer:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         num_tokens = sum(len(r.completion.token_ids) for r in rollouts)
         names = self.config.reward.names
-        scores = summarise(groups, names)
         metrics = {
-            **{f"reward/{name}": scores[name] for name in (*self.config.reward.names, "b_capscore")},
-            "length_ratio": scores["length_ratio"],
-            **{f"correlation/{pair}": v for pair, v in within_group_correlations(groups, names).items()},
+            **reward_metrics(groups, names),
             **stats.metrics(),
             **losses,
             "num_missing_scores": float(
@@ -244,9 +222,7 @@ class Trainer:
             **memory_metrics(),
             **device_metrics(self.policy.device),
         }
-        self.log.log_step(self.step, metrics)
-        self.log.log_completions(self.step, groups)
-        self.progress.update(self.step, metrics)
+        self.record.write_step(self.step, metrics, groups)
 
     # ------------------------------------------------------------------------------------------------ evaluation
 
@@ -277,15 +253,8 @@ class Trainer:
                 batch_size=settings.batch_size,
                 num_excluded=held_out.num_excluded,
             )
-            self.log.log_evaluation(self.step, mode, results[mode].scores)
-            self.log.log_eval_captions(self.step, mode, results[mode].groups)
-        scores = results["sampled"].scores
-        over = f" over {scores['num_images']} images" if held_out.num_excluded else ""
-        self.progress.message(
-            f"step {self.step}: held-out b-CapScore{over} {scores['b_capscore']:.3f} (precision {scores['precision']:.3f}, "
-            f"recall {scores['recall']:.3f}, linguistic {scores['linguistic']:.3f}), "
-            f"greedy {results['greedy'].scores['b_capscore']:.3f}"
-        )
+            self.record.write_evaluation(self.step, mode, results[mode])
+        self.record.tell_evaluation(self.step, results)
         return results
 
     @property
@@ -293,8 +262,7 @@ class Trainer:
         """The held-out images, prepared once; the first few are saved for the report."""
         if self._held_out is None:
             self._held_out = held_out_prompts(self.dataset, self.make_prompt)
-            for prompt in self._held_out.prompts[:NUM_REPORT_IMAGES]:
-                save_eval_image(self.config.output_dir, prompt.sample.sample_id, prompt.image)
+            self.record.save_pictures(self._held_out.prompts)
         return self._held_out
 
     # ------------------------------------------------------------------------------------------------ the run
@@ -315,7 +283,7 @@ class Trainer:
             SaveError: the disk is full or cannot be written; the partial checkpoint is removed.
         """
         self.pipeline.settle()
-        self.log.sync()
+        self.record.sync()
         self.optimizer.check()
         state = TrainerState(
             step=self.step,
@@ -335,36 +303,12 @@ class Trainer:
         except NothingToLearnError as error:
             raise NothingToLearnError(f"{error}. The run is saved at step {self.step}: {self.save()}") from error
 
-    def finish(self) -> dict[str, Any]:
-        """Write summary and report, and return the summary."""
-        summary = write_summary(
-            self.config.output_dir,
-            sampler=self.sampler.name,
-            seed=self.config.seed,
-            planned_steps=self.config.steps,
-        )
-        write_report(self.config.output_dir)
-        return summary
-
     def close(self) -> None:
         """Free the sampler, the judge and the run folder."""
         self.pipeline.close()
         self.sampler.close()
         close_judge(self.judge)
-        self.claim.release()
-
-    def _checkpoint_to_resume(self) -> tuple[Path, TrainerState] | None:
-        """The newest whole checkpoint of the run folder and its state, or None; refuse a run that may not resume."""
-        config = self.config
-        if list_checkpoints(config.output_dir) and not config.checkpoint.resume:
-            raise ValueError(
-                f"{config.output_dir} holds a run with checkpoints, and checkpoint.resume is false: choose another "
-                "output_dir, or remove the folder to start over"
-            )
-        found = newest_whole(config.output_dir)
-        if found is not None:
-            refuse_changed_config(found[1].config, config)
-        return found
+        self.record.close()
 
     def _measure_from(self, state: TrainerState | None, *, passed: bool) -> Reference | None:
         """Make the reference of the divergence and note it in the origin; None if there is no divergence term.
@@ -388,6 +332,17 @@ class Trainer:
         reference, self.origin["reference"] = make_reference(policy, start, before)
         return reference
 
+    def _make_pipeline(self, custom: CustomRewards) -> RolloutPipeline:
+        config = self.config
+        return RolloutPipeline(
+            config.rollout,
+            self.sampler,
+            self.stream,
+            make_scorer=lambda: GroupScorer(self.judge, config.reward, self.policy.count_tokens, custom),
+            step_seed=lambda step: step_seed(config.seed, step),
+            timer=self.timer,
+        )
+
     def _take_over(self, sampler: Sampler) -> None:
         """Check a sampler that was passed, and give it the weights of a resumed run."""
         of = getattr(sampler, "policy", None)
@@ -409,28 +364,6 @@ class Trainer:
             raise ValueError(f"{checkpoint}: {error}") from error
         tell_learning_rate(state.config, self.config, self.optimizer.num_updates)
         logger.info("resuming %s at step %d", self.config.output_dir, self.step)
-
-    @contextmanager
-    def _open_logs(self) -> Iterator[None]:
-        """Open the run's files; when they are closed, another run may use the folder."""
-        config = self.config
-        if not self.claim.is_held:  # an earlier call of ``train`` has released the claim
-            self.claim = claim_run_folder(config)
-        with self.claim:
-            plain = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-            write_atomically(config.output_dir / "config.yaml", plain.encode())
-            self.log = RunLog(
-                config.output_dir,
-                config.logging.tensorboard,
-                config.logging.completions,
-                resume_step=self.resumed_from,
-                claim=self.claim,
-                part_bytes=config.logging.completions_part_mib << 20,
-                parts_max_bytes=config.logging.completions_max_mib << 20,
-            )
-            self.progress = ProgressLine(config.steps, self.step)
-            with self.log, self.progress:
-                yield
 
     @contextmanager
     def _saved_if_the_judge_stops(self) -> Iterator[None]:
@@ -456,35 +389,9 @@ class Trainer:
                 "be given to a resumed run: checkpoint.allow_changes: [optim.lr]"
             ) from error
 
-    @contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        """End and save the run after the present step on SIGINT or SIGTERM; end it at once on a second signal."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-        def stop(number: int, _frame: FrameType | None) -> None:
-            self.stop_signal = number
-            for each, handler in previous.items():
-                signal.signal(each, handler)
-            self.progress.message("stopping after this step; signal again to stop at once")
-
-        for each in previous:
-            signal.signal(each, stop)
-        try:
-            yield
-        finally:
-            for each, handler in previous.items():
-                signal.signal(each, handler)
-
-
-def claim_run_folder(config: TrainConfig) -> Claim:
-    """Make ``output_dir`` this process's own.
-
-    The folder of a run from before marks were introduced is recognised by its checkpoints.
-    """
-    return claim_folder(config.output_dir, "run", option="output_dir", adopt=bool(list_checkpoints(config.output_dir)))
+    def _stop_after_this_step(self, signal_number: int) -> None:
+        self.stop_signal = signal_number
+        self.record.message("stopping after this step; signal again to stop at once")
 
 
 def load_policy(config: TrainConfig, checkpoint: Path | None) -> Policy:
@@ -514,25 +421,6 @@ def load_policy(config: TrainConfig, checkpoint: Path | None) -> Policy:
 def step_seed(seed: int, step: int) -> int:
     """Seed of one step's sampling: 31 bits, different for every (run seed, step)."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) & 0x7FFFFFFF
-
-
-def make_reference(
-    policy: Policy, start: Callable[[], Policy], before: dict[str, str] | None
-) -> tuple[Reference, dict[str, str]]:
-    """Reference of the divergence, and the kind and digest by which a checkpoint records it.
-
-    Args:
-        policy: the policy that is trained.
-        start: function that returns the policy with which the run began or begins; this may be ``policy`` itself.
-        before: kind and digest in the checkpoint that the run resumes from; None if there are none.
-    """
-    if before is not None and before.get("kind") == WithoutAdapter.kind:
-        return WithoutAdapter(policy), {"kind": WithoutAdapter.kind, "digest": digest_of(policy, WithoutAdapter.kind)}
-    begun = start()
-    if before is None and adapter_adds_nothing(begun):
-        return WithoutAdapter(policy), {"kind": WithoutAdapter.kind, "digest": digest_of(begun, WithoutAdapter.kind)}
-    digest = digest_of(begun, StartingWeights.kind)
-    return StartingWeights(policy, begun), {"kind": StartingWeights.kind, "digest": digest}
 
 
 def _name_of(part: Any) -> str | None:

@@ -10,7 +10,8 @@ from balcaprl.kernels.advantages.grouped_advantages import grouped_advantages
 from balcaprl.kernels.head.linear_logprobs import LogProbs, linear_logprobs
 from balcaprl.kernels.head.linear_policy_loss import linear_policy_loss
 from balcaprl.kernels.loss.logits_policy_loss import logits_policy_loss
-from balcaprl.kernels.loss.policy_loss import PolicyLoss, policy_loss
+from balcaprl.kernels.loss.policy_loss import policy_loss
+from balcaprl.kernels.loss.records import PolicyLoss
 from balcaprl.kernels.shared_prefix.attention import shared_prefix_attention
 from balcaprl.kernels.shared_prefix.layout import SharedPrefixLayout
 

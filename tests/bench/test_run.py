@@ -17,13 +17,14 @@ import inputs
 import registry
 import run
 import timing
+from providers import Op, Provider
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SMALL = registry.POLICY_LOSS.cases[0]
 
 
-def plain_op(**providers: registry.Provider) -> registry.Op:
+def plain_op(**providers: Provider) -> Op:
     """policy_loss with these providers alone."""
     return replace(registry.POLICY_LOSS, providers=providers)
 
@@ -71,7 +72,7 @@ def test_a_whole_name_means_that_case_alone() -> None:
 
 
 def test_ours_being_wrong_stops_the_run() -> None:
-    wrong = registry.Provider(lambda made, case: made["logprobs"].sum(), ours=True)
+    wrong = Provider(lambda made, case: made["logprobs"].sum(), ours=True)
     with pytest.raises(timing.WrongResult, match="policy_loss, 64x48 float32: output error"):
         timing.measure(plain_op(native=wrong), SMALL, CPU, seconds=0.0)
 
@@ -84,15 +85,15 @@ def test_a_wrong_gradient_is_a_wrong_result() -> None:
         return 0.5 * loss + 0.5 * loss.detach()
 
     with pytest.raises(timing.WrongResult, match="gradient error"):
-        timing.measure(plain_op(native=registry.Provider(half_detached, ours=True)), SMALL, CPU, seconds=0.0)
+        timing.measure(plain_op(native=Provider(half_detached, ours=True)), SMALL, CPU, seconds=0.0)
 
 
 def test_a_peer_that_is_wrong_or_missing_is_left_out_with_the_reason() -> None:
     providers = {
-        "wrong": registry.Provider(lambda made, case: made["logprobs"].sum()),
-        "missing": registry.Provider(lambda made, case: made["logprobs"].sum(), needs="no_such_package"),
-        "elsewhere": registry.Provider(lambda made, case: made["logprobs"].sum(), devices=("cuda",)),
-        "right": registry.Provider(registry.POLICY_LOSS.exact),
+        "wrong": Provider(lambda made, case: made["logprobs"].sum()),
+        "missing": Provider(lambda made, case: made["logprobs"].sum(), needs="no_such_package"),
+        "elsewhere": Provider(lambda made, case: made["logprobs"].sum(), devices=("cuda",)),
+        "right": Provider(registry.POLICY_LOSS.exact),
     }
     measured = timing.measure(plain_op(**providers), SMALL, CPU, seconds=0.0)
     assert {t.provider for t in measured.timings} == {"right"}

@@ -16,6 +16,8 @@ from balcaprl.kernels.support import native
 
 ROOT = Path(__file__).resolve().parents[2]
 
+pytestmark = pytest.mark.toolchain
+
 
 def build(folder: Path, **environment: str) -> tuple[str, Path]:
     """Runs the build that pip runs; returns its output and where the library should be."""

@@ -23,7 +23,9 @@ from compile_report import Compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = {(row.kernel, row.arch): row for row in compile_report.read_report()}
-KERNEL_FILES = sorted((ROOT / "kernels" / "ops").glob("*.py"))
+KERNEL_FILES = sorted((ROOT / "kernels" / "ops").rglob("*.py"))
+
+pytestmark = pytest.mark.toolchain
 
 
 def work(_: Launch) -> Work:

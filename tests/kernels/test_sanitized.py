@@ -20,7 +20,8 @@ import itertools, sys
 from pathlib import Path
 import torch
 import balcaprl.kernels as kernels
-from balcaprl.kernels import native, native_layers
+from balcaprl.kernels.layers import native as native_layers
+from balcaprl.kernels.support import native
 native._LIBRARY_PATH = Path(sys.argv[1])
 library = native.library()
 torch.set_num_threads(2)
@@ -101,10 +102,13 @@ def runtime(name: str) -> str | None:
     return path if os.path.isabs(path) else None
 
 
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux") or runtime("libasan.so") is None,
-    reason="needs Linux, cmake, and a g++ that comes with the address sanitizer",
-)
+pytestmark = [
+    pytest.mark.toolchain,
+    pytest.mark.skipif(
+        not sys.platform.startswith("linux") or runtime("libasan.so") is None,
+        reason="needs Linux, cmake, and a g++ that comes with the address sanitizer",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Faster code for small layers of stock models: RMSNorm, SwiGLU's ``silu(gate) * up``, rotary positions and patches.
 
-The first three run on fused kernels (``layer_kernels.py``). The stock code runs where a device or dtype has no kernel,
+The first three run on fused kernels (``kernels.py``). The stock code runs where a device or dtype has no kernel,
 and for layers that differ from these. A convolution whose kernel covers exactly one patch runs as the matrix product
 that it amounts to. Weights and their names stay as they are.
 """

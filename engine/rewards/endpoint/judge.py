@@ -9,16 +9,15 @@ call fails, only its own component is missing.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from balcaprl.config import EndpointConfig, RewardConfig
 from balcaprl.rewards.background import BackgroundLoop
+from balcaprl.rewards.endpoint.batch import CaptionState, EndpointBatch, GroupState
 from balcaprl.rewards.endpoint.encoding import EncodedImage, encode_image
 from balcaprl.rewards.endpoint.protocol import TASKS, Call, DecomposeReply, QuestionsReply, Reply, RubricReply, numbered
 from balcaprl.rewards.endpoint.reference_units import UnitStore, judge_model, units_path
@@ -42,7 +41,7 @@ from balcaprl.rewards.endpoint.server.refusals import (
     RefusalMemory,
 )
 from balcaprl.rewards.endpoint.server.usage import LEDGER, Ledger, Usage
-from balcaprl.types import REWARD_NAMES, JudgeStoppedError, RewardBreakdown, Sample
+from balcaprl.types import REWARD_NAMES, RewardBreakdown, Sample
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _TASK_OF = {"precision": "verify", "recall": "match", "linguistic": "style"}
@@ -59,37 +58,6 @@ class UnitSource(Protocol):
     def get(self, reference: str) -> tuple[str, ...] | None:
         """The units of a reference, or None if it was not taken apart."""
         ...
-
-
-@dataclass
-class _Caption:
-    """What is known of one distinct caption of a group."""
-
-    text: str
-    replies: dict[str, Reply] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
-    impossible: set[str] = field(default_factory=set)
-    """Tasks that are not waited for: the data set lacks what they need, or the servers refuse them or fail on them."""
-
-
-@dataclass
-class _Group:
-    """One submitted group: the captions of one image, and the state of their calls."""
-
-    sample: Sample
-    future: concurrent.futures.Future[list[RewardBreakdown]]
-    captions: list[str] = field(default_factory=list)
-    distinct: dict[str, _Caption] = field(default_factory=dict)
-    closed: bool = False
-    """Whether all captions have been added."""
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when captions are added or the group is closed."""
-    units: tuple[str, ...] = ()
-    units_task: asyncio.Task[tuple[str, ...]] | None = None
-    image: EncodedImage | None = None
-    task: asyncio.Task[None] | None = None
-    item: object = field(default_factory=object)
-    """Identifies the group in all of its calls."""
 
 
 class EndpointJudge:
@@ -170,7 +138,7 @@ class EndpointJudge:
 
     def open_batch(self) -> EndpointBatch:
         """Begin the scoring of one step."""
-        return EndpointBatch(self)
+        return EndpointBatch(self._loop, self._endpoint, len(self.tasks), self._score_group, self._breakdowns)
 
     def take_metrics(self) -> dict[str, float]:
         """Metrics since the last call of this method; also writes the ledger to the run folder."""
@@ -238,7 +206,7 @@ class EndpointJudge:
             sample.load_image(), max_pixels=protocol.image_max_pixels, image_format=protocol.image_format
         )
 
-    async def _score_group(self, group: _Group) -> None:
+    async def _score_group(self, group: GroupState) -> None:
         """Ask for whatever a group still lacks, as its captions come, until it is closed and all its calls ended."""
         tasks: dict[str, asyncio.Task[None]] = {}
         try:
@@ -261,7 +229,9 @@ class EndpointJudge:
                 group.units_task = None
             group.image = None  # so that memory holds only images of groups in flight
 
-    async def _admit(self, group: _Group, captions: list[_Caption], tasks: dict[str, asyncio.Task[None]]) -> None:
+    async def _admit(
+        self, group: GroupState, captions: list[CaptionState], tasks: dict[str, asyncio.Task[None]]
+    ) -> None:
         """Start scoring some captions, in the order in which they came, as places become free."""
         if not captions:
             return
@@ -282,11 +252,11 @@ class EndpointJudge:
         if self._places is not None:
             self._places.release()
 
-    def _wanted(self, captions: list[_Caption]) -> set[str]:
+    def _wanted(self, captions: list[CaptionState]) -> set[str]:
         """The tasks for which at least one of the captions still has no reply."""
         return {t for t in self.tasks if any(t not in c.replies and not is_wordless(c.text) for c in captions)}
 
-    async def _encode_image(self, group: _Group, captions: list[_Caption]) -> None:
+    async def _encode_image(self, group: GroupState, captions: list[CaptionState]) -> None:
         """Encode the image in a thread, once per group; if that fails, tasks that need the image become impossible."""
         if group.image is not None or not any(task in _NEED_IMAGE for task in self._wanted(captions)):
             return
@@ -298,7 +268,7 @@ class EndpointJudge:
                 caption.errors |= dict.fromkeys(_NEED_IMAGE, f"the image is unusable ({type(error).__name__})")
                 caption.impossible |= set(_NEED_IMAGE) & set(self.tasks)
 
-    async def _units_of(self, group: _Group) -> tuple[str, ...]:
+    async def _units_of(self, group: GroupState) -> tuple[str, ...]:
         """The units of the group's reference: prepared ones, or those in the judge's reply."""
         reference = group.sample.reference
         prepared = self._units.get(reference) if self._units is not None else None
@@ -313,13 +283,13 @@ class EndpointJudge:
         """What the judge sees of a text: its first part, in which lone surrogates (invalid text) are replaced."""
         return _SURROGATES.sub("\ufffd", text[: self._protocol.max_caption_chars])
 
-    async def _score_caption(self, group: _Group, caption: _Caption) -> None:
+    async def _score_caption(self, group: GroupState, caption: CaptionState) -> None:
         if is_wordless(caption.text):
             return
         missing = [task for task in self.tasks if task not in caption.replies and task not in caption.impossible]
         await _all_ended([asyncio.ensure_future(self._ask_task(group, caption, task)) for task in missing])
 
-    async def _ask_task(self, group: _Group, caption: _Caption, task: str) -> None:
+    async def _ask_task(self, group: GroupState, caption: CaptionState, task: str) -> None:
         try:
             if task in _NEED_UNITS and not group.units and group.units_task is not None:
                 group.units = await asyncio.shield(group.units_task)
@@ -338,7 +308,7 @@ class EndpointJudge:
             caption.errors[task] = str(error)
             caption.impossible.add(task)
 
-    def _call(self, group: _Group, caption: _Caption, task: str) -> Call | None:
+    def _call(self, group: GroupState, caption: CaptionState, task: str) -> Call | None:
         """The call for a task, or None if something that the task needs is missing."""
         data: dict[str, object] = {"caption": self._clipped(caption.text)}
         if task in _NEED_UNITS:
@@ -354,7 +324,7 @@ class EndpointJudge:
             return None
         return Call(TASKS[task], data, image)
 
-    def _breakdown(self, group: _Group, caption: _Caption) -> RewardBreakdown:
+    def _breakdown(self, group: GroupState, caption: CaptionState) -> RewardBreakdown:
         if is_wordless(caption.text):
             return wordless_breakdown(group.units, tuple(self._extra.values()))
         extra = {}
@@ -367,7 +337,7 @@ class EndpointJudge:
         replies = {task: reply for task, reply in caption.replies.items() if task not in self._extra}
         return breakdown_of(self._clipped(caption.text), replies, group.units, extra, list(caption.errors.values()))
 
-    def _breakdowns(self, group: _Group) -> list[RewardBreakdown]:
+    def _breakdowns(self, group: GroupState) -> list[RewardBreakdown]:
         by_text = {text: self._breakdown(group, caption) for text, caption in group.distinct.items()}
         return [by_text[text] for text in group.captions]
 
@@ -377,131 +347,3 @@ async def _all_ended(tasks: Sequence[asyncio.Future[None]]) -> None:
     for error in await asyncio.gather(*tasks, return_exceptions=True):
         if error is not None:
             raise error
-
-
-class EndpointGroup:
-    """One group of a batch; implements ``JudgeGroup``."""
-
-    def __init__(self, loop: BackgroundLoop, group: _Group) -> None:
-        self._loop, self._group = loop, group
-        self.future = group.future
-        """Future that has the breakdowns as soon as the group is closed and all calls about it have ended."""
-
-    def add(self, *captions: str) -> None:
-        """Hand over the next captions and return at once."""
-        self._loop.start(self._change(captions, closed=False))
-
-    def close(self) -> None:
-        """Declare that no more captions will come; returns at once."""
-        self._loop.start(self._change((), closed=True))
-
-    async def _change(self, captions: Sequence[str], closed: bool) -> None:
-        # Runs only in the judge's event loop, where nothing else runs at the same time.
-        self._group.captions += captions
-        for text in captions:
-            self._group.distinct.setdefault(text, _Caption(text))
-        self._group.closed = closed
-        self._group.changed.set()
-
-
-class EndpointBatch:
-    """The groups of one step; implements ``JudgeBatch``."""
-
-    def __init__(self, judge: EndpointJudge) -> None:
-        self._judge = judge
-        self._groups: list[_Group] = []
-
-    def open_group(self, sample: Sample) -> EndpointGroup:
-        """Open a group whose captions come one by one; until the first caption comes, its image costs nothing."""
-        group = _Group(sample, concurrent.futures.Future())
-        self._groups.append(group)
-        self._judge._loop.start(self._start(group))
-        return EndpointGroup(self._judge._loop, group)
-
-    def submit(self, sample: Sample, captions: Sequence[str]) -> concurrent.futures.Future[list[RewardBreakdown]]:
-        """Hand over one group and return at once; the future has its breakdowns once all calls about it have ended."""
-        group = self.open_group(sample)
-        group.add(*captions)
-        group.close()
-        return group.future
-
-    def results(self) -> list[list[RewardBreakdown]]:
-        """Wait for all groups and return their breakdowns.
-
-        Once ``endpoint.required_share`` of the scores has arrived, stragglers get ``endpoint.grace_s`` at most.
-
-        Raises:
-            JudgeStoppedError: the budget is spent; no server answers; or fewer scores than required arrived and no more
-                came for ``endpoint.patience_s``, although they were asked for again and again.
-        """
-        try:
-            self._judge._loop.run(self._collect())
-        finally:
-            self._judge._loop.run(self._cancel())
-        return [self._judge._breakdowns(group) for group in self._groups]
-
-    async def _start(self, group: _Group) -> None:
-        group.task = asyncio.ensure_future(self._judge._score_group(group))
-        group.task.add_done_callback(lambda task: self._tell(group, task))
-
-    def _tell(self, group: _Group, task: asyncio.Task[None]) -> None:
-        error = None if task.cancelled() else task.exception()
-        if group.future.done():
-            return
-        if task.cancelled():
-            group.future.cancel()
-        elif error is not None:
-            group.future.set_exception(error)
-        else:
-            group.future.set_result(self._judge._breakdowns(group))
-
-    async def _collect(self) -> None:
-        endpoint = self._judge._endpoint
-        clock: Callable[[], float] = asyncio.get_running_loop().time
-        arrived, progress_at, wait_s = self._num_arrived(), clock(), endpoint.retry_wait_s
-        while True:
-            await self._wait_for_all()
-            if self._share() >= endpoint.required_share:
-                return
-            if self._num_arrived() > arrived:
-                arrived, progress_at, wait_s = self._num_arrived(), clock(), endpoint.retry_wait_s
-            if clock() - progress_at > endpoint.patience_s:
-                reasons = sorted({e for g in self._groups for c in g.distinct.values() for e in c.errors.values()})
-                raise JudgeStoppedError(
-                    f"only {self._share():.0%} of a step's scores arrived (endpoint.required_share is "
-                    f"{endpoint.required_share:.0%}), and no more for {endpoint.patience_s:g} s (endpoint.patience_s): "
-                    + "; ".join(reasons[:3])
-                )
-            await asyncio.sleep(wait_s)
-            wait_s = min(endpoint.max_retry_wait_s, 2 * wait_s + 0.01)
-            for group in self._groups:
-                await self._start(group)
-
-    async def _wait_for_all(self) -> None:
-        """Wait until all groups have ended, or the required share is there and ``endpoint.grace_s`` is over."""
-        endpoint = self._judge._endpoint
-        pending = {group.task for group in self._groups if group.task is not None}
-        ended: set[asyncio.Task[None]] = set()
-        while pending:
-            enough = self._share() >= endpoint.required_share and endpoint.required_share < 1
-            timeout = endpoint.grace_s if enough else 0.2
-            done, pending = await asyncio.wait(pending, timeout=timeout)
-            ended |= done
-            if enough:
-                break
-        for task in ended:
-            task.result()
-
-    async def _cancel(self) -> None:
-        tasks = [group.task for group in self._groups if group.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _num_arrived(self) -> int:
-        return sum(len(caption.replies) for group in self._groups for caption in group.distinct.values())
-
-    def _share(self) -> float:
-        captions = [c for group in self._groups for c in group.distinct.values() if not is_wordless(c.text)]
-        wanted = len(captions) * len(self._judge.tasks) - sum(len(caption.impossible) for caption in captions)
-        return sum(len(caption.replies) for caption in captions) / wanted if wanted else 1.0

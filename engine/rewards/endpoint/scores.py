@@ -21,9 +21,9 @@ from balcaprl.rewards.endpoint.protocol import (
     RubricReply,
     StyleReply,
     VerifyReply,
-    locate_quote,
     numbered,
 )
+from balcaprl.rewards.endpoint.reply_checks import locate_quote
 from balcaprl.rewards.unicode_text import comparable
 from balcaprl.types import Assertion, ReferenceUnit, RewardBreakdown, Sample
 

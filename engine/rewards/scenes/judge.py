@@ -1,6 +1,6 @@
 """The exact judge of drawn scenes: every claim is checked against the scene graph, none is guessed.
 
-A caption is parsed into mentions (``scene_parser``). Each mention is bound to the object that it describes, if there is
+A caption is parsed into mentions (``parser.py``). Each mention is bound to the object that it describes, if there is
 one, and every attribute that the mention states becomes one assertion. Counts, relations, the background, words that
 belong to nothing, and commentary become assertions too. An assertion said twice is one assertion. The reference units
 are the assertions of the reference caption, so precision and recall are about the same kinds of claims.

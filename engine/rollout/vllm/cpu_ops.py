@@ -2,7 +2,7 @@
 
 The number of operations determines the cost of a small model's decode step. Both changes use interfaces that vLLM
 offers: one registers a further implementation of an operation, and the other a class that replaces a layer's class.
-``vllm_engine``, the only module that imports vLLM, passes vLLM's objects in.
+``engine``, the only module that imports vLLM, passes vLLM's objects in.
 """
 
 from __future__ import annotations

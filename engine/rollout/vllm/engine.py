@@ -8,50 +8,32 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import os
-import random
-import re
 import tempfile
 import warnings
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from balcaprl.config import SamplingConfig
 from balcaprl.kernels.support.products import gapless
-from balcaprl.logtext import leave_out
 from balcaprl.policy import Policy
 from balcaprl.policy.packing import is_per_token
 from balcaprl.rollout.adapters import has_split_head, merged_tensors, served_name
 from balcaprl.rollout.images import collapsed, image_spans, inputs_hash
 from balcaprl.rollout.sampler import instead_of_vllm
 from balcaprl.rollout.vllm.cpu_ops import use_norms, use_rotation
+from balcaprl.rollout.vllm.process import (
+    not_bound_to_the_only_node,
+    own_threads,
+    set_environment,
+    untouched_random_state,
+)
 from balcaprl.rollout.weights import CopyRecorder, StaleWeightsError, WeightPlan, make_plan
 from balcaprl.torchvision_compat import ensure_importable
 from balcaprl.types import Prompt
-
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine has to see the trainer's tensors
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer computes in the same threads
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the ban is a logits processor of the first model runner
-}
-_ENVIRONMENT_DEFAULTS = {
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-_HARMLESS = {
-    # vLLM's build for CPUs does not use Triton
-    "vllm.triton_utils.importing": "Triton is installed, but doesn't include CPU backend",
-    # no video is ever sent, but vLLM makes up one when it measures its memory
-    "transformers.models.qwen2_vl.video_processing_qwen2_vl": "Qwen2VL video processing does not apply the per-frame pixel cap",
-}
-"""Beginnings of messages to suppress, by logger, unless the user asks for vLLM's messages (VLLM_LOGGING_LEVEL)."""
 
 
 @dataclass(frozen=True)
@@ -275,14 +257,9 @@ class VLLMEngine:
         return type(self._policy.stock_model).__name__
 
     def _load(self, folder: str) -> Any:
-        os.environ.update(_ENVIRONMENT)
-        if "VLLM_LOGGING_LEVEL" not in os.environ:
-            for name, beginning in _HARMLESS.items():
-                leave_out(name, beginning)
-        for name, value in _ENVIRONMENT_DEFAULTS.items():
-            os.environ.setdefault(name, value)
+        set_environment()
         ensure_importable()
-        with _own_threads(), untouched_random_state(self._policy.device), warnings.catch_warnings():
+        with own_threads(), untouched_random_state(self._policy.device), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             from vllm import LLM, EngineArgs
 
@@ -299,7 +276,7 @@ class VLLMEngine:
             dtype: Any = str(self._policy.dtype).removeprefix("torch.")
             with (
                 _plain_cpu_linear() if self._plain_weights else contextlib.nullcontext(),
-                _not_bound_to_the_only_node(),
+                not_bound_to_the_only_node(),
             ):
                 return LLM(
                     folder,
@@ -468,55 +445,3 @@ def _inspect_in_process(architecture: str, instead: str) -> None:
     registered = ModelRegistry.models[architecture]
     if hasattr(registered, "load_model_cls"):
         ModelRegistry.register_model(architecture, registered.load_model_cls())
-
-
-@contextlib.contextmanager
-def _not_bound_to_the_only_node() -> Iterator[None]:
-    """Within the context, vLLM does not bind memory to a NUMA node if there is only one.
-
-    Such a binding has no effect, but writes a message to standard error that no logger can suppress.
-    """
-    ops: Any = torch.ops._C
-    try:
-        is_needless = re.search(r"^Mems_allowed_list:\s*\d+$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    except OSError:  # not Linux
-        is_needless = None
-    if not is_needless or not hasattr(ops, "init_cpu_memory_env"):
-        yield
-        return
-    bind = ops.init_cpu_memory_env
-    ops.init_cpu_memory_env = lambda _nodes: None
-    try:
-        yield
-    finally:
-        ops.init_cpu_memory_env = bind
-
-
-@contextlib.contextmanager
-def _own_threads() -> Iterator[None]:
-    """Restore ``torch.set_num_threads`` and the number of threads at the end of the context.
-
-    vLLM's CPU worker replaces the function by a warning.
-    """
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        if torch.get_num_threads() != num_threads:
-            torch.set_num_threads(num_threads)
-
-
-@contextlib.contextmanager
-def untouched_random_state(device: torch.device) -> Iterator[None]:
-    """Restore the global random state at the end of the context.
-
-    vLLM seeds the global generators when it starts, and draws from torch's even for requests with a seed.
-    """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)

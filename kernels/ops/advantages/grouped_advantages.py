@@ -369,7 +369,7 @@ def _grouped_advantages_triton(
     method: str,
     eps: float,
 ) -> Tensor:
-    """Runs ``triton_grouped_advantages.py``: one launch, then one read of a number whose bits flag forbidden values."""
+    """Runs ``triton.py``: one launch, then one read of a number whose bits flag forbidden values."""
     from balcaprl.kernels.advantages import triton as triton_grouped_advantages
 
     rounding = _ROUNDING * torch.finfo(torch.float64).eps

@@ -16,8 +16,8 @@ for tokens whose gradient is not exactly zero. The implementations are:
 
 =============  =======================================================================================================
 ``reference``  plain PyTorch, any device: chunks of tokens, at most 2^24 logits (or one token's) at once
-``native``     CPU, not float64: torch's products with the library's epilogues between them; ``native_head.py``
-``triton``     CUDA, not float64: online softmax over vocabulary tiles, no logits in the forward; ``triton_head.py``
+``native``     CPU, not float64: torch's products with the library's epilogues between them; ``native.py``
+``triton``     CUDA, not float64: online softmax over vocabulary tiles, no logits in the forward; ``triton.py``
 =============  =======================================================================================================
 
 Under autocast, hidden and weight are cast to autocast's dtype.
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from balcaprl.kernels.head import native as native_head
-from balcaprl.kernels.head.native import FILTER_BLOCK, HeadGradients
+from balcaprl.kernels.head.records import FILTER_BLOCK, Head, HeadGradients
 from balcaprl.kernels.loss.token_loss import compute_dtype
 from balcaprl.kernels.support import launch, native
 from balcaprl.kernels.support.checks import check_impl, check_number, check_tensor
@@ -180,7 +180,7 @@ def kept_columns(softmax_TV: Tensor, targets: Tensor, filter_eps: float) -> Tens
     return kept
 
 
-def reference_rows(head: native_head.Head) -> tuple[SoftmaxRows, Tensor]:
+def reference_rows(head: Head) -> tuple[SoftmaxRows, Tensor]:
     """Softmax rows and (T,) entropies by the reference, in the compute dtype.
 
     Max and sum of the rows are left 0, because the reference's backward does not use them.
@@ -196,7 +196,7 @@ def reference_rows(head: native_head.Head) -> tuple[SoftmaxRows, Tensor]:
 
 
 def reference_gradients(
-    head: native_head.Head, grad_logprobs: Tensor, needs: tuple[bool, bool], filter_eps: float | None
+    head: Head, grad_logprobs: Tensor, needs: tuple[bool, bool], filter_eps: float | None
 ) -> HeadGradients:
     """Gradients by the formula in the module's docstring; sums ``grad_weight`` over chunks in the compute dtype."""
     dtype = compute_dtype(head.hidden.dtype)
@@ -218,7 +218,7 @@ def reference_gradients(
     return HeadGradients(grad_hidden, None if grad_weight is None else grad_weight.to(head.weight.dtype))
 
 
-def check_logprobs(head: native_head.Head, *results: Tensor) -> None:
+def check_logprobs(head: Head, *results: Tensor) -> None:
     """Checks that the (T,) results of a forward are finite, and raises for the argument that is to blame if not.
 
     Raises:
@@ -230,7 +230,7 @@ def check_logprobs(head: native_head.Head, *results: Tensor) -> None:
     raise ValueError("hidden or weight: not finite, or so large that the logits are not")
 
 
-def check_targets(head: native_head.Head) -> None:
+def check_targets(head: Head) -> None:
     """Checks that all ``targets`` are token ids of the vocabulary."""
     targets, vocabulary = head.targets, head.weight.shape[0]
     if targets.numel() and not ((targets >= 0) & (targets < vocabulary)).all():
@@ -248,14 +248,14 @@ def check_targets(head: native_head.Head) -> None:
 def _linear_logprobs_op(hidden, weight, targets, temperature, impl):
     """The forward, with its checks of values, which a tracer does not see. The backward uses all but the entropies."""
     impl = resolve_impl(impl, hidden)
-    head = native_head.Head.of(hidden, weight, targets, temperature)
+    head = Head.of(hidden, weight, targets, temperature)
     with torch.autocast(hidden.device.type, enabled=False):
         rows, entropy = head_rows(head, impl)
     check_logprobs(head, rows.logprobs, entropy)
     return rows.logprobs, entropy, rows.max, rows.sum
 
 
-def head_rows(head: native_head.Head, impl: str, *, with_entropy: bool = True) -> tuple[SoftmaxRows, Tensor]:
+def head_rows(head: Head, impl: str, *, with_entropy: bool = True) -> tuple[SoftmaxRows, Tensor]:
     """Runs the forward of an implementation; returns the softmax rows and the (T,) entropies.
 
     For ``triton`` a target out of range gives NaN, which ``check_logprobs`` finds; the others check ``targets`` here.
@@ -298,7 +298,7 @@ def linear_logprobs_backward(
 ):
     """Gradients of hidden and weight; a gradient that is not needed has shape (0,)."""
     impl, needs = resolve_impl(impl, hidden), (needs_hidden, needs_weight)
-    head = native_head.Head.of(hidden, weight, targets, temperature)
+    head = Head.of(hidden, weight, targets, temperature)
     rows = SoftmaxRows(row_max.contiguous(), row_sum.contiguous(), logprobs.contiguous())
     grad_logprobs = grad_logprobs.to(logprobs.dtype).contiguous()
     with torch.autocast(hidden.device.type, enabled=False):
@@ -307,7 +307,7 @@ def linear_logprobs_backward(
 
 
 def head_gradients(
-    head: native_head.Head,
+    head: Head,
     rows: SoftmaxRows,
     grad_logprobs: Tensor,
     needs: tuple[bool, bool],

@@ -10,7 +10,7 @@ log-probability is. This has three consequences:
   of tokens are in memory: three matrix products instead of four (``reference`` recomputes the logits). The backward
   only returns these gradients.
 - On a GPU ``triton`` recomputes the logits tile by tile if there would be too many chunks
-  (``triton_head_chunks``), for ``filter_eps``, and for float16. For float16 this happens in the backward, because a
+  (``triton_chunks``), for ``filter_eps``, and for float16. For float16 this happens in the backward, because a
   loss scale must be applied to the gradients before they are rounded.
 
 ``filter_eps`` makes the gradient cheaper and approximate, as in cut cross-entropy (arXiv 2411.09009). If the softmax of
@@ -41,13 +41,10 @@ from balcaprl.kernels.head.linear_logprobs import (
     linear_logprobs_reference,
     resolve_impl,
 )
-from balcaprl.kernels.head.native import Head, HeadGradients
+from balcaprl.kernels.head.records import Head, HeadGradients
 from balcaprl.kernels.loss.policy_loss import policy_loss_reference
+from balcaprl.kernels.loss.records import LOSS_SCHEMA, LossArguments, PolicyLoss, TokenLoss
 from balcaprl.kernels.loss.token_loss import (
-    LOSS_SCHEMA,
-    LossArguments,
-    PolicyLoss,
-    TokenLoss,
     check_arguments,
     compute_dtype,
     policy_loss_metrics,

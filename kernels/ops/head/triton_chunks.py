@@ -8,7 +8,7 @@ Tokens are taken in chunks whose logits fit ``_CHUNK_BYTES``. The steps for one 
 4. One read and one write give the gradient of the logits in the storage dtype, for the tokens that have a gradient.
 5. Two matrix products turn it into the gradients of hidden and weight.
 
-A chunk takes three matrix products. ``triton_head`` needs a fourth because it computes the logits twice, but takes less
+A chunk takes three matrix products. ``triton.py`` needs a fourth because it computes the logits twice, but takes less
 memory. The two products of step 5 are launched only after step 3 of the next chunk, so that the GPU always has work
 while the host waits for the number of that chunk's tokens with a gradient.
 
@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from balcaprl.kernels.head.native import Head, HeadGradients
+from balcaprl.kernels.head.records import Head, HeadGradients
 from balcaprl.kernels.loss import triton_logits
 from balcaprl.kernels.support.native_softmax import SoftmaxRows
 from balcaprl.kernels.support.products import gapless

@@ -1,4 +1,4 @@
-"""Specifications of the head's kernels (``triton_head``) for the compile suite: variants, work, and what their machine
+"""Specifications of the head's kernels (``triton_kernels``) for the compile suite: variants, work, and what their machine
 code must show.
 
 The shape is the head of Qwen2.5-VL-3B over 8192 completion tokens. The backward covers one slice of the vocabulary.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from balcaprl.kernels.head.triton import (
-    _TOKEN_TILES,
+from balcaprl.kernels.head.triton import _TOKEN_TILES
+from balcaprl.kernels.head.triton_kernels import (
     _head_grad_hidden_kernel,
     _head_grad_logits_kernel,
     _head_grad_weight_kernel,

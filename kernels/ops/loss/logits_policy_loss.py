@@ -31,10 +31,8 @@ import torch
 from torch import Tensor
 
 from balcaprl.kernels.loss.policy_loss import policy_loss_reference
+from balcaprl.kernels.loss.records import LOSS_SCHEMA, LossArguments, PolicyLoss
 from balcaprl.kernels.loss.token_loss import (
-    LOSS_SCHEMA,
-    LossArguments,
-    PolicyLoss,
     check_arguments,
     compute_dtype,
     policy_loss_metrics,

@@ -34,10 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from balcaprl.kernels.loss.records import LOSS_SCHEMA, LossArguments, PolicyLoss
 from balcaprl.kernels.loss.token_loss import (
-    LOSS_SCHEMA,
-    LossArguments,
-    PolicyLoss,
     check_arguments,
     compute_dtype,
     metric_sums,

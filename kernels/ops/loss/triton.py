@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from balcaprl.kernels.loss.token_loss import METRIC_SUMS, LossArguments, LossSettings, TokenBatch, TokenLoss
+from balcaprl.kernels.loss.records import METRIC_SUMS, LossArguments, LossSettings, TokenBatch, TokenLoss
 from balcaprl.kernels.support import triton_math
 from balcaprl.kernels.support.launch import KernelSpec, Launch, Work, launch, on_device
 

@@ -1,7 +1,7 @@
 """Triton kernels over logits: statistics of each row in one read, and its gradient in one more read and one write.
 
 Between the two, ``token_loss`` turns log-probabilities into their gradient. Arithmetic on logits is in float32.
-``logits_policy_loss`` uses these kernels, and so do the head's chunks (``triton_head_chunks``), whose logits are
+``logits_policy_loss`` uses these kernels, and so do the head's chunks (``head.triton_chunks``), whose logits are
 float32 and whose gradient is in the storage dtype.
 
 Both kernels are bound by memory: a program streams tiles of one row, and each thread loads 16 bytes at a time. Rows are
@@ -201,7 +201,7 @@ def _stats_spec(dtype: torch.dtype) -> KernelSpec:
 
 
 def _gradient_spec(dtype: torch.dtype, chunk: bool = False) -> KernelSpec:
-    """The specification of the gradient kernel. With ``chunk`` it is the variant of ``triton_head_chunks``: from
+    """The specification of the gradient kernel. With ``chunk`` it is the variant of ``head.triton_chunks``: from
     float32 logits of listed tokens to a bfloat16 gradient."""
     out = torch.bfloat16 if chunk else dtype
 

@@ -21,7 +21,7 @@ matrix, for one group at a time.
 ``reference``  the specification: plain PyTorch, a mask per group, any device and dtype; ``shared_prefix_reference.py``
 ``sdpa``       PyTorch's fused attention kernel on CPU, a few calls for all groups; ``shared_prefix_sdpa.py``
 ``flash``      flash-attn's varlen kernels on CUDA; ``shared_prefix_flash.py``
-``triton``     our kernels: completions of a group share reads of the prompt's keys; ``shared_prefix_triton.py``
+``triton``     our kernels: completions of a group share reads of the prompt's keys; ``triton.py``
 =============  =======================================================================================================
 """
 
@@ -35,14 +35,12 @@ import torch
 from torch import Tensor
 
 from balcaprl.kernels.loss.token_loss import compute_dtype
-from balcaprl.kernels.shared_prefix.layout import SharedPrefixLayout
+from balcaprl.kernels.shared_prefix.layout import TRITON_MAX_HEAD_DIM, SharedPrefixLayout
 from balcaprl.kernels.support import launch
 from balcaprl.kernels.support.checks import check_impl, check_number, check_tensor
 
 IMPLS = ("reference", "sdpa", "flash", "triton")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-TRITON_MAX_HEAD_DIM = 128
-"""The largest head size for which the Triton kernels' tiles have room."""
 _LAYOUT_FIELDS = len(SharedPrefixLayout._fields)
 
 

@@ -17,6 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+TRITON_MAX_HEAD_DIM = 128
+"""The largest head size for which the Triton kernels' tiles have room."""
+
 
 class SharedPrefixLayout(NamedTuple):
     """The layout of packed groups; use ``from_lengths`` to make one.

@@ -1,4 +1,4 @@
-"""``impl="triton"`` of ``shared_prefix_attention``: launches the kernels of ``shared_prefix_kernels.py``, and tells the
+"""``impl="triton"`` of ``shared_prefix_attention``: launches the kernels of ``triton_kernels.py``, and tells the
 compile suite what their machine code must show. This module is imported only where ``impl="triton"`` runs.
 """
 
@@ -10,8 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from balcaprl.kernels.shared_prefix.attention import TRITON_MAX_HEAD_DIM
-from balcaprl.kernels.shared_prefix.layout import SharedPrefixLayout
+from balcaprl.kernels.shared_prefix.layout import TRITON_MAX_HEAD_DIM, SharedPrefixLayout
 from balcaprl.kernels.shared_prefix.triton_kernels import (
     _shared_prefix_delta_kernel,
     _shared_prefix_dkdv_kernel,

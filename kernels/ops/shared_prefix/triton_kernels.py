@@ -1,4 +1,4 @@
-"""Triton kernels of ``shared_prefix_attention``, forward and backward; ``shared_prefix_triton.py`` launches them.
+"""Triton kernels of ``shared_prefix_attention``, forward and backward; ``triton.py`` launches them.
 
 *Forward* and *grad_query*: a program owns a tile of queries of one head and one group. Tokens of a group are
 contiguous, so a tile of completion queries may span several completions: every tile but a group's last is full, however

@@ -47,8 +47,11 @@ def test_diagnosis_of_this_machine_is_complete():
     assert found["torch"].detail == importlib.metadata.version("torch")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert found["model.device=auto"].detail == device
-    for op in ("shared_prefix_attention", "linear_logprobs"):
-        resolve = importlib.import_module(f"balcaprl.kernels.{op}").resolve_impl
+    for op, module in (
+        ("shared_prefix_attention", "shared_prefix.attention"),
+        ("linear_logprobs", "head.linear_logprobs"),
+    ):
+        resolve = importlib.import_module(f"balcaprl.kernels.{module}").resolve_impl
         assert found[f"{op} impl=auto"].detail == resolve("auto", torch.ones(1, 1, 64, device=device)), op
     if device == "cpu":
         assert ("native" in found["model.fused_layers"].detail) == native.is_available()

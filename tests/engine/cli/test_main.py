@@ -15,7 +15,7 @@ from balcaprl.reporting.metrics import read_jsonl
 
 def run_cli(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "balcaprl.cli.main", *map(str, arguments)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "balcaprl", *map(str, arguments)], capture_output=True, text=True, timeout=300
     )
 
 
@@ -287,7 +287,7 @@ def test_a_hanging_reward_cannot_keep_a_run_from_ending(tmp_path):
             }
         )
     )
-    command = [sys.executable, "-m", "balcaprl.cli.main", "train", str(recipe)]
+    command = [sys.executable, "-m", "balcaprl", "train", str(recipe)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             for _ in range(2400):

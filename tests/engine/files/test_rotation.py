@@ -64,7 +64,7 @@ def test_a_kill_in_the_middle_of_packing_or_of_cutting_back_is_mended(whole, tmp
         from pathlib import Path
         sys.path.insert(0, sys.argv[5])
         import logged_completions
-        from balcaprl import ownership, rotation
+        from balcaprl.files import ownership, rotation
         folder, point, nth, saved = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
         count = 0
         def die():

@@ -6,27 +6,23 @@ import signal
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
+from balcaprl.reporting.eval_images import eval_image_path, save_eval_image
 from balcaprl.reporting.metrics import (
     LOG_FILES,
     PhaseTimer,
-    ProgressLine,
     RunLog,
     encode_line,
-    eval_image_path,
     is_reproducible,
     memory_metrics,
     nanmean,
     read_jsonl,
-    save_eval_image,
     truncate_jsonl,
 )
 from balcaprl.types import Assertion, Completion, ReferenceUnit, RewardBreakdown, Rollout, RolloutGroup
@@ -245,19 +241,6 @@ def test_missing_tensorboard_says_what_to_do_and_discards_nothing(tmp_path, monk
     assert steps_in(tmp_path / "metrics.jsonl") == [1]
 
 
-@pytest.mark.parametrize("sample_id", ["../../etc/passwd", "/abs", "a/b.jpg", "..", "x" * 400, "é:\x00", "\ud800"])
-def test_image_paths_stay_in_their_folder(tmp_path, sample_id):
-    path = save_eval_image(tmp_path, sample_id, Image.new("L", (4, 4)))
-    assert path.resolve().parent == (tmp_path / "eval_images").resolve()
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-def test_plain_ids_name_their_image():
-    assert eval_image_path(Path("run"), "scene-7") == Path("run/eval_images/scene-7.png")
-    long_ids = {eval_image_path(Path("run"), "x" * 300 + end) for end in "ab"}
-    assert len(long_ids) == 2
-
-
 def test_phase_timer_adds_up_and_starts_over(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 3.0, 4.0, 10.0, 20.0, 21.0])
     monkeypatch.setattr("balcaprl.reporting.metrics.time.perf_counter", lambda: next(clock))
@@ -290,62 +273,6 @@ def test_memory_is_measured_and_not_reproducible():
         False,
         True,
     ]
-
-
-METRICS = {
-    "reward/b_capscore": 0.512,
-    "reward/precision": 0.48,
-    "length_ratio": 1.25,
-    "sampling_kl": None,
-    "tokens_per_second": 812.3,
-}
-
-
-def test_progress_prints_plain_lines_off_a_terminal():
-    stream = io.StringIO()
-    with ProgressLine(25, console=Console(file=stream), every_steps=10, every_seconds=1e9) as progress:
-        for step in range(1, 26):
-            progress.update(step, METRICS)
-    lines = stream.getvalue().splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["step 1/25", "step 11/25", "step 21/25", "step 25/25"]
-    assert "b-cap 0.512  prec 0.480  len 1.25  tok/s 812" in lines[0]
-    assert "\x1b" not in stream.getvalue()
-
-
-def test_progress_prints_when_time_has_passed():
-    stream = io.StringIO()
-    with ProgressLine(5, console=Console(file=stream), every_steps=100, every_seconds=0.0) as progress:
-        for step in range(1, 5):
-            progress.update(step, {})
-    assert len(stream.getvalue().splitlines()) == 4
-
-
-def test_progress_is_one_live_line_on_a_terminal():
-    stream = io.StringIO()
-    console = Console(file=stream, force_terminal=True, width=200)
-    with ProgressLine(10, start_step=4, console=console) as progress:
-        progress.update(5, METRICS)
-        progress.message("saved [step 5]")
-    progress.close()
-    assert "saved [step 5]" in stream.getvalue()
-    assert "step 5/10" in stream.getvalue()
-
-
-def test_eta_counts_this_process_only(monkeypatch):
-    clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("balcaprl.reporting.metrics.time.monotonic", lambda: clock.now)
-    stream = io.StringIO()
-    progress = ProgressLine(1000, start_step=900, console=Console(file=stream))
-    clock.now += 3000.0  # loads, compiles and evaluates: says nothing of the steps to come
-    progress.update(901, {})
-    assert "eta -:--:--" in stream.getvalue()
-    for step in range(902, 911):
-        clock.now += 40.0
-        progress.update(step, {})
-    assert "eta 1:00:00" in stream.getvalue().splitlines()[-1]
-    clock.now += 90 * 40.0
-    progress.update(1000, {})
-    assert "eta 0:00:00" in stream.getvalue().splitlines()[-1]
 
 
 def test_reading_a_run_needs_no_torch():

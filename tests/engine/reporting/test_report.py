@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from balcaprl.config import TrainConfig
 from balcaprl.files.ownership import ForeignPathError
 from balcaprl.reporting.charts import Series, line_chart, moving_mean, stacked_chart, thin
-from balcaprl.reporting.metrics import eval_image_path, save_eval_image
+from balcaprl.reporting.eval_images import eval_image_path, save_eval_image
 from balcaprl.reporting.report import MAX_IMAGES, format_change, load_run, segments, summary_table, write_report
 
 EVIL = '<script>alert("x")</script>'

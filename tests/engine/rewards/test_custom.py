@@ -15,7 +15,7 @@ from balcaprl.kernels import grouped_advantages
 from balcaprl.rewards import LexicalJudge, advantage_inputs, make_judge, score_groups
 from balcaprl.rewards.balance import within_group_correlations
 from balcaprl.rewards.custom import CustomRewards, load_reward
-from balcaprl.rewards.scoring import NoJudge
+from balcaprl.rewards.judge import NoJudge
 from balcaprl.types import Completion, Prompt, RewardBreakdown, Rollout, RolloutGroup, Sample
 
 REFERENCE = "A red cup stands on a table."

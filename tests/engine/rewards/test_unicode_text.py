@@ -11,7 +11,8 @@ from scripted_judge import ScriptedServer, plain_answer
 
 from balcaprl.config import EndpointConfig, RewardConfig
 from balcaprl.rewards.endpoint.judge import EndpointJudge
-from balcaprl.rewards.endpoint.protocol import TASKS, Call, JudgedAssertion, locate_quote, most_assertions, parse_reply
+from balcaprl.rewards.endpoint.protocol import TASKS, Call, JudgedAssertion, most_assertions
+from balcaprl.rewards.endpoint.reply_checks import locate_quote, parse_reply
 from balcaprl.rewards.endpoint.scores import merged_assertions
 from balcaprl.rewards.length import is_outside_bounds, measure_length
 from balcaprl.rewards.unicode_text import comparable, count_words, find_words

@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
+from balcaprl.checkpoints.checkpoint import CheckpointError, list_checkpoints
 from balcaprl.config import DataConfig, TrainConfig
 from balcaprl.data.digest import data_digest
 from balcaprl.demo.tiny_models import build_tiny_qwen
@@ -21,7 +22,6 @@ from balcaprl.files import manifest
 from balcaprl.policy import Policy
 from balcaprl.reporting.metrics import read_jsonl
 from balcaprl.rollout.hf import HFRollout
-from balcaprl.training.checkpoint import CheckpointError, list_checkpoints
 from balcaprl.training.resume import changed_fields, refuse_changed_config, tell_learning_rate
 from balcaprl.training.trainer import Trainer
 from balcaprl.types import DivergedError, RewardBreakdown, RunStoppedError
@@ -550,7 +550,7 @@ def test_logprobs_that_are_not_finite_end_the_run(models, tmp_path):
 
 
 def test_a_disk_that_is_full_ends_the_run_and_leaves_the_last_checkpoint(models, tmp_path, monkeypatch):
-    from balcaprl.training import checkpoint as module
+    from balcaprl.checkpoints import checkpoint as module
 
     settings = config(models[0], tmp_path, steps=6, checkpoint={"every": 2, "keep": 1})
     run(settings, stop_at=2)

@@ -9,13 +9,13 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from balcaprl.checkpoints.checkpoint import list_checkpoints
 from balcaprl.config import TrainConfig
 from balcaprl.demo.tiny_models import build_tiny_qwen
 from balcaprl.files.ownership import PathInUseError
 from balcaprl.policy import Policy
 from balcaprl.reporting.metrics import is_reproducible, read_jsonl
 from balcaprl.rewards.scenes.judge import SceneJudge
-from balcaprl.training.checkpoint import list_checkpoints
 from balcaprl.training.learning import NothingToLearnError
 from balcaprl.training.trainer import Trainer
 from balcaprl.types import RewardBreakdown
@@ -366,6 +366,37 @@ def test_two_trainers_do_not_share_a_folder(tiny_model, tmp_path):
     finally:
         first.close()
     Trainer(config(tiny_model, tmp_path, steps=1), judge=NoisyJudge()).close()
+
+
+def test_a_trainer_evaluates_and_saves_before_it_trains(tiny_model, tmp_path):
+    """The log is opened by its first line: a run that goes on from what was saved has all of it."""
+    settings = config(tiny_model, tmp_path, steps=2)
+    trainer = Trainer(settings, judge=NoisyJudge())
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
+    saved = trainer.save()
+    assert saved.name == "step_00000000"
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 7}]
+    results = trainer.evaluate()
+    assert not read_jsonl(tmp_path / "metrics.jsonl")
+    lines = read_jsonl(tmp_path / "evaluations.jsonl")
+    assert [line["b_capscore"] for line in lines] == [each.scores["b_capscore"] for each in results.values()]
+    trainer.close()
+    assert run(settings, NoisyJudge()).resumed_from == 0
+    assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [line["step"] for line in read_jsonl(tmp_path / "evaluations.jsonl")] == [0, 0, 2, 2]
+    assert len(list((tmp_path / "eval_images").glob("*.png"))) == 2
+
+
+def test_an_evaluation_before_training_changes_no_number(tiny_model, tmp_path):
+    for name in ("plain", "looked"):
+        trainer = Trainer(config(tiny_model, tmp_path / name), judge=NoisyJudge())
+        if name == "looked":
+            trainer.evaluate()
+        trainer.train()
+        trainer.close()
+    assert reproducible_metrics(tmp_path / "plain") == reproducible_metrics(tmp_path / "looked")
+    first, second = (read_jsonl(tmp_path / name / "evaluations.jsonl") for name in ("plain", "looked"))
+    assert second == first[:2] + first
 
 
 def test_zero_steps_still_evaluates_and_reports(tiny_model, tmp_path):

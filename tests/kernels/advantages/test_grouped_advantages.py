@@ -449,7 +449,8 @@ def test_fullgraph_compile(backend: str) -> None:
 def test_works_without_the_library_and_says_so_once(tmp_path) -> None:
     script = """
 import warnings, torch
-from balcaprl.kernels import grouped_advantages, native
+from balcaprl.kernels import grouped_advantages
+from balcaprl.kernels.support import native
 from pathlib import Path
 native.library_path = lambda: Path("nowhere.so")
 with warnings.catch_warnings(record=True) as caught:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from balcaprl.kernels import linear_logprobs, linear_policy_loss, policy_loss
 from balcaprl.kernels.head import native as native_head
+from balcaprl.kernels.head import native_weight_sum
 from balcaprl.kernels.head.linear_policy_loss import linear_policy_loss_reference
 from balcaprl.kernels.support import launch
 from balcaprl.kernels.support.testing import Compared, assert_as_accurate_over
@@ -97,8 +98,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_head, "_CHUNK_TOKENS", 5)
     monkeypatch.setattr(native_head, "FILTER_BLOCK", 3)
     monkeypatch.setattr(sys.modules["balcaprl.kernels.head.linear_logprobs"], "FILTER_BLOCK", 3)
-    monkeypatch.setattr(native_head, "_TILE_BYTES", 4096)
-    monkeypatch.setattr(native_head, "_POOL_BYTES", 2048)
+    monkeypatch.setattr(native_head, "_GATHERED_BYTES", 4096)
+    monkeypatch.setattr(native_weight_sum, "_TILE_BYTES", 4096)
+    monkeypatch.setattr(native_weight_sum, "_POOL_BYTES", 2048)
 
 
 # What it is.
@@ -179,8 +181,8 @@ def test_two_halves_of_the_vocabulary_are_as_accurate(
     monkeypatch.setattr(native_head, "FILTER_BLOCK", 3)
     options = {**FULL, "kl_coef": 0.0} if zeros else FULL
     calls = []
-    by_halves = native_head._gradients_by_halves
-    monkeypatch.setattr(native_head, "_gradients_by_halves", lambda *given: calls.append(0) or by_halves(*given))
+    by_halves = native_head.gradients_by_halves
+    monkeypatch.setattr(native_head, "gradients_by_halves", lambda *given: calls.append(0) or by_halves(*given))
 
     def compared(seed: int) -> Iterator[Compared]:
         calls.clear()

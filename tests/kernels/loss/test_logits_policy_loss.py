@@ -13,7 +13,7 @@ from torch import Tensor
 from balcaprl.kernels import logits_policy_loss
 from balcaprl.kernels.loss.logits_policy_loss import logits_policy_loss_reference
 from balcaprl.kernels.loss.policy_loss import policy_loss_reference
-from balcaprl.kernels.loss.token_loss import PolicyLoss
+from balcaprl.kernels.loss.records import PolicyLoss
 from balcaprl.kernels.support import launch, native
 from balcaprl.kernels.support.testing import Compared, assert_as_accurate_over
 

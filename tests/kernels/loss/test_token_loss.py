@@ -9,17 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from balcaprl.kernels.loss.token_loss import (
-    REDUCTIONS,
-    LossArguments,
-    LossSettings,
-    TokenBatch,
-    TokenLoss,
-    policy_loss_metrics,
-    spread,
-    token_batch,
-    token_loss,
-)
+from balcaprl.kernels.loss.records import LossArguments, LossSettings, TokenBatch, TokenLoss
+from balcaprl.kernels.loss.token_loss import REDUCTIONS, policy_loss_metrics, spread, token_batch, token_loss
 from balcaprl.kernels.support import launch, native
 
 SETTINGS = LossSettings(clip_low=0.2, clip_high=0.28, sampling_ratio_cap=1.1, kl_coef=0.3)

@@ -25,7 +25,7 @@ def team(num_blocks: int = 16) -> int:
 
 def run(script: str) -> None:
     """Runs it in a process of its own."""
-    preamble = "import os, torch\nfrom balcaprl.kernels import native\n" + inspect.getsource(team)
+    preamble = "import os, torch\nfrom balcaprl.kernels.support import native\n" + inspect.getsource(team)
     done = subprocess.run(
         [sys.executable, "-c", preamble + script],
         stdout=subprocess.PIPE,

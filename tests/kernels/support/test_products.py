@@ -13,6 +13,7 @@ from torch import Tensor
 
 from balcaprl.kernels import SharedPrefixLayout, linear_logprobs, linear_policy_loss, shared_prefix_attention
 from balcaprl.kernels.head import native as native_head
+from balcaprl.kernels.head import native_logits_room, native_weight_sum
 from balcaprl.kernels.support import native
 from balcaprl.kernels.support.products import gapless, reads_gaps, with_gapless_gradient
 
@@ -33,9 +34,9 @@ def beside_nan(values: Tensor, wider: int = 7) -> Tensor:
 @pytest.fixture(autouse=True)
 def nan_in_kept_scratch() -> Iterator[None]:
     """What an earlier call left behind in the head's room for logits."""
-    native_head._keep_scratch(torch.full((1 << 20,), torch.nan))
+    native_logits_room._keep_scratch(torch.full((1 << 20,), torch.nan))
     yield
-    native_head.release_scratch()
+    native_logits_room.release_scratch()
 
 
 @pytest.fixture(params=["whole", "in parts"])
@@ -44,8 +45,9 @@ def parts(request: pytest.FixtureRequest, size: int, monkeypatch: pytest.MonkeyP
     if request.param == "in parts":
         monkeypatch.setattr(native_head, "_CHUNK_TOKENS", 5)
         monkeypatch.setattr(native_head, "FILTER_BLOCK", 3)
-        monkeypatch.setattr(native_head, "_TILE_BYTES", 64 * size)
-        monkeypatch.setattr(native_head, "_POOL_BYTES", 64 * size)
+        monkeypatch.setattr(native_head, "_GATHERED_BYTES", 64 * size)
+        monkeypatch.setattr(native_weight_sum, "_TILE_BYTES", 64 * size)
+        monkeypatch.setattr(native_weight_sum, "_POOL_BYTES", 64 * size)
 
 
 # The helper.
@@ -192,7 +194,7 @@ def test_rows_that_are_kept_apart(dtype: torch.dtype) -> None:
     data = head_problem(33, dtype)
     data["weight"] = torch.randn(2048, 33, generator=generator).to(dtype)
     check_head(run_policy_loss, data, "native")
-    room = native_head._room_for_logits(3, data["weight"], torch.full((1 << 14,), torch.nan, dtype=dtype))
+    room = native_logits_room.logits_view(3, data["weight"], torch.full((1 << 14,), torch.nan, dtype=dtype))
     assert room.stride(0) > 2048
     assert not room.as_strided((2, room.stride(0) - 2048), (room.stride(0), 1), 2048).any()
 

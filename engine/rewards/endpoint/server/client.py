@@ -1,10 +1,8 @@
-"""Calls to a judge model over HTTP. This is the only module that imports the HTTP client.
+"""Calls to a judge model.
 
 A call is first looked up in the cache. If an equal call is in flight, it takes the reply to that one. Otherwise it is
-sent to a server with a free place, and sent again where the failure may pass. Each request has a time-out, and replies
-are read only up to a size limit. Only the configured addresses are contacted: no redirect is followed, and no proxy of
-the environment is used unless the server's ``proxy_from_env`` is on. Error messages hold no header and no caption, and
-at most one redacted line of what a server says.
+sent to a server with a free place (``connections``), and sent again where the failure may pass (``retries``). Error
+messages hold no header and no caption, and at most one redacted line of what a server says.
 """
 
 from __future__ import annotations
@@ -12,52 +10,33 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import logging
-import random
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from balcaprl.config import EndpointConfig, ProtocolConfig
 from balcaprl.extras import install_extra
 from balcaprl.rewards.endpoint.protocol import (
     Call,
     Reply,
-    ReplyError,
     cache_key,
-    parse_reply,
     request_body,
     request_form,
     request_headers,
     subject_key,
 )
+from balcaprl.rewards.endpoint.reply_checks import ReplyError, parse_reply
 from balcaprl.rewards.endpoint.server.cache import ReplyCache
 from balcaprl.rewards.endpoint.server.concurrency import AllServersGivenUpError, Clock, Dispatcher, Server
+from balcaprl.rewards.endpoint.server.connections import Connections
 from balcaprl.rewards.endpoint.server.item_faults import CallIdentity, Control
-from balcaprl.rewards.endpoint.server.outcomes import (
-    HOPELESS,
-    AttemptError,
-    Blame,
-    Unreached,
-    error_inside,
-    error_of_status,
-    text_of,
-)
+from balcaprl.rewards.endpoint.server.outcomes import AttemptError, Blame, Unreached, error_inside, text_of
 from balcaprl.rewards.endpoint.server.refusals import CallFailedError, CallLeftOutError, RefusalMemory, Refusals
+from balcaprl.rewards.endpoint.server.retries import Retries
 from balcaprl.rewards.endpoint.server.usage import Ledger, Reservation, Usage, most_tokens
 from balcaprl.types import JudgeStoppedError
-
-if TYPE_CHECKING:
-    import aiohttp
-    from tenacity import RetryCallState
-
-logger = logging.getLogger(__name__)
-
-_CHUNK = 1 << 16
-_KEEP_ALIVE_S = 60.0
-_JSON_TYPES = ("application/json", "text/json", "text/plain")
 
 
 @dataclass
@@ -94,11 +73,10 @@ class JudgeClient:
         """Reply cache that is consulted before a server is asked; None: no cache."""
         self.ledger = ledger or Ledger(endpoint)
         self.usage = Usage()
-        self._headers = {server.url: request_headers(server) for server in endpoint.servers}
-        keys = [header["Authorization"].split()[1] for header in self._headers.values() if "Authorization" in header]
+        headers = {server.url: request_headers(server) for server in endpoint.servers}
+        keys = [header["Authorization"].split()[1] for header in headers.values() if "Authorization" in header]
         self._refusals = Refusals(refusals or RefusalMemory(), keys, endpoint.required_share)
         self._forms = {request_form(server, protocol.model): server for server in endpoint.servers}
-        self._retry_library()
         self._dispatcher = Dispatcher(
             [
                 Server.of(server, endpoint.timeout_s, endpoint.breaker_failures, endpoint.breaker_wait_s, clock)
@@ -106,7 +84,10 @@ class JudgeClient:
             ],
             clock,
         )
-        self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        try:
+            self._connections, self._retries = Connections(endpoint, headers), Retries(endpoint, self.servers)
+        except ImportError as error:
+            raise ImportError(f"the endpoint judge needs aiohttp and tenacity: {install_extra('judge')}") from error
         self._under_way: dict[bytes, _UnderWay] = {}
         self._watchdog: asyncio.Task[None] | None = None
         self._last_valid = 0.0
@@ -174,9 +155,7 @@ class JudgeClient:
         """Close all connections and the refusal memory, and save the ledger."""
         if self._watchdog is not None:
             self._watchdog.cancel()
-        for session in self._sessions.values():
-            await session.close()
-        self._sessions.clear()
+        await self._connections.close()
         self.ledger.save()
         self._refusals.memory.close()
 
@@ -216,7 +195,7 @@ class JudgeClient:
         ended = False
         self._refusals.note_start(call, item)
         try:
-            reply, form = await self._retrying()(self._try, call, identity, affinity, bodies)
+            reply, form = await self._retries.of_one_call()(self._try, call, identity, affinity, bodies)
             ended = True
         except AttemptError as error:
             ended = True
@@ -271,50 +250,6 @@ class JudgeClient:
         self._refusals.note_control(control.call)
         return url
 
-    def _retrying(self) -> Any:
-        tenacity = self._retry_library()
-        used = 0
-
-        def is_used_up(state: RetryCallState) -> bool:
-            nonlocal used
-            error = state.outcome.exception() if state.outcome is not None else None
-            weight = error.weight if isinstance(error, AttemptError) else HOPELESS
-            used += weight
-            return weight == HOPELESS or used >= self._endpoint.max_attempts
-
-        return tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(AttemptError), stop=is_used_up, wait=self._wait_s, reraise=True
-        )
-
-    def _wait_s(self, state: RetryCallState) -> float:
-        """Seconds until the next attempt.
-
-        A wait that the server asks for is kept, unless more than one server is free. Otherwise the wait is an
-        exponential back-off with jitter. If the server answers most requests well, there is no back-off unless it is
-        overloaded: a bad reply is asked for again at once, and after any other failure the wait does not grow.
-        """
-        tenacity, endpoint = self._retry_library(), self._endpoint
-        error = state.outcome.exception() if state.outcome is not None else None
-        asked = error.wait_s if isinstance(error, AttemptError) else None
-        if asked and sum(server.is_free for server in self.servers) <= 1:
-            return asked * random.uniform(1.0, 1.1)
-        if isinstance(error, AttemptError) and error.server_is_sound:
-            if error.blame is Blame.REPLY:
-                return 0.0
-            if error.blame is not Blame.OVERLOAD:
-                return min(endpoint.max_retry_wait_s, endpoint.retry_wait_s * random.uniform(0.0, 2.0))
-        backoff = tenacity.wait_random_exponential(multiplier=2 * endpoint.retry_wait_s, max=endpoint.max_retry_wait_s)
-        return float(backoff(state))
-
-    @staticmethod
-    def _retry_library() -> Any:
-        try:
-            import aiohttp  # noqa: F401
-            import tenacity
-        except ImportError as error:
-            raise ImportError(f"the endpoint judge needs aiohttp and tenacity: {install_extra('judge')}") from error
-        return tenacity
-
     async def _attempt(
         self, call: Call, affinity: str, bodies: dict[str, Any], *, again: bool
     ) -> tuple[Reply, str, str]:
@@ -334,7 +269,8 @@ class JudgeClient:
         started = self._clock()
         self.usage.num_attempts += 1
         try:
-            reply = await self._exchange(call, server, bodies[form], reservation)
+            data = await self._connections.post(server, bodies[form], reservation)
+            reply = self._read_envelope(call, reservation, data)
             self.usage.num_valid += 1
             self.usage.latencies_s.append(self._clock() - started)
             server.note_served(self._clock() - started)
@@ -368,44 +304,6 @@ class JudgeClient:
         else:
             server.note_served(latency_s, valid=False)
 
-    async def _exchange(self, call: Call, server: Server, body: dict[str, Any], reservation: Reservation) -> Reply:
-        import aiohttp
-
-        url = server.config.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        headers = self._headers[server.config.url]
-        data = json.dumps(body).encode()
-        reservation.is_sent = True
-        try:
-            session = self._http(server.config.proxy_from_env)
-            async with session.post(url, data=data, headers=headers, allow_redirects=False) as response:
-                server.was_reached, server.unreached_since = True, None
-                if response.status != 200:
-                    reservation.is_sent = False  # no service charges for an error
-                    told = await response.content.read(_CHUNK)
-                    raise error_of_status(response.status, response.headers, told, self._endpoint.patience_s)
-                kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-                if kind not in _JSON_TYPES and not kind.endswith("+json"):
-                    raise AttemptError("content_type", "the reply is not of type application/json")
-                reply = bytearray()
-                self._check_size(response.content_length or 0)  # rejects a reply by its announced length
-                async for chunk in response.content.iter_chunked(_CHUNK):
-                    reply += chunk
-                    self._check_size(len(reply))
-        except aiohttp.ConnectionTimeoutError:
-            reservation.is_sent = False
-            limit = self._endpoint.connect_timeout_s
-            raise _unreached("timeout", f"no connection within {limit:g} s", Unreached.SILENT) from None
-        except (TimeoutError, asyncio.TimeoutError):
-            raise AttemptError("timeout", f"no reply within {self._endpoint.timeout_s:g} s") from None
-        except (aiohttp.ClientError, OSError, EOFError) as error:
-            reservation.is_sent = not isinstance(error, aiohttp.ClientConnectorError)
-            raise _connection_error(error) from None
-        return self._read_envelope(call, reservation, bytes(reply))
-
-    def _check_size(self, num_bytes: int) -> None:
-        if num_bytes > self._endpoint.max_reply_bytes:
-            raise AttemptError("too_large", "the reply exceeds endpoint.max_reply_bytes")
-
     def _read_envelope(self, call: Call, reservation: Reservation, data: bytes) -> Reply:
         """Parse the reply inside the API's envelope, and book its cost whether or not it is valid."""
         if not data.strip():
@@ -432,18 +330,6 @@ class JudgeClient:
         except ReplyError as error:
             # A reply that was cut off once is usually cut off again, at full price, so it uses up two attempts.
             raise AttemptError(error.kind, str(error), weight=2 if error.kind == "truncated" else 1) from None
-
-    def _http(self, proxy_from_env: bool) -> aiohttp.ClientSession:
-        if proxy_from_env not in self._sessions:
-            import aiohttp
-
-            endpoint = self._endpoint
-            timeout = aiohttp.ClientTimeout(total=endpoint.timeout_s, sock_connect=endpoint.connect_timeout_s)
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
-            self._sessions[proxy_from_env] = aiohttp.ClientSession(
-                connector=connector, timeout=timeout, trust_env=proxy_from_env, cookie_jar=aiohttp.DummyCookieJar()
-            )
-        return self._sessions[proxy_from_env]
 
     # ------------------------------------------------------------------------------------------------ patience
 
@@ -486,28 +372,3 @@ class JudgeClient:
     def _cancel_all(self) -> None:
         for under_way in list(self._under_way.values()):
             under_way.task.cancel()
-
-
-def _connection_error(error: BaseException) -> AttemptError:
-    """Describe why there was no connection, without the libraries' own texts, which may hold a proxy's password."""
-    import aiohttp
-
-    kind, name = "connection", type(error).__name__
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return _unreached(kind, "the server's host name is not known: check the url", Unreached.DNS)
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return _unreached(kind, "the server's TLS certificate is not trusted, or is for another host", Unreached.TLS)
-    if isinstance(error, aiohttp.ClientSSLError):
-        return _unreached(kind, "no TLS connection could be made: does the server speak https?", Unreached.TLS)
-    if isinstance(error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError):
-        return AttemptError(kind, f"the proxy of the environment cannot be used ({name})")
-    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    if isinstance(cause, ConnectionRefusedError):
-        return _unreached(kind, "the connection was refused: no server listens at this address", Unreached.REFUSED)
-    return AttemptError(kind, f"the connection failed ({name})")
-
-
-def _unreached(kind: str, message: str, why: Unreached) -> AttemptError:
-    error = AttemptError(kind, message)
-    error.unreached = why
-    return error

@@ -22,7 +22,8 @@ from truthful_judge import truthful_answer
 from balcaprl.config import EndpointConfig, RewardConfig
 from balcaprl.data.scenes import flawed_caption, scene_sample
 from balcaprl.rewards import GroupScorer, make_judge, score_groups
-from balcaprl.rewards.endpoint.judge import EndpointBatch, EndpointJudge
+from balcaprl.rewards.endpoint.batch import EndpointBatch
+from balcaprl.rewards.endpoint.judge import EndpointJudge
 from balcaprl.rewards.endpoint.reference_units import UnitStore, units_path
 from balcaprl.rewards.judge import BackgroundJudge
 from balcaprl.rewards.scenes.judge import SceneJudge

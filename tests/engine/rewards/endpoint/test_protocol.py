@@ -18,15 +18,13 @@ from balcaprl.rewards.endpoint.encoding import EncodedImage, encode_data, encode
 from balcaprl.rewards.endpoint.protocol import (
     TASKS,
     Call,
-    ReplyError,
     cache_key,
-    locate_quote,
     messages,
     numbered,
-    parse_reply,
     reply_schema,
     request_body,
 )
+from balcaprl.rewards.endpoint.reply_checks import ReplyError, locate_quote, parse_reply
 
 CONFIG = ProtocolConfig(model="m")
 IMAGE = EncodedImage("data:image/png;base64,aGVsbG8=", "digest")

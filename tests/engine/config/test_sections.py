@@ -7,9 +7,9 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from balcaprl import config
 from balcaprl.config import TrainConfig
-from balcaprl.config import schema as config
-from balcaprl.config.base import MAX_NUMBER, scalar_types
+from balcaprl.config.base import MAX_NUMBER, Section, scalar_types
 
 REQUIRED = {
     config.CustomReward: {"name": "brevity", "source": "questions"},
@@ -19,7 +19,7 @@ REQUIRED = {
 
 
 def sections():
-    return sorted(config._Section.__subclasses__(), key=lambda section: section.__name__)
+    return sorted(Section.__subclasses__(), key=lambda section: section.__name__)
 
 
 def fields_of_kind(*kinds):

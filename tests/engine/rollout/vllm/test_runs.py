@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from vllm_runs import CORPUS, SMALL, NoisyJudge, run, run_config
 
+from balcaprl.checkpoints.checkpoint import list_checkpoints
 from balcaprl.config import TrainConfig
 from balcaprl.demo.tiny_models import build_tiny_qwen
 from balcaprl.reporting.metrics import is_reproducible, read_jsonl
-from balcaprl.training.checkpoint import list_checkpoints
 from balcaprl.training.trainer import Trainer
 
 pytest.importorskip("vllm", reason="vLLM is an optional extra")
@@ -87,7 +87,7 @@ def half(targets, sources):
 weights.copy_all = lambda targets, sources: half(targets, sources) if due() else original(targets, sources)
 """,
     "reload": """
-from balcaprl.rollout import vllm_engine
+from balcaprl.rollout.vllm import engine as vllm_engine
 original = vllm_engine._named_tensors
 class Half(dict):
     def items(self):

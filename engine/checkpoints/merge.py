@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from balcaprl.assets import demo_model_path
+from balcaprl.checkpoints.checkpoint import digest_of_base, new_folder
 from balcaprl.files.ownership import claim_file, refuse_filled_folder
 from balcaprl.logtext import printable
 from balcaprl.policy.stock import check_family, load_stock, processor_of_adapter, with_adapter
+from balcaprl.policy.weight_digest import is_of_base
 from balcaprl.policy.weight_files import (
     ADAPTER_CONFIG,
     ModelFilesError,
@@ -29,8 +31,6 @@ from balcaprl.policy.weight_files import (
     read_json,
 )
 from balcaprl.rollout.adapters import has_split_head
-from balcaprl.training.checkpoint import digest_of_base, new_folder
-from balcaprl.training.reference import is_of_base
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from scripted_judge import ScriptedServer
 
 from balcaprl.config import EndpointConfig, ProtocolConfig, RewardConfig
 from balcaprl.rewards.endpoint.judge import EndpointJudge
-from balcaprl.rewards.endpoint.protocol import TASKS, Call, ReplyError, cache_key, numbered, parse_reply
+from balcaprl.rewards.endpoint.protocol import TASKS, Call, cache_key, numbered
+from balcaprl.rewards.endpoint.reply_checks import ReplyError, parse_reply
 from balcaprl.rewards.endpoint.server.outcomes import asked_wait_s
 from balcaprl.types import JudgeStoppedError, Sample
 

@@ -13,12 +13,12 @@ import torch
 import yaml
 from vllm_runs import CORPUS, SMALL, NoisyJudge, largest_difference, make_sample, run, run_config
 
+from balcaprl.checkpoints.checkpoint import list_checkpoints
 from balcaprl.config import OptimConfig, SamplingConfig
 from balcaprl.demo.tiny_models import build_tiny_qwen
 from balcaprl.policy import Group, Policy
 from balcaprl.reporting.metrics import read_jsonl
 from balcaprl.rollout.vllm.rollout import VLLMRollout
-from balcaprl.training.checkpoint import list_checkpoints
 from balcaprl.training.optim import PolicyOptimizer
 from balcaprl.training.trainer import Trainer
 
@@ -200,7 +200,7 @@ def test_signals_while_vllm_samples(tmp_path, number):
     recipe = tmp_path / "recipe.yaml"
     plain = run_config(folder, tmp_path / "run", steps=400, checkpoint={"every": 1}).model_dump(mode="json")
     recipe.write_text(yaml.safe_dump(plain))
-    command = [sys.executable, "-m", "balcaprl.cli.main", "train", str(recipe)]
+    command = [sys.executable, "-m", "balcaprl", "train", str(recipe)]
 
     def start(*more):
         env = {**os.environ, "OMP_NUM_THREADS": "1"}

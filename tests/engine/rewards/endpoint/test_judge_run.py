@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from scripted_judge import FAULTS, ScriptedServer
 
+from balcaprl.checkpoints.checkpoint import list_checkpoints
 from balcaprl.cli.main import main
 from balcaprl.config import TrainConfig
 from balcaprl.demo.tiny_models import build_tiny_qwen
 from balcaprl.reporting.metrics import read_jsonl
 from balcaprl.rewards import GroupScorer
-from balcaprl.training.checkpoint import list_checkpoints
 from balcaprl.training.trainer import Trainer
 from balcaprl.training.update import PolicyUpdate
 from balcaprl.types import JudgeStoppedError

@@ -1,6 +1,6 @@
 """kill -9 at random moments, SIGTERM and SIGINT: a run goes on and ends with the same bits.
 
-``BALCAPRL_KILLS=20 pytest tests/engine/test_kill.py`` kills twenty times; by default it is three.
+``BALCAPRL_KILLS=20 pytest tests/engine/training/test_kill.py`` kills twenty times; by default it is three.
 """
 
 import os
@@ -15,9 +15,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from balcaprl.checkpoints.checkpoint import list_checkpoints
 from balcaprl.demo.tiny_models import build_tiny_qwen
 from balcaprl.reporting.metrics import is_reproducible, read_jsonl
-from balcaprl.training.checkpoint import list_checkpoints
 
 NUM_KILLS = int(os.environ.get("BALCAPRL_KILLS", "3"))
 STEPS = 8
@@ -49,7 +49,7 @@ def recipe(tmp_path_factory):
 
 
 def start(recipe, out):
-    command = [sys.executable, "-m", "balcaprl.cli.main", "train", str(recipe), "--output_dir", str(out)]
+    command = [sys.executable, "-m", "balcaprl", "train", str(recipe), "--output_dir", str(out)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
 
 

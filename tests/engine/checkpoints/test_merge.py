@@ -8,15 +8,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import balcaprl.training.checkpoint
+import balcaprl.checkpoints.checkpoint
+from balcaprl.checkpoints.checkpoint import SaveError, list_checkpoints
+from balcaprl.checkpoints.merge import merge_checkpoint
 from balcaprl.cli.main import main
 from balcaprl.config import TrainConfig
 from balcaprl.demo.tiny_models import build_tiny_llava, build_tiny_qwen
 from balcaprl.files.ownership import ForeignPathError, PathInUseError, claim_file
 from balcaprl.policy import Policy
 from balcaprl.torchvision_compat import ensure_importable
-from balcaprl.training.checkpoint import SaveError, list_checkpoints
-from balcaprl.training.merge import merge_checkpoint
 from balcaprl.training.trainer import Trainer
 
 ensure_importable()
@@ -295,7 +295,7 @@ def test_a_full_disk_leaves_nothing(bases, checkpoint, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(balcaprl.training.checkpoint, "_fsync_tree", full)
+    monkeypatch.setattr(balcaprl.checkpoints.checkpoint, "_fsync_tree", full)
     with pytest.raises(SaveError, match=r"out could not be saved: No space left .*make room"):
         merge_checkpoint(checkpoint, tmp_path / "out", bases("qwen"))
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}

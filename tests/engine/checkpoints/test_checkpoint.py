@@ -9,9 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from balcaprl.files import manifest
-from balcaprl.training import checkpoint as module
-from balcaprl.training.checkpoint import (
+from balcaprl.checkpoints import checkpoint as module
+from balcaprl.checkpoints.checkpoint import (
     CheckpointError,
     SaveError,
     TrainerState,
@@ -21,6 +20,7 @@ from balcaprl.training.checkpoint import (
     newest_whole,
     save_checkpoint,
 )
+from balcaprl.files import manifest
 
 
 def state(step):
@@ -250,7 +250,7 @@ def test_a_save_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, monk
 
     with monkeypatch.context() as patch:
         if place != "save_model":
-            patch.setattr(f"balcaprl.training.checkpoint.{place}", dies_with(error))
+            patch.setattr(f"balcaprl.checkpoints.checkpoint.{place}", dies_with(error))
         with pytest.raises(SaveError, match=r"step_00000002 could not be saved: .*(No space|Read-only).*before it are"):
             save_checkpoint(tmp_path, state(2), writes_half if place == "save_model" else save_model, keep=1)
     after = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from balcaprl.checkpoints.checkpoint import list_checkpoints
 from balcaprl.config import TrainConfig
 from balcaprl.data.scenes import scene_sample
 from balcaprl.policy import Group
 from balcaprl.torchvision_compat import subprocess_env
-from balcaprl.training.checkpoint import list_checkpoints
 from balcaprl.training.trainer import Trainer
 
 pytest.importorskip("vllm", reason="vLLM is an optional extra")

@@ -1,7 +1,7 @@
 """The endpoint judge against vLLM's own OpenAI-compatible server, with a tiny random vision-language model.
 
 Slow (two to four minutes on two cores: the server alone takes one to start), so it runs where BALCAPRL_SLOW is set:
-``BALCAPRL_SLOW=1 pytest tests/engine/test_judge_vllm.py``.
+``BALCAPRL_SLOW=1 pytest tests/engine/rewards/endpoint/test_judge_vllm.py``.
 """
 
 import importlib.util
