@@ -50,11 +50,14 @@ class RunRecord:
         self._progress = ProgressLine(config.steps, resumed_from or 0)
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Keep the log open and the progress line live for a ``with`` block; then another run may use the folder."""
+    def opened(self, step: int) -> Iterator[None]:
+        """Keep the log open and the progress line live for a ``with`` block; then another run may use the folder.
+
+        A further block goes on with the files as they were after ``step``.
+        """
         if not self._claim.is_held:  # an earlier block has released the claim
             self._claim = claim_run_folder(self._config)
-            self._log = None
+            self._log, self._resumed_from = None, step
         with self._claim, self._opened_log(), self._progress:
             yield
 

@@ -132,8 +132,9 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Run until ``config.steps`` steps are done or a signal asks to stop; return the run's summary."""
         config = self.config
-        with self.record.opened(), first_signal(self._stop_after_this_step), self._left_whole_if_it_diverges():
-            if self.resumed_from is None:
+        self.stop_signal = None  # of an earlier call
+        with self.record.opened(self.step), first_signal(self._stop_after_this_step), self._left_whole_if_it_diverges():
+            if self.step == 0 and self.resumed_from is None:
                 self.evaluate()
             while self.step < config.steps and self.stop_signal is None:
                 self.timer.start_step()

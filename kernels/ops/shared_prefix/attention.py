@@ -1,6 +1,6 @@
 """Attention of packed groups: each prompt is stored once, and each completion attends to its prompt and to itself.
 
-``shared_prefix_layout.py`` defines the token order: ``[prompt | completion 1 | ... | completion G]`` for each group.
+``layout.py`` defines the token order: ``[prompt | completion 1 | ... | completion G]`` for each group.
 There are H query heads and H_kv key heads; query head h uses key head h // (H / H_kv). Let a(t) be the packed tokens
 that token t sees: its own segment up to itself, and its group's prompt. Then::
 
@@ -18,8 +18,8 @@ the joint ``lse`` and ``out``, and the gradients of the parts add up. Only the s
 matrix, for one group at a time.
 
 =============  =======================================================================================================
-``reference``  the specification: plain PyTorch, a mask per group, any device and dtype; ``shared_prefix_reference.py``
-``sdpa``       PyTorch's fused attention kernel on CPU, a few calls for all groups; ``shared_prefix_sdpa.py``
+``reference``  the specification: plain PyTorch, a mask per group, any device and dtype; ``reference.py``
+``sdpa``       PyTorch's fused attention kernel on CPU, a few calls for all groups; ``sdpa.py``
 ``flash``      flash-attn's varlen kernels on CUDA; ``shared_prefix_flash.py``
 ``triton``     our kernels: completions of a group share reads of the prompt's keys; ``triton.py``
 =============  =======================================================================================================

@@ -421,3 +421,28 @@ def test_what_a_run_leaves_behind(tiny_model, tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
     assert len(list((tmp_path / "eval_images").glob("*.png"))) == 2
     assert json.loads((tmp_path / "summary.json").read_text())["sampler"] == "hf"
+
+
+def test_training_again_after_a_stop_goes_on_and_keeps_the_log(tiny_model, tmp_path):
+    """As one run without a stop does: the same lines, weights and evaluations."""
+    run(config(tiny_model, tmp_path / "whole", steps=4))
+    trainer = Trainer(config(tiny_model, tmp_path / "stopped", steps=4))
+    log_step = trainer.log_step
+
+    def stop_after_two(*args):
+        log_step(*args)
+        if trainer.step == 2:
+            trainer.stop_signal = 2
+
+    trainer.log_step = stop_after_two
+    try:
+        trainer.train()
+        assert trainer.step == 2
+        assert trainer.train()["status"] == "finished"
+    finally:
+        trainer.close()
+    assert reproducible_metrics(tmp_path / "stopped") == reproducible_metrics(tmp_path / "whole")
+    steps = [line["step"] for line in read_jsonl(tmp_path / "stopped" / "evaluations.jsonl")]
+    assert steps == [line["step"] for line in read_jsonl(tmp_path / "whole" / "evaluations.jsonl")]
+    ours, theirs = final_weights(tmp_path / "stopped"), final_weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
