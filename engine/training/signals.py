@@ -1,4 +1,4 @@
-"""Turns the first SIGINT or SIGTERM into a request to stop, and leaves the second one its usual effect."""
+"""Turns the first SIGINT or SIGTERM into a request to stop; the second one ends the process at once."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_ENDS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+"""What ends a process, for each of the two signals."""
+
 
 @contextmanager
 def first_signal(call: Callable[[int], None]) -> Iterator[None]:
     """Within the context, call a function with the number of the first SIGINT or SIGTERM; the second acts as before.
+
+    A shell's background job starts with SIGINT ignored. As the first signal is heard all the same, the second one then
+    gets Python's own handler, so that it ends the run.
 
     Only the main thread can handle signals; in another thread, the context has no effect.
     """
@@ -22,7 +28,7 @@ def first_signal(call: Callable[[int], None]) -> Iterator[None]:
 
     def handle(number: int, _frame: FrameType | None) -> None:
         for each, handler in previous.items():
-            signal.signal(each, handler)
+            signal.signal(each, _ENDS[each] if handler is signal.SIG_IGN else handler)
         call(number)
 
     for each in previous:

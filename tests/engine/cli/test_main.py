@@ -260,10 +260,13 @@ def test_real_photographs_train_with_the_lexical_judge(photograph_set, tmp_path)
     assert len({c["sample_id"] for c in read_jsonl(tmp_path / "completions.jsonl")}) == 8
 
 
-def test_a_hanging_reward_cannot_keep_a_run_from_ending(tmp_path):
-    """The first signal is heard while the reward hangs, the second ends the run."""
+@pytest.mark.parametrize("begins", ["in the foreground", "in the background"])
+def test_a_hanging_reward_cannot_keep_a_run_from_ending(begins, tmp_path):
+    """The first signal is heard while the reward hangs, the second ends the run. A background job ignores SIGINT at first."""
     import signal
     import time
+
+    ignored = signal.SIG_IGN if begins == "in the background" else signal.SIG_DFL
 
     asked = tmp_path / "asked"
     source = tmp_path / "mine.py"
@@ -288,7 +291,13 @@ def test_a_hanging_reward_cannot_keep_a_run_from_ending(tmp_path):
         )
     )
     command = [sys.executable, "-m", "balcaprl", "train", str(recipe)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, ignored),
+    ) as process:
         try:
             for _ in range(2400):
                 if asked.exists() or process.poll() is not None:
