@@ -28,7 +28,10 @@ def make_sampler(config: TrainConfig, policy: Policy, folder: Path | None = None
     if name == "auto":
         name = "vllm" if find_spec("vllm") is not None else "hf"
     if name == "hf" and config.rollout.max_staleness:
-        raise ValueError("rollout.max_staleness = 1 needs a sampler with weights of its own, and vLLM is not installed")
+        missing = "" if config.rollout.sampler == "hf" else ", and vLLM is not installed"
+        raise ValueError(
+            f"rollout.max_staleness = 1 needs a sampler with weights of its own, vllm or server; hf has none{missing}"
+        )
     if name == "vllm":
         from balcaprl.rollout.vllm.rollout import VLLMRollout
 
