@@ -62,7 +62,7 @@ class AuditReport:
     assertions: dict[str, Agreement] = field(default_factory=dict)
     """Agreement on assertions by assertion type; ``all`` comes first."""
     units: Agreement | None = None
-    """Agreement on covered reference units; None if the two judges never have the same number of units."""
+    """Agreement on covered reference units; None if the two judges never have the same units."""
     grades: dict[str, Interval] = field(default_factory=dict)
     """Quadratically weighted kappa of each grade."""
     correlation: dict[str, Interval] = field(default_factory=dict)
@@ -211,8 +211,14 @@ def _compare(exact: Sequence[RewardBreakdown], told: Sequence[RewardBreakdown]) 
                 found = _best_match(assertion, verdict.assertions)
                 counted = found is not None and found.counted
                 evidence.assertions.append((assertion_type(assertion), assertion.counted, counted, found is not None))
-        if len(truth.reference_units) == len(verdict.reference_units) and not math.isnan(verdict.recall):
-            pairs = zip(truth.reference_units, verdict.reference_units, strict=True)
+        # A judge that takes references apart by itself may have as many units, but other ones. Given units begin with the
+        # exact text; a number may follow.
+        exact_units, told_units = truth.reference_units, verdict.reference_units
+        same_units = len(exact_units) == len(told_units) and all(
+            b.text.startswith(a.text) for a, b in zip(exact_units, told_units, strict=True)
+        )
+        if same_units and not math.isnan(verdict.recall):
+            pairs = zip(exact_units, told_units, strict=True)
             evidence.units += [(a.covered, b.covered) for a, b in pairs]
     return evidence
 
