@@ -73,6 +73,7 @@ gpu:
 	BALCAPRL_TEST_GPU=1 python -m pytest -m interpreter tests/kernels
 	python bench/run.py --device cuda
 	python bench/update_step.py --device cuda --dtype bfloat16
+	python bench/gpu_check.py --output bench/results/gpu_check/$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr ' ' _).jsonl
 
 $(VENV)/.torch: constraints.txt
 	$(if $(NVIDIA),@echo "$$GPU_NOTE")
