@@ -14,7 +14,7 @@ from balcaprl.config import TrainConfig
 from balcaprl.rewards import LexicalJudge
 from balcaprl.rewards.audit import audit_captions, audit_config, audit_judge, cohen_kappa, correlation, weighted_kappa
 from balcaprl.rewards.scenes.judge import SceneJudge
-from balcaprl.types import Assertion, RewardBreakdown
+from balcaprl.types import Assertion, ReferenceUnit, RewardBreakdown
 
 
 class BadJudge:
@@ -45,6 +45,21 @@ class YesJudge:
         return [
             RewardBreakdown(1, 1, 1, 5, 5, 5, assertions=(Assertion("all", ((0, len(caption)),), True, True),))
             for caption in captions
+        ]
+
+
+class OtherUnits:
+    """The exact judge, but for its reference units, which ``change`` makes of the exact ones."""
+
+    name = "other units"
+
+    def __init__(self, change):
+        self.change = change
+
+    def score(self, sample, captions):
+        return [
+            replace(exact, reference_units=tuple(self.change(exact.reference_units)))
+            for exact in SceneJudge().score(sample, captions)
         ]
 
 
@@ -84,6 +99,30 @@ def test_a_judge_that_always_says_yes_gains_nothing(reports):
     assert report.assertions["all"].kappa[0] == pytest.approx(0, abs=1e-12)
     assert report.agreement[0] == 0
     assert report.units is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda units: [replace(unit, text=f"part {i} of the reference") for i, unit in enumerate(units)],
+        lambda units: [*units[:-1], replace(units[-1], text="something else")],
+        lambda units: reversed(units),
+        lambda units: units[1:],
+        lambda units: [*units, ReferenceUnit("one more", True)],
+    ],
+    ids=["all other", "one other", "another order", "fewer", "more"],
+)
+def test_units_are_compared_only_with_the_same_units(change):
+    """As many units are not yet the same: a judge may take the reference apart in its own way."""
+    report = audit_judge(OtherUnits(change), *audit_captions(4, 2, 0), retest=False, num_bootstraps=20)
+    assert report.units is None
+    assert report.assertions["all"].kappa[0] == 1
+
+
+def test_a_number_after_a_unit_does_not_make_it_another():
+    judge = OtherUnits(lambda units: [replace(unit, text=f"{unit.text} ({i})") for i, unit in enumerate(units)])
+    report = audit_judge(judge, *audit_captions(4, 2, 0), retest=False, num_bootstraps=20)
+    assert report.units.kappa[0] == 1
 
 
 def test_intervals_hold_the_value_and_narrow_with_more_scenes():
