@@ -45,7 +45,7 @@ class RolloutConfig(Section):
     prompts_per_step: int = Field(8, ge=1, le=100_000)
     """Number of images per step; each image gives one group of completions."""
     group_size: int = Field(8, ge=1, le=10_000)
-    """Completions of each image [G in the paper]. A run compares them with each other, so it needs at least two."""
+    """Completions of each image [G in the paper]. Training compares them with each other, so it needs at least two."""
     sampling: SamplingConfig = SamplingConfig()
     """Sampling parameters."""
     sync: Literal["auto", "shared", "inplace", "reload"] = "auto"

@@ -27,7 +27,7 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, le=2**32 - 1)
     """Seed of data order, sampling and initialisation."""
     steps: int = Field(200, ge=0)
-    """Number of training steps."""
+    """Number of training steps. 0: the run only evaluates."""
     threads: int = Field(0, ge=0, le=10_000)
     """CPU threads of torch; 0: torch's own default."""
     model: ModelConfig = ModelConfig()
@@ -61,12 +61,6 @@ class TrainConfig(Section):
                 if part not in getattr(type(section), "model_fields", {}):
                     raise ValueError(f"checkpoint.allow_changes: there is no field {name}")
                 section = getattr(section, part)
-        return self
-
-    @model_validator(mode="after")
-    def _groups_can_be_compared(self) -> TrainConfig:
-        if self.rollout.group_size < 2:
-            raise ValueError("rollout.group_size must be at least 2: one completion by itself teaches nothing")
         return self
 
     @model_validator(mode="after")

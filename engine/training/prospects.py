@@ -32,7 +32,12 @@ def expected_rewards(config: RewardConfig) -> list[str]:
 
 
 def refuse_hopeless(config: TrainConfig) -> None:
-    """Raise ValueError if it is certain that a run learns nothing; the message says why, and what to change."""
+    """Raise ValueError if it is certain that a run learns nothing; the message says why, and what to change.
+
+    A run of no steps only evaluates and is not meant to learn: nothing is refused.
+    """
+    if not config.steps:
+        return
     reward, temperature = config.reward, config.rollout.sampling.temperature
     expected = expected_rewards(reward)
     if not expected:
@@ -41,6 +46,8 @@ def refuse_hopeless(config: TrainConfig) -> None:
     never = _never_met(reward)
     if never.issuperset(expected):
         raise ValueError(f"reward.conditions: {', '.join(expected)} would never count; {_NEVER_MET}")
+    if config.rollout.group_size < 2:
+        raise ValueError("rollout.group_size must be at least 2: one completion by itself teaches nothing")
     if temperature < GREEDY_TEMPERATURE:
         raise ValueError(
             f"rollout.sampling.temperature: {temperature:g} is greedy, so that all completions of an image are the same and "

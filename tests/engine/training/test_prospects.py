@@ -18,6 +18,7 @@ NONE = {"precision_weight": 0, "recall_weight": 0, "linguistic_weight": 0}
 
 HOPELESS = [
     ({"rollout": {"sampling": {"temperature": 1e-6}}}, "rollout.sampling.temperature: 1e-06 is greedy"),
+    ({"rollout": {"group_size": 1}}, "rollout.group_size must be at least 2"),
     ({"reward": NONE}, "no reward has a weight above 0"),
     ({"reward": {"judge": "none"}}, "reward.judge is none, and no reward has a weight"),
     ({"reward": {"judge": "none", "custom": [{**CUSTOM, "weight": 0}]}}, "no reward has a weight above 0"),
@@ -47,7 +48,7 @@ def test_what_is_certain_to_teach_nothing_is_refused(plain, reason):
 @pytest.mark.parametrize(
     "plain",
     [
-        {"rollout": {"group_size": 1}},
+        {"rollout": {"group_size": 0}},
         {"rollout": {"sampling": {"temperature": 0}}},
         {"rollout": {"sampling": {"max_completion_tokens": 0}}},
         {"rollout": {"sampling": {"stop": ["", "x"]}}},
@@ -119,10 +120,11 @@ def test_ordinary_runs_are_not_warned_of(plain):
     assert doubts(config, REFERENCES) == []
 
 
-def test_a_run_without_steps_is_not_meant_to_learn(caplog):
-    warn_of_doubts(
-        TrainConfig.model_validate({"steps": 0, "rollout": {"sampling": {"max_completion_tokens": 1}}}), REFERENCES
-    )
+@pytest.mark.parametrize("plain", [plain for plain, _ in (*HOPELESS, *DOUBTFUL)])
+def test_a_run_without_steps_is_not_meant_to_learn(plain, caplog):
+    config = TrainConfig.model_validate({"steps": 0, **plain})
+    refuse_hopeless(config)
+    warn_of_doubts(config, REFERENCES)
     assert not caplog.records
 
 

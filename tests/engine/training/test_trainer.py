@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from balcaprl.checkpoints.checkpoint import list_checkpoints
@@ -234,8 +233,8 @@ def test_a_judge_that_fails_now_and_then_loses_only_those(tiny_model, tmp_path):
 
 
 def test_a_group_of_one_is_refused(tiny_model, tmp_path):
-    with pytest.raises(ValidationError, match="group_size"):
-        config(tiny_model, tmp_path, rollout={"group_size": 1})
+    with pytest.raises(ValueError, match="group_size"):
+        Trainer(config(tiny_model, tmp_path, rollout={"group_size": 1}))
 
 
 @pytest.mark.parametrize("way", ["raises", "all nan", "some nan", "too few"])
@@ -399,8 +398,20 @@ def test_an_evaluation_before_training_changes_no_number(tiny_model, tmp_path):
     assert second == first[:2] + first
 
 
-def test_zero_steps_still_evaluates_and_reports(tiny_model, tmp_path):
-    run(config(tiny_model, tmp_path, steps=0), NoisyJudge())
+HOPELESS = {
+    "greedy": {"rollout": {"sampling": {"temperature": 1e-6, "max_completion_tokens": 8}}},
+    "a group of one": {"rollout": {"group_size": 1}},
+    "no reward": {"reward": {"precision_weight": 0, "recall_weight": 0, "linguistic_weight": 0}},
+}
+"""Settings that are refused where something is to be learnt."""
+
+
+@pytest.mark.parametrize("changes", [{}, *HOPELESS.values()], ids=["ordinary", *HOPELESS])
+def test_zero_steps_still_evaluates_and_reports(tiny_model, tmp_path, changes):
+    run(config(tiny_model, tmp_path, steps=0, **changes), NoisyJudge())
+    modes = {e["mode"]: e["b_capscore"] for e in read_jsonl(tmp_path / "evaluations.jsonl")}
+    assert set(modes) == {"sampled", "greedy"}
+    assert all(0 <= score <= 1 for score in modes.values())
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["before"] == summary["after"]
     assert summary["steps"] == 0
