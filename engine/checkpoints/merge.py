@@ -20,7 +20,7 @@ from balcaprl.assets import demo_model_path
 from balcaprl.checkpoints.checkpoint import digest_of_base, new_folder
 from balcaprl.files.ownership import claim_file, refuse_filled_folder
 from balcaprl.logtext import printable
-from balcaprl.policy.stock import check_family, load_stock, processor_of_adapter, with_adapter
+from balcaprl.policy.stock import check_family, load_stock, processor_of_adapter, quiet_peft, with_adapter
 from balcaprl.policy.weight_digest import is_of_base
 from balcaprl.policy.weight_files import (
     ADAPTER_CONFIG,
@@ -114,7 +114,8 @@ def merge_adapter(adapted: Any) -> Any:
     if has_split_head(stock):
         _untie(stock)
     try:
-        return adapted.merge_and_unload(safe_merge=True)
+        with quiet_peft():
+            return adapted.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError) as error:  # raised by peft
         raise ModelFilesError(f"the adapter cannot be merged: {error}") from error
 

@@ -241,7 +241,7 @@ def _run_training(config: TrainConfig) -> int:
 
 
 def _without_bars() -> None:
-    """Turn off the progress bar that transformers shows while it loads a model's weights."""
+    """Turn off the progress bars that transformers shows while it loads or writes a model's weights."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -284,6 +284,7 @@ def _merge(options: Namespace) -> int:
     check_merge(options.folder, options.out, base)  # before torch is imported
     from balcaprl.checkpoints.merge import merge_checkpoint
 
+    _without_bars()
     merge_checkpoint(options.folder, options.out, base)
     print(options.out)
     return 0

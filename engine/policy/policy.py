@@ -35,6 +35,7 @@ from balcaprl.policy.stock import (
     check_family,
     load_stock,
     processor_of_adapter,
+    quiet_peft,
     torch_device,
     torch_dtype,
     with_adapter,
@@ -434,5 +435,6 @@ class Policy:
 
     def save(self, folder: str | Path) -> None:
         """Write a stock checkpoint folder: safetensors, configuration, generation config, processor and tokenizer."""
-        self.model.save_pretrained(folder)
+        with quiet_peft():
+            self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,14 @@ if TYPE_CHECKING:
 
 _PLAIN_INITS = (True, False, "gaussian")
 """Values of ``init_lora_weights`` that leave the model's own weights unchanged."""
+
+_HARMLESS_OF_PEFT = (
+    "The PEFT config's `base_model_name_or_path` was renamed",  # refuse_other_base compares the weights instead
+    "Model has `tie_word_embeddings=True` and a tied layer",  # merging unties them, and only safetensors are written
+    "Setting `save_embedding_layers` to `True`",  # wanted: stock peft then opens the checkpoint
+    "Adapter .* have invalid shape",  # true of every lora_bias; a shape that differs from the policy's is refused
+)
+"""Beginnings of warnings of peft, as regular expressions, which ask nothing of a user of this package."""
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -143,7 +152,7 @@ def with_adapter(model: Any, folder: Path) -> Any:
         raise ModelFilesError(
             f"{folder}: an adapter begun by {plain['init_lora_weights']} changes the model beneath it; merge it with peft first"
         )
-    with _told_of(folder):
+    with _told_of(folder), quiet_peft():
         config = peft.LoraConfig.from_pretrained(str(folder))
         config.inference_mode = False
         adapted = peft.get_peft_model(model, config)
@@ -160,7 +169,7 @@ def load_adapter(model: Any, folder: Path) -> None:
     from peft import set_peft_model_state_dict
 
     saved = load_file(folder / ADAPTER_WEIGHTS)
-    with _told_of(folder, "is not that of the policy"):
+    with _told_of(folder, "is not that of the policy"), quiet_peft():
         result: Any = set_peft_model_state_dict(model, saved, adapter_name=model.active_adapter)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     lacking = sorted(trained & set(result.missing_keys))
@@ -212,6 +221,15 @@ def unsaved_parameters(model: Any) -> list[str]:
 
     saved = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
     return [n for n, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence those warnings of peft that ask nothing of the user; some repeat text of the folder as it stands there."""
+    with warnings.catch_warnings():
+        for beginning in _HARMLESS_OF_PEFT:
+            warnings.filterwarnings("ignore", message=beginning, category=UserWarning)
+        yield
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -268,6 +270,43 @@ def test_what_an_adapter_says_of_its_base_is_shown_and_never_followed(bases, che
     merge_checkpoint(naming(checkpoint, "org/evil"), tmp_path / "out", bases("qwen"))
     assert not asked
     assert "adapter_config.json says 'org/evil'" in caplog.text
+
+
+QUIET = """
+import sys
+from pathlib import Path
+from transformers.utils.logging import disable_progress_bar
+from balcaprl.cli.main import main
+from balcaprl.policy import Policy
+from balcaprl.policy.stock import load_into
+
+base, *adapters = map(Path, sys.argv[1:])
+for adapter in adapters:
+    assert main(["merge", str(adapter), str(adapter) + " merged", "--base", str(base)]) == 0
+disable_progress_bar()
+for adapter in adapters:
+    policy = Policy.from_pretrained(adapter, base=base, device="cpu")
+    load_into(policy, adapter)
+    policy.save(str(adapter) + " saved")
+"""
+
+
+def test_loading_resuming_saving_and_merging_an_adapter_prints_nothing(bases, tmp_path):
+    """But our own log: none of peft's warnings that ask nothing of the user, some of them with text of the adapter's file."""
+    base = bases("qwen tied")
+    kinds = ("head and embedding", "whole head", "biases")
+    folders = [naming(checkpoint_of(base, tmp_path / kind, **ADAPTERS[kind]), "org/other") for kind in kinds]
+    command = [sys.executable, "-c", QUIET, str(base), *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if not line.startswith(("INFO balcaprl.", "WARNING balcaprl."))]
+    assert told == []
+
+
+def test_what_peft_says_of_an_adapter_that_cannot_be_merged_is_still_told(bases, tmp_path):
+    folder = checkpoint_of(bases("llava"), tmp_path / "biased", **ADAPTERS["biases"])
+    with pytest.warns(UserWarning, match="has no bias"):
+        Policy.from_pretrained(folder, base=bases("llava"), device="cpu")
 
 
 def test_a_folder_that_holds_something_or_is_being_written_is_left_alone(bases, checkpoint, tmp_path):
