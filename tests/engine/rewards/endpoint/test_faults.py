@@ -5,7 +5,6 @@ The judge's opinion of a caption is drawn from the caption's own words, so that 
 
 import hashlib
 import math
-import os
 
 import numpy as np
 import pytest
@@ -183,9 +182,9 @@ def test_all_faults_together_for_fifty_steps():
 
 def test_a_fifth_of_each_fault_all_at_once():
     """Each kind drawn by itself at 20%, those that hang at 2%: all but one of 30 replies are faulty. Steps go on with what
-    there is: 50 of them where BALCAPRL_SLOW is set, else 8.
+    there is.
     """
-    num_steps = 50 if os.environ.get("BALCAPRL_SLOW") else 8
+    num_steps = 8
     faults = {fault: 0.02 if fault in HANGING else 0.2 for fault in FAULTS}
     with ScriptedServer(opinion, faults=faults, independent=True, hang_s=HANG_S, seed=6) as server:
         waits = {"timeout_s": LIMIT_S, "retry_wait_s": 0.0, "breaker_wait_s": 0.01, "grace_s": 0.0}
@@ -196,7 +195,9 @@ def test_a_fifth_of_each_fault_all_at_once():
         assert min(server.counts[fault] for fault in FAULTS if fault not in HANGING) > 0.03 * server.counts["requests"]
         assert injected - cancelled <= sum(counted.values()) <= injected + late
         assert set(counted) == set().union(*KIND.values())
-        assert missing <= 0.85 * num_steps * 9  # a share of .3 at least, of what was not left out for good
+        # A share of .3 needs three of a step's nine scores, and none is left out for good: that takes five proofs in a row
+        # that the server answers another call, each with a chance of 1 in 30.
+        assert missing <= 6 * num_steps
         assert not server.problems
 
 
