@@ -39,7 +39,7 @@ def image_source(value: Any, depth: int = _MAX_DEPTH) -> str | bytes:
     if isinstance(value, Mapping):
         found = next((value[key] for key in DICT_KEYS if value.get(key)), None)
         return image_source(found, depth - 1)
-    raise ImageError(f"{type(value).__name__} is not an image; expected a path or an image file", "no image")
+    raise ImageError(f"{type(value).__name__} is not an image; expected a path or an image file", "not an image")
 
 
 def _from_text(text: str) -> str | bytes:

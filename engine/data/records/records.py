@@ -113,8 +113,8 @@ class RecordBuilder:
             place = where if number == 1 else f"{where}, caption {number}"
             caption = clean_text(reference)
             if not caption:
-                kind = "is empty" if isinstance(reference, str) else f"is {type(reference).__name__}, expected text"
-                self.exclude("empty caption", f"{_named(place, fields.own_id)}: the caption {kind}")
+                reason, fault = _why_unusable(reference)
+                self.exclude(reason, f"{_named(place, fields.own_id)}: the caption {fault}")
                 continue
             self._report.num_records += 1
             sample_id = self._unique_id(fields.own_id, image if isinstance(image, str) else where, place)
@@ -128,6 +128,13 @@ class RecordBuilder:
             sample_id = f"{sample_id} ({where})"
         self._ids.add(sample_id)
         return sample_id
+
+
+def _why_unusable(reference: Any) -> tuple[str, str]:
+    """The reason for which a reference without text is counted, and what is wrong with it."""
+    if reference is None or isinstance(reference, str):
+        return "empty caption", "is empty"
+    return "caption is not text", f"is {type(reference).__name__}, expected text"
 
 
 def _named(where: str, own_id: Any) -> str:
