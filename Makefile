@@ -18,7 +18,7 @@ To train on the GPU, make an environment of its own:
 endef
 export GPU_NOTE
 
-.PHONY: demo test test-interpreter test-isa test-newest test-toolchain lint bench gpu
+.PHONY: demo test test-interpreter test-isa test-newest test-slow test-toolchain lint bench gpu
 demo: $(VENV)/.cpu
 	$(BIN)/balcaprl demo --out demo-run
 
@@ -35,6 +35,10 @@ test-interpreter: $(VENV)/.test
 # What compilers make of the sources: Triton kernels for sm_80, sm_90 and sm_100, the native library with sanitizers, archives.
 test-toolchain: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m toolchain $(PARALLEL)
+
+# What takes half a minute or more: runs that are killed in a sync of any kind, and vLLM's own server as judge.
+test-slow: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(PARALLEL)
 
 # The kernels' tests as if on older processors, and on this one with all that it has.
 test-isa: $(VENV)/.test

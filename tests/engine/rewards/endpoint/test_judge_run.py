@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 
 import pytest
 import torch
@@ -90,25 +89,26 @@ def test_a_run_with_every_fault_finishes_and_the_key_is_found_nowhere(tiny_model
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
 
 
-@pytest.mark.skipif(not os.environ.get("BALCAPRL_SLOW"), reason="takes a minute or two: set BALCAPRL_SLOW=1 to run it")
-def test_fifty_steps_learn_while_every_fault_is_drawn_at_a_fifth(tiny_model, tmp_path):
+@pytest.mark.slow
+def test_sixteen_steps_learn_while_every_fault_is_drawn_at_a_fifth(tiny_model, tmp_path):
     """All but one of 44 replies are faulty: no NaN reaches the weights, they are learnt, and every step's counters add up."""
     waits = {"timeout_s": 1.5, "retry_wait_s": 0.0, "breaker_wait_s": 0.01, "grace_s": 0.0, "patience_s": 60}
     faults = dict.fromkeys(FAULTS, 0.2) | {"timeout": 0.02, "slow_drip": 0.02}
     with ScriptedServer(faults=faults, independent=True, hang_s=120.0, seed=4) as server:
-        plain = plain_config(tiny_model, tmp_path / "run", server, steps=50, required_share=0.3, **waits)
+        plain = plain_config(tiny_model, tmp_path / "run", server, steps=16, required_share=0.3, **waits)
         plain["rollout"]["prompts_per_step"] = 1
+        plain["reward"] |= {"required_share": 0, "max_flat_steps": 0}  # either would end such a run
         trainer = run(plain)
         assert not server.problems
         assert sum(server.counts[fault] for fault in FAULTS) > 0.94 * server.counts["requests"]
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert len(lines) == 50
+    assert len(lines) == 16
     for line in lines:
         failed = sum(v for k, v in line.items() if k.startswith("judge/failed_"))
         assert line["judge/attempts"] == line["judge/valid"] + failed
         ends = ("cached", "shared", "valid", "given_up", "cancelled")
         assert line["judge/calls"] == sum(line[f"judge/{name}"] for name in ends)
-        assert line["num_missing_scores"] <= 0.7 * 9
+        assert line["num_missing_scores"] <= 6  # of 9: a share of .3 needs three
         assert line.get("num_nonfinite_updates", 0.0) == 0
     before = load_file(tiny_model / "model.safetensors")
     after = weights(tmp_path / "run")

@@ -1,6 +1,6 @@
 """Whole training runs on real vLLM: they repeat bit for bit, leak nothing, and survive being killed in a sync.
 
-``BALCAPRL_SLOW=1`` kills in the sync of every strategy, not only in the one whose sync can be half done.
+Tests marked ``slow`` kill in the sync of every strategy, not only in the one whose sync can be half done.
 """
 
 import json
@@ -104,11 +104,9 @@ die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-SLOW = pytest.mark.skipif(not os.environ.get("BALCAPRL_SLOW"), reason="half a minute each: set BALCAPRL_SLOW=1")
-
-
 @pytest.mark.parametrize(
-    "strategy", ["inplace", pytest.param("shared", marks=SLOW), pytest.param("reload", marks=SLOW)]
+    "strategy",
+    ["inplace", pytest.param("shared", marks=pytest.mark.slow), pytest.param("reload", marks=pytest.mark.slow)],
 )
 def test_kill_9_during_a_sync_loses_no_step_and_corrupts_no_weights(folder, uninterrupted, tmp_path, strategy):
     """Half of the weights have arrived, or none of the caches was dropped: the run goes on and ends with the same bits."""
