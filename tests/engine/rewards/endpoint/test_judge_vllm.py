@@ -85,7 +85,7 @@ def own_counts(server):
 
 
 @pytest.mark.parametrize("calls", ["separate", "combined"])
-def test_four_steps_against_vllm(server, tmp_path, calls):
+def test_two_steps_against_vllm(server, tmp_path, calls):
     """Every reply is valid, images included; tokens equal the server's own counts; three components are there."""
     from balcaprl.training.trainer import Trainer
 
@@ -93,7 +93,7 @@ def test_four_steps_against_vllm(server, tmp_path, calls):
     config = TrainConfig.model_validate(
         {
             "output_dir": str(tmp_path / "run"),
-            "steps": 4,  # a random judge may tell no captions apart, and ten such steps would end the run
+            "steps": 2,  # a random judge may tell no captions apart, and ten such steps would end the run
             "model": {"path": str(policy)},
             "data": {"num_eval": 0},
             "rollout": {
@@ -120,11 +120,11 @@ def test_four_steps_against_vllm(server, tmp_path, calls):
         trainer.close()
     after = own_counts(server)
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert len(lines) == 4
+    assert len(lines) == 2
     total = {name: sum(line[name] for line in lines) for name in lines[0] if name.startswith("judge/")}
     served = after["vllm:request_success_total"] - before["vllm:request_success_total"]
     assert total["judge/attempts"] == total["judge/valid"] == served
-    assert total["judge/valid"] >= 16
+    assert total["judge/valid"] >= 8
     assert not any(name.startswith("judge/failed_") for line in lines for name in line)
     for name, own in (("prompt", "prompt"), ("completion", "generation")):
         counted = after[f"vllm:{own}_tokens_total"] - before[f"vllm:{own}_tokens_total"]
