@@ -1,1 +1,1 @@
-"""Small layers of decoder models on fused CPU kernels."""
+"""Small layers of decoder models on fused kernels, for the CPU and for GPUs."""

@@ -95,6 +95,12 @@ TABLES: dict[str, Table] = {
     ),
     "_logits_stats_kernel": _streaming(Launch({"BLOCK_V": 2048}, 2), Launch({"BLOCK_V": 2048}, 4)),
     "_logits_gradient_kernel": _streaming(Launch({"BLOCK_V": 2048}, 4), Launch({"BLOCK_V": 1024}, 4)),
+    # Rows of up to 8192 columns stay in registers, so the backward, which holds four of them, takes more warps.
+    "_rms_norm_kernel": _streaming(Launch({"BLOCK_VALUES": 2048}, 4), Launch({"BLOCK_VALUES": 2048}, 4)),
+    "_rms_norm_backward_kernel": _streaming(Launch({"BLOCK_VALUES": 2048}, 8), Launch({"BLOCK_VALUES": 2048}, 8)),
+    "_rotate_kernel": _streaming(Launch({"BLOCK_VALUES": 1024}, 4), Launch({"BLOCK_VALUES": 1024}, 4)),
+    "_silu_mul_kernel": _streaming(Launch({"BLOCK_VALUES": 1024}, 4), Launch({"BLOCK_VALUES": 1024}, 4)),
+    "_silu_mul_backward_kernel": _streaming(Launch({"BLOCK_VALUES": 1024}, 4), Launch({"BLOCK_VALUES": 1024}, 4)),
     # The rows of sm_90 are the fastest that do not spill (bench/tune.py on an H200). The other rows have the largest
     # tiles that keep a head dimension of 128 in registers.
     "_shared_prefix_fwd_kernel": {
