@@ -200,7 +200,7 @@ class JudgeClient:
         except AttemptError as error:
             ended = True
             self._give_up(call, identity, item, error)
-            raise CallFailedError(f"{call.task.name}: {error}") from None
+            raise CallFailedError(f"{call.task.name}: {self._refusals.told(error, call)}") from None
         except AllServersGivenUpError as error:
             self.usage.num_given_up += 1
             raise JudgeStoppedError(f"no judge server is left: {error}") from None
@@ -276,7 +276,7 @@ class JudgeClient:
             server.note_served(self._clock() - started)
         except AttemptError as error:
             self.usage.failures[error.kind] += 1
-            self._last_failure = str(error)
+            self._last_failure = self._refusals.told(error, call)
             self._note(server, call, error, self._clock() - started)
             error.server, error.server_is_sound = server.config.url, server.is_sound
             raise
@@ -294,7 +294,7 @@ class JudgeClient:
         if error.blame is Blame.OVERLOAD:
             server.note_overloaded(error.wait_s or 0.0)
         elif error.blame in (Blame.ACCESS, Blame.FORM):
-            server.note_refused(": ".join(filter(None, (str(error), self._refusals.shown(error, call)))))
+            server.note_refused(self._refusals.told(error, call))
         elif error.unreached is not None and not server.was_reached:
             server.note_unreachable(str(error), for_good=error.unreached in (Unreached.DNS, Unreached.TLS))
         elif error.blame is Blame.SERVER:

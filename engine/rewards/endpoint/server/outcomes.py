@@ -187,7 +187,7 @@ def error_inside(envelope: dict[str, Any], longest_wait_s: float) -> AttemptErro
     finish reason of their own, and put the model's own refusal into a field of the message.
     """
     choice = _first(envelope.get("choices"))
-    for told in (envelope.get("error"), choice.get("error")):
+    for told in (envelope.get("error"), choice.get("error"), envelope if _is_error(envelope) else None):
         if told:
             code = told.get("code") if isinstance(told, dict) else None
             status = code if isinstance(code, int) and 400 <= code < 600 else 500
@@ -286,6 +286,12 @@ def _first(choices: Any) -> dict[str, Any]:
 def _refusal_part(content: Any) -> Any:
     parts = content if isinstance(content, list) else []
     return next((part.get("refusal") for part in parts if isinstance(part, dict) and part.get("refusal")), None)
+
+
+def _is_error(envelope: dict[str, Any]) -> bool:
+    """Whether a reply without choices is itself the error object, as some services send it."""
+    is_marked = envelope.get("object") == "error" or {"code", "message"} <= envelope.keys()
+    return is_marked and not envelope.get("choices")
 
 
 def _is_filtered(results: Any) -> bool:

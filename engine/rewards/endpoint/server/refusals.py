@@ -369,6 +369,10 @@ class Refusals:
         """What the server says, fit for a log: one short line without keys, texts of the call or control characters."""
         return redact(error.words, [*self._secrets, *_texts(call.data)])
 
+    def told(self, error: AttemptError, call: Call) -> str:
+        """The failure and what the server says about it, fit for a log."""
+        return ": ".join(filter(None, (str(error), self.shown(error, call))))
+
     def refuse(self, call: Call, identity: CallIdentity, item: Hashable, error: AttemptError) -> NoReturn:
         """Record a refusal and raise it.
 

@@ -194,6 +194,40 @@ def test_a_reply_without_content_that_ran_out_of_tokens_was_cut(content, reason)
         score(lambda asked, reply: web.json_response(envelope(message, reason)), patience_s=0.3)
 
 
+WORDS = "Provider returned error: no GPU is left in zone b"
+IN_TROUBLE = {
+    "502": (200, {"error": {"code": 502, "message": WORDS}}),
+    "429": (200, {"error": {"code": 429, "message": WORDS, "metadata": {"raw": "x " * 5000}}}),
+    "no code": (200, {"error": {"message": WORDS, "type": "internal"}}),
+    "a text": (200, {"error": WORDS}),
+    "in the choice": (200, {"choices": [{"error": {"code": 503, "message": WORDS}, "message": {"content": ""}}]}),
+    "without an envelope": (200, {"object": "error", "message": WORDS, "code": 502}),
+    "flat": (200, {"code": 429, "message": WORDS}),
+    "a status": (502, {"error": {"message": WORDS}}),
+    "a busy status": (429, {"error": {"message": WORDS}}),
+    "a page": (503, f"<html><h1>{WORDS}</h1></html>"),
+}
+
+
+@pytest.mark.parametrize("max_attempts", [1, 1000])
+@pytest.mark.parametrize("name", IN_TROUBLE)
+def test_a_run_that_ends_for_a_servers_trouble_shows_the_servers_words(name, max_attempts, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret-key-0123456789abcdef")
+    status, body = IN_TROUBLE[name]
+    text = json.dumps(body) if isinstance(body, dict) else body
+    text = text.replace(WORDS, WORDS + " for key secret-key-0123456789abcdef asked of A red cup. \\u001b[31m")
+    with pytest.raises(JudgeStoppedError, match="no GPU is left in zone b") as caught:
+        score(
+            lambda asked, reply: web.Response(status=status, text=text, content_type="application/json"),
+            {"api_key_env": "JUDGE_KEY"},
+            patience_s=1.0,
+            max_attempts=max_attempts,
+        )
+    told = str(caught.value)
+    assert not any(bad in told for bad in ("0123456789abcdef", "A red cup", "\x1b", "\n"))
+    assert len(told) < 1200
+
+
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [
