@@ -181,8 +181,11 @@ def digest_of_base(checkpoint: Path) -> str | None:
     Adapters that other programs wrote record none.
 
     Raises:
-        CheckpointError: the trainer state cannot be read.
+        CheckpointError: the trainer state cannot be read, or is not the one that was saved.
     """
+    damage = manifest.damage(checkpoint, lambda name: name == STATE_FILE)
+    if damage is not None:
+        raise CheckpointError(f"{checkpoint}: {damage}")
     if not (checkpoint / STATE_FILE).is_file():
         return None
     try:

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from balcaprl.config import STATE_FILE, TrainConfig
+from balcaprl.files import manifest
 from balcaprl.files.jsonl import read_json
 from balcaprl.types import REWARD_NAMES
 
@@ -100,9 +101,12 @@ def read_checkpoint_settings(checkpoint: Path) -> CheckpointSettings | None:
     """Settings that a checkpoint folder may make for its own evaluation; None if it holds no trainer state.
 
     Raises:
-        ValueError: the trainer state cannot be read, or holds no configuration.
+        ValueError: the trainer state cannot be read, is not the one that was saved, or holds no configuration.
     """
     path = checkpoint / STATE_FILE
+    damage = manifest.damage(checkpoint, lambda name: name == STATE_FILE)
+    if damage is not None:
+        raise ValueError(f"{checkpoint}: {damage}")
     try:
         state = read_json(path, _MAX_STATE_BYTES)
     except (FileNotFoundError, NotADirectoryError):

@@ -56,6 +56,20 @@ def faults(folder: Path, counts: Callable[[str], bool] = lambda name: True) -> l
     return wrong + [f"{name} is no part of it" for name in _strays(folder, listed) if counts(name)]
 
 
+def damage(folder: Path, counts: Callable[[str], bool] = lambda name: True) -> str | None:
+    """What a user is told of a folder whose files are not as they were saved, and what to do; None if all are.
+
+    Args:
+        folder: a folder; one without a manifest has nothing to compare with.
+        counts: function that says whether a file with a given name is checked.
+    """
+    wrong = faults(folder, counts) if (folder / MANIFEST).is_file() else []
+    if not wrong:
+        return None
+    advice = f"Take another one; if you changed it on purpose, remove {MANIFEST}"
+    return f"the checkpoint is damaged: {'; '.join(wrong[:5])}. {advice}"
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content, which is read in chunks."""
     digest = hashlib.sha256()

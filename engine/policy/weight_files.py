@@ -23,7 +23,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROCESSOR_CONFIG = "processor_config.json"
 TRAINER_FILES = ("trainer_state.json", "trainer/")
-"""Files and folders of a checkpoint that hold the trainer's state; no model is loaded from them."""
+"""Files and folders of a checkpoint that hold the trainer's state; no model is loaded from them, and who reads one of them
+compares it with the manifest."""
 _READ = {".json", ".jinja", ".model", ".txt", ".safetensors"}
 _FOREIGN_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".npz"}
 _SETTINGS = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -123,13 +124,9 @@ def _setting_faults(folder: Path) -> Iterator[str]:
 
 
 def _weight_faults(folder: Path, hashes: bool) -> Iterator[str]:
-    if hashes and (folder / manifest.MANIFEST).is_file():
-        wrong = manifest.faults(folder, lambda name: not name.startswith(TRAINER_FILES))
-        if wrong:
-            yield (
-                f"the checkpoint is damaged: {'; '.join(wrong[:5])}. Take another one; if you changed it on purpose, remove "
-                f"{manifest.MANIFEST}"
-            )
+    damage = manifest.damage(folder, lambda name: not name.startswith(TRAINER_FILES)) if hashes else None
+    if damage is not None:
+        yield damage
     if (folder / ADAPTER_CONFIG).is_file() and not is_adapter(folder):
         yield f"it holds a whole model and an adapter ({ADAPTER_CONFIG}): move one of them to a folder of its own"
     names = [ADAPTER_WEIGHTS] if is_adapter(folder) else list(_weight_files(folder))

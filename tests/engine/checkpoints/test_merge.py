@@ -16,6 +16,7 @@ from balcaprl.checkpoints.merge import merge_checkpoint
 from balcaprl.cli.main import main
 from balcaprl.config import TrainConfig
 from balcaprl.demo.tiny_models import build_tiny_llava, build_tiny_qwen
+from balcaprl.files import manifest
 from balcaprl.files.ownership import ForeignPathError, PathInUseError, claim_file
 from balcaprl.policy import Policy
 from balcaprl.torchvision_compat import ensure_importable
@@ -235,6 +236,14 @@ def naming(checkpoint, name):
     return checkpoint
 
 
+def with_changed_state(checkpoint):
+    state = {"format": 1, "step": 1, "policy_version": 1, "data": {}, "config": {}, "origin": {"base": "a" * 64}}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    manifest.write_manifest(checkpoint)
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state | {"origin": {}}))
+    return checkpoint
+
+
 REFUSED = {
     "a whole model": (lambda c, bases, tmp: (bases("qwen"), bases("qwen")), "a stock transformers folder already"),
     "no base": (lambda c, bases, tmp: (naming(c, "org/evil\x1b[2J"), None), r"--base.*says 'org/evil\\x1b"),
@@ -243,6 +252,7 @@ REFUSED = {
     "a quantised part": (lambda c, bases, tmp: (c, quantised(tmp, bases, "text_config")), "is quantised"),
     "no such base": (lambda c, bases, tmp: (c, tmp / "no" / "where"), "--base: .*where does not exist"),
     "another family": (lambda c, bases, tmp: (c, bases("llava")), "checkpoint"),
+    "a changed state": (lambda c, bases, tmp: (with_changed_state(c), bases("qwen")), r"damaged: trainer_state\.json has"),
     "no numbers": (lambda c, bases, tmp: (with_nan(c), bases("qwen")), "cannot be merged: NaNs"),
     "a bias without place": (
         lambda c, bases, tmp: (
