@@ -8,7 +8,7 @@ not at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,29 @@ _TAKEN: dict[str, Callable[[Any], bool]] = {
 }
 """Fields that may be taken from a checkpoint, each with a check of its value. All other fields are left out, so that a
 new field is taken only after somebody has thought about it. The configuration itself checks types and lower bounds."""
-_UNUSED = ("output_dir", "steps", "threads", "model.path", "advantage", "loss", "optim", "checkpoint", "logging")
-"""Fields that only training uses. An evaluation never reads them, so the user is not told that they are left out."""
+_UNUSED = (
+    "output_dir", "steps", "threads", "advantage", "loss", "optim", "checkpoint", "logging", "evaluation.every",
+    "model.path", "model.freeze_vision", "model.gradient_checkpointing", "model.autocast", "model.fused_layers",
+    "model.compile", "data.shuffle", "rollout.prompts_per_step", "rollout.group_size", "rollout.max_staleness",
+    "rollout.sampling_kl_limit", "reward.required_share", "reward.max_flat_steps",
+)  # fmt: skip
+"""Fields and sections that only training uses. An evaluation never reads them, so the user is not told that they are left
+out."""
+_NEVER = {
+    "a checkpoint names no servers, keys, files or code": (
+        "data.path", "data.image_root", "rollout.server_url", "rollout.server_weights_dir", "rollout.server_api_key_env",
+        "reward.custom", "endpoint.servers", "endpoint.cache", "endpoint.units",
+    ),
+    "a checkpoint does not decide how this machine is used": (
+        "model.device", "data.max_source_pixels", "data.max_file_bytes", "data.check_headers", "rollout.sync",
+        "rollout.sync_probe", "rollout.vllm_memory_gib", "rollout.vllm_gpu_memory_utilization", "rollout.vllm_sleep",
+    ),
+    "a checkpoint does not decide what a judge model is asked, or how": ("reward.protocol", "endpoint"),
+}  # fmt: skip
+"""Why -> the fields and sections that are left out for it, whatever their value; the first match counts."""
+_VALUE = "a checkpoint does not choose these values"
+"""Why the value of a field in ``_TAKEN`` is left out: its check, or the configuration, refuses it."""
+_UNKNOWN = "they are no fields of the configuration"
 
 
 @dataclass
@@ -88,11 +109,9 @@ class CheckpointSettings:
 
     taken: dict[str, Any] = field(default_factory=dict)
     """Part of a ``TrainConfig``, as nested plain values."""
-    left_out: list[str] = field(default_factory=list)
-    """Names of fields that differ from their defaults and matter for an evaluation, but that a checkpoint may not
-    set."""
-    num_unknown: int = 0
-    """Number of keys that are not fields of the configuration."""
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """Why -> names of fields that differ from their defaults and matter for an evaluation, but that a checkpoint may
+    not set; keys that are no fields are only counted, because their names are not trusted either."""
     data_kind: str = "scenes"
     """Kind of data that the run says it was trained on."""
 
@@ -123,14 +142,28 @@ def harmless_settings(config: dict[str, Any]) -> CheckpointSettings:
     said = {name: _get(config, name) for name in defaults}
     said = {name: value for name, value in said.items() if value is not None and value != defaults[name]}
     taken = _valid({name: value for name, value in said.items() if name in _TAKEN and _TAKEN[name](value)})
-    unused = tuple(f"{name}." for name in _UNUSED)
+    left_out: dict[str, list[str]] = {}
+    for name in said:
+        if name not in taken and not _is_within(name, _UNUSED):
+            left_out.setdefault(_why_left_out(name), []).append(name)
+    num_unknown = _count_unknown(TrainConfig, config)
+    if num_unknown:
+        left_out[_UNKNOWN] = [f"{num_unknown} unknown keys"]
     kind = said.get("data.kind")
     return CheckpointSettings(
         taken=_nested(taken),
-        left_out=[name for name in said if name not in taken and not f"{name}.".startswith(unused)],
-        num_unknown=_count_unknown(TrainConfig, config),
+        left_out=left_out,
         data_kind=kind if isinstance(kind, str) else "scenes",
     )
+
+
+def _why_left_out(name: str) -> str:
+    return next((why for why, names in _NEVER.items() if _is_within(name, names)), _VALUE)
+
+
+def _is_within(name: str, names: Iterable[str]) -> bool:
+    """Whether a field is one of ``names``, or lies in a section that is."""
+    return any(f"{name}.".startswith(f"{each}.") for each in names)
 
 
 def _valid(values: dict[str, Any]) -> dict[str, Any]:

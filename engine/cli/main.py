@@ -118,11 +118,11 @@ def _settings_of_checkpoint(checkpoint: Path, overrides: list[str]) -> list[str]
     settings = read_checkpoint_settings(checkpoint)
     if settings is None:
         return []
-    told = [*settings.left_out, *([f"{settings.num_unknown} unknown keys"] if settings.num_unknown else [])]
-    if told:
+    if settings.left_out:
+        told = "; ".join(f"{', '.join(names)} ({why})" for why, names in settings.left_out.items())
         print(
-            f"balcaprl evaluate: left out of the checkpoint's configuration, since a checkpoint names no servers, keys, files "
-            f"or code: {', '.join(told)}. To use them, name a recipe that you trust with --config, or give them here",
+            f"balcaprl evaluate: left out of the checkpoint's configuration: {told}. To use them, name a recipe that you "
+            "trust with --config, or give them here",
             file=sys.stderr,
         )
     if settings.data_kind != "scenes" and not any(a.split("=")[0] in ("--data", "--data.kind") for a in overrides):

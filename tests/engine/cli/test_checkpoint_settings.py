@@ -9,9 +9,19 @@ from contextlib import contextmanager
 import pytest
 
 from balcaprl.assets import demo_model_path
-from balcaprl.cli.checkpoint_settings import _TAKEN, _UNUSED, harmless_settings, read_checkpoint_settings
+from balcaprl.cli.checkpoint_settings import (
+    _NEVER,
+    _TAKEN,
+    _UNUSED,
+    _VALUE,
+    _is_within,
+    _leaves,
+    harmless_settings,
+    read_checkpoint_settings,
+)
 from balcaprl.cli.main import main
 from balcaprl.config import TrainConfig
+from balcaprl.files import manifest
 
 
 @contextmanager
@@ -183,7 +193,7 @@ def test_values_that_hold_only_together_are_taken_together():
     reward = {"tau_low": 3.0, "tau_high": 5.0, "conditions": [{"reward": "recall", "on": "precision", "at_least": 0.5}]}
     settings = harmless_settings({"reward": reward})
     assert settings.taken == {"reward": reward}
-    assert settings.left_out == []
+    assert settings.left_out == {}
 
 
 def test_a_run_of_the_demo_is_evaluated_as_it_trained():
@@ -192,12 +202,93 @@ def test_a_run_of_the_demo_is_evaluated_as_it_trained():
     ).model_dump(mode="json")
     settings = harmless_settings(plain)
     assert settings.taken == {"seed": 3, "rollout": {"sampler": "hf", "sampling": {"temperature": 0.5}}}
-    assert settings.left_out == []
+    assert settings.left_out == {}
 
 
 def test_the_lists_name_fields_that_exist():
     fields = TrainConfig().model_dump(mode="json")
-    for name in (*_TAKEN, *_UNUSED):
+    for name in (*_TAKEN, *_UNUSED, *(name for names in _NEVER.values() for name in names)):
         value = fields
         for key in name.split("."):
             value = value[key]
+
+
+def test_each_field_is_taken_or_unused_or_left_out_for_a_stated_reason():
+    never = [name for names in _NEVER.values() for name in names]
+    for name, _ in _leaves(TrainConfig, TrainConfig().model_dump(mode="json")):
+        lists = [name in _TAKEN, _is_within(name, _UNUSED), _is_within(name, never)]
+        assert sum(lists) == 1, f"{name}: {lists}"
+
+
+def test_what_only_training_uses_is_not_reported():
+    plain = {
+        "steps": 7,
+        "model": {"freeze_vision": True, "gradient_checkpointing": True, "autocast": True},
+        "data": {"shuffle": False},
+        "rollout": {"prompts_per_step": 2, "group_size": 4, "max_staleness": 1, "sampling_kl_limit": 0.5},
+        "reward": {"required_share": 0.7, "max_flat_steps": 3},
+        "evaluation": {"every": 5},
+    }
+    settings = harmless_settings(plain)
+    assert settings.left_out == {}
+    assert settings.taken == {}
+
+
+def test_what_is_left_out_is_told_with_its_own_reason(checkpoint, capsys):
+    folder = checkpoint(
+        model={"device": "cuda"}, data={"num_eval": 10**9}, reward={"protocol": {"model": "m"}, "custom": [{}]}, more=1
+    )
+    main(["evaluate", str(folder), "--data.num_eval", "0"])
+    told = capsys.readouterr().err.splitlines()[0]
+    servers, machine, judge = _NEVER
+    assert f"model.device ({machine})" in told
+    assert f"data.num_eval ({_VALUE})" in told
+    assert f"reward.protocol.model ({judge})" in told
+    assert f"reward.custom ({servers})" in told
+    assert "1 unknown keys (" in told
+
+
+def changed(state):
+    state.write_text(state.read_text().replace('"tau_low": 0.5', '"tau_low": 0.9'))
+
+
+def behind_a_link(state):
+    state.rename(state.with_name("elsewhere.txt"))
+    state.symlink_to("elsewhere.txt")
+
+
+DAMAGE = {
+    "changed": (changed, "is not what was saved"),
+    "longer": (lambda state: state.write_text(state.read_text() + " "), "bytes, and was saved with"),
+    "cut off": (lambda state: state.write_bytes(b""), "bytes, and was saved with"),
+    "missing": (lambda state: state.unlink(), "is missing"),
+    "behind a link": (behind_a_link, "is no ordinary file"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_state_that_is_not_the_saved_one_is_refused_by_name(checkpoint, name, capsys):
+    folder = checkpoint(reward={"tau_low": 0.5})
+    manifest.write_manifest(folder)
+    assert read_checkpoint_settings(folder) is not None
+    change, fault = DAMAGE[name]
+    change(folder / "trainer_state.json")
+    assert main(["evaluate", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert "damaged: trainer_state.json " in error
+    assert fault in error
+    assert "remove manifest.json" in error
+
+
+def test_a_state_beside_a_manifest_that_does_not_list_it_is_refused(checkpoint, tmp_path, capsys):
+    folder = checkpoint()
+    kept = (folder / "trainer_state.json").rename(tmp_path / "kept")
+    manifest.write_manifest(folder)
+    kept.rename(folder / "trainer_state.json")
+    assert main(["evaluate", str(folder)]) == 1
+    assert "trainer_state.json is no part of it" in capsys.readouterr().err
+
+
+def test_a_state_without_a_manifest_is_read_as_it_is(checkpoint):
+    folder = checkpoint(reward={"tau_low": 0.25})
+    assert read_checkpoint_settings(folder).taken["reward"]["tau_low"] == 0.25
