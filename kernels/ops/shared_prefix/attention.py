@@ -20,28 +20,30 @@ matrix, for one group at a time.
 =============  =======================================================================================================
 ``reference``  the specification: plain PyTorch, a mask per group, any device and dtype; ``reference.py``
 ``sdpa``       PyTorch's fused attention kernel on CPU, a few calls for all groups; ``sdpa.py``
-``flash``      flash-attn's varlen kernels on CUDA; ``shared_prefix_flash.py``
+``flash``      flash-attn's varlen kernels on CUDA; ``flash.py``
 ``triton``     our kernels: completions of a group share reads of the prompt's keys; ``triton.py``
 =============  =======================================================================================================
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from balcaprl.kernels.loss.token_loss import compute_dtype
-from balcaprl.kernels.shared_prefix.layout import TRITON_MAX_HEAD_DIM, SharedPrefixLayout
+from balcaprl.kernels.shared_prefix.layout import LAYOUT_FIELDS, TRITON_MAX_HEAD_DIM, SharedPrefixLayout
 from balcaprl.kernels.support import launch
 from balcaprl.kernels.support.checks import check_impl, check_number, check_tensor
 
 IMPLS = ("reference", "sdpa", "flash", "triton")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_LAYOUT_FIELDS = len(SharedPrefixLayout._fields)
 
 
 def shared_prefix_attention(
@@ -80,8 +82,10 @@ def shared_prefix_attention(
     _check_arguments(query, key, value, layout, scale, softcap)
     check_impl("shared_prefix_attention", impl, IMPLS)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, _ = _attention_op(query, key, value, list(layout), scale, impl)
-    return out
+    if torch.compiler.is_compiling():
+        out, _ = _attention_op(query, key, value, layout.tensors(), scale, impl)
+        return out
+    return _Attention.apply(query, key, value, layout, scale, impl)  # type: ignore[no-any-return]
 
 
 def _check_arguments(
@@ -96,6 +100,8 @@ def _check_arguments(
     if not isinstance(layout, SharedPrefixLayout):
         raise ValueError(f"layout: expected a SharedPrefixLayout, got {type(layout).__name__}; see from_lengths")
     check_tensor("layout.cu_seqlens", layout.cu_seqlens, shape=("S + 1",), dtypes=(torch.int32,), device=query.device)
+    if layout.num_tokens != num_tokens:
+        raise ValueError(f"layout: it is of {layout.num_tokens} packed tokens, query has {num_tokens}")
     if scale is not None:
         check_number("scale", scale, low=0.0, exclusive_low=True)
     if softcap is not None:
@@ -125,6 +131,7 @@ def resolve_impl(impl: str, query: Tensor) -> str:
     return impl
 
 
+@functools.cache
 def _implementation(impl: str) -> ModuleType:
     """Imports the module of ``impl``, only when it is needed, because some modules require triton or flash-attn.
 
@@ -137,6 +144,34 @@ def _implementation(impl: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{impl}")
 
 
+class _Attention(torch.autograd.Function):
+    """The op outside of a compiler: it hands over the layout itself, with what is cached there, and costs the host a
+    fraction of what a custom op does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scale: float, impl: str
+    ) -> Tensor:
+        ctx.implementation = _implementation(resolve_impl(impl, query))
+        ctx.layout, ctx.scale = layout, scale
+        with _without_autocast(query):
+            out, lse = ctx.implementation.forward(query, key, value, layout, scale)
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        with _without_autocast(query):
+            gradients = ctx.implementation.backward(grad_out, query, key, value, out, lse, ctx.layout, ctx.scale)
+        return *gradients, None, None, None
+
+
+def _without_autocast(query: Tensor) -> AbstractContextManager[Any]:
+    return torch.autocast(query.device.type, enabled=False)
+
+
 _SCHEMA = "Tensor query, Tensor key, Tensor value"
 
 
@@ -146,12 +181,10 @@ _SCHEMA = "Tensor query, Tensor key, Tensor value"
     schema=f"({_SCHEMA}, Tensor[] layout, float scale, str impl) -> (Tensor out, Tensor lse)",
 )
 def _attention_op(query: Tensor, key: Tensor, value: Tensor, layout: list[Tensor], scale: float, impl: str) -> Any:
-    """Runs the forward. It checks the layout's values here, because the tracer does not trace into this op."""
-    named = SharedPrefixLayout(*layout)
-    if named.num_tokens != query.shape[0]:
-        raise ValueError(f"layout: it is of {named.num_tokens} packed tokens, query has {query.shape[0]}")
-    with torch.autocast(query.device.type, enabled=False):
-        return _implementation(resolve_impl(impl, query)).forward(query, key, value, named, scale)
+    """Runs the forward in a compiled graph."""
+    with _without_autocast(query):
+        implementation = _implementation(resolve_impl(impl, query))
+        return implementation.forward(query, key, value, SharedPrefixLayout(*layout), scale)
 
 
 @_attention_op.register_fake
@@ -168,7 +201,7 @@ def _attention_fake(query, key, value, layout, scale, impl):
 )
 def _attention_backward_op(grad_out, query, key, value, out, lse, layout, scale, impl):
     implementation = _implementation(resolve_impl(impl, query))
-    with torch.autocast(query.device.type, enabled=False):
+    with _without_autocast(query):
         return implementation.backward(grad_out, query, key, value, out, lse, SharedPrefixLayout(*layout), scale)
 
 
@@ -185,7 +218,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, _grad_lse):
     query, key, value, out, lse, *layout = ctx.saved_tensors
     arguments = (grad_out, query, key, value, out, lse, layout, ctx.scale, ctx.impl)
-    return *_attention_backward_op(*arguments), [None] * _LAYOUT_FIELDS, None, None
+    return *_attention_backward_op(*arguments), [None] * len(LAYOUT_FIELDS), None, None
 
 
 _attention_op.register_autograd(_backward, setup_context=_setup_context)

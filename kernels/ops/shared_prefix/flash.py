@@ -153,7 +153,7 @@ def _calls(layout: SharedPrefixLayout) -> tuple[_Sequences, _PromptCall | None]:
     """The arguments of both calls; the second is None if there are no completion tokens. Reads only host tensors, so
     the host does not wait for the device. A group without completion tokens gets no prompt keys in the second call, so
     the result does not depend on how the kernels treat a sequence that has keys and no queries."""
-    groups = layout.groups()
+    groups = layout.groups
     longest = max(max([prompt, *completions]) for _, prompt, completions in groups)
     own = _Sequences(layout.cu_seqlens, layout.cu_seqlens, longest, longest, True)
     totals = [sum(completions) for _, _, completions in groups]

@@ -11,8 +11,9 @@ group's prompt. A completion may be empty, a prompt may not; a group may have no
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -21,12 +22,13 @@ TRITON_MAX_HEAD_DIM = 128
 """The largest head size for which the Triton kernels' tiles have room."""
 
 
-class SharedPrefixLayout(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class SharedPrefixLayout:
     """The layout of packed groups; use ``from_lengths`` to make one.
 
-    All fields are tensors, so ops and ``torch.compile`` accept a layout as it is. The first five are on the device of
-    the tokens. The three ``host`` fields are always on the CPU, so that sizes of grids and loops are known without
-    waiting for a device.
+    All fields are tensors, so a custom op takes a layout as the list ``tensors()``. The ``host`` fields are always on the
+    CPU, so that sizes of grids and loops are known without waiting for a device; the others are on the device of the
+    tokens. What follows from the host fields is computed once, because every layer of a model asks for the same.
     """
 
     cu_seqlens: Tensor
@@ -40,6 +42,10 @@ class SharedPrefixLayout(NamedTuple):
     cu_completions: Tensor
     """IntTensor (B + 1,): cumulative sums of the number of completion tokens of each group. Those of group b are the
     packed tokens cu_groups[b + 1] - (cu_completions[b + 1] - cu_completions[b]) to cu_groups[b + 1]."""
+    starts: Tensor
+    """IntTensor (T,): the packed token at which each token's segment begins."""
+    ends: Tensor
+    """IntTensor (T,): the packed token at which the segment after each token's segment begins."""
     host_prompt_lengths: Tensor
     """LongTensor (B,): length of each group's prompt."""
     host_group_sizes: Tensor
@@ -54,7 +60,7 @@ class SharedPrefixLayout(NamedTuple):
         completion_lengths: Sequence[Sequence[int]],
         device: torch.device | str = "cpu",
     ) -> SharedPrefixLayout:
-        """The layout of groups with the given lengths.
+        """The layout of groups with the given lengths. Nothing waits for the device.
 
         Args:
             prompt_lengths: length of each group's prompt, at least 1.
@@ -72,16 +78,29 @@ class SharedPrefixLayout(NamedTuple):
             segments += [prompt, *completions]
         totals = [sum(each) for each in completion_lengths]
         groups = [prompt + total for prompt, total in zip(prompt_lengths, totals, strict=True)]
+        cu_seqlens, lengths = _cumulated(segments), torch.tensor(segments)
+        on_device = _uploaded(
+            [
+                cu_seqlens,
+                torch.tensor(owners),
+                _cumulated(groups),
+                _cumulated(prompt_lengths),
+                _cumulated(totals),
+                cu_seqlens[:-1].repeat_interleave(lengths),
+                cu_seqlens[1:].repeat_interleave(lengths),
+            ],
+            torch.device(device),
+        )
         return cls(
-            cu_seqlens=_cumulated(segments, device),
-            prompt_segment=torch.tensor(owners, dtype=torch.int32, device=device),
-            cu_groups=_cumulated(groups, device),
-            cu_prompts=_cumulated(prompt_lengths, device),
-            cu_completions=_cumulated(totals, device),
+            *on_device,
             host_prompt_lengths=torch.tensor(list(prompt_lengths), dtype=torch.long),
             host_group_sizes=torch.tensor([len(each) for each in completion_lengths], dtype=torch.long),
             host_completion_lengths=torch.tensor([n for each in completion_lengths for n in each], dtype=torch.long),
         )
+
+    def tensors(self) -> list[Tensor]:
+        """All fields in order; ``SharedPrefixLayout(*tensors)`` makes the layout again."""
+        return [getattr(self, name) for name in LAYOUT_FIELDS]
 
     @property
     def num_groups(self) -> int:
@@ -90,9 +109,10 @@ class SharedPrefixLayout(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """T, the number of packed tokens. Reads host tensors."""
-        return int(self.host_prompt_lengths.sum() + self.host_completion_lengths.sum())
+        """T, the number of packed tokens."""
+        return self.starts.shape[0]
 
+    @functools.cached_property
     def groups(self) -> list[tuple[int, int, list[int]]]:
         """(first packed token, prompt length, completion lengths) of each group. Reads host tensors."""
         lengths = self.host_completion_lengths.split(self.host_group_sizes.tolist())
@@ -101,6 +121,21 @@ class SharedPrefixLayout(NamedTuple):
             result.append((start, prompt, completions.tolist()))
             start += prompt + int(completions.sum())
         return result
+
+    def most_tiles(self, block: int) -> int:
+        """The largest number of tiles of ``block`` tokens in any group, prompt and completions tiled apart."""
+        if block not in self._tiles:
+            both = ((prompt, sum(completions)) for _, prompt, completions in self.groups)
+            self._tiles[block] = max(-(-prompt // block) - (-total // block) for prompt, total in both)
+        return self._tiles[block]
+
+    @functools.cached_property
+    def _tiles(self) -> dict[int, int]:
+        return {}
+
+
+LAYOUT_FIELDS = tuple(field.name for field in fields(SharedPrefixLayout))
+"""Names of the layout's tensors, in the order of ``SharedPrefixLayout.tensors``."""
 
 
 def _check_lengths(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]) -> None:
@@ -121,5 +156,22 @@ def _check_lengths(prompt_lengths: Sequence[int], completion_lengths: Sequence[S
         raise ValueError(f"prompt_lengths: {total} packed tokens exceed int32; pack fewer groups")
 
 
-def _cumulated(lengths: Sequence[int], device: torch.device | str) -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.long).cumsum(0).to(torch.int32).to(device)
+def _cumulated(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.long).cumsum(0)
+
+
+_ALIGNMENT = 16
+"""Number of int32 values, 64 bytes, at a multiple of which each part of an upload begins. Triton compiles a kernel
+separately for pointers that are not multiples of 16 bytes."""
+
+
+def _uploaded(parts: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The parts as int32 on the device; on CUDA they are views of one tensor that is copied without waiting."""
+    if device.type != "cuda":
+        return [part.to(device, torch.int32) for part in parts]
+    rooms = [-(-part.numel() // _ALIGNMENT) * _ALIGNMENT for part in parts]
+    buffer = torch.zeros(sum(rooms), dtype=torch.int32, pin_memory=True)
+    for part, room in zip(parts, buffer.split(rooms), strict=True):
+        room[: part.numel()] = part
+    moved = buffer.to(device, non_blocking=True).split(rooms)
+    return [room[: part.numel()] for part, room in zip(parts, moved, strict=True)]

@@ -25,7 +25,7 @@ def _parts(
     """The (out, lse) of the specification."""
     repeats = query.shape[1] // key.shape[1]
     outs, lses = [], []
-    for start, prompt, completions in layout.groups():
+    for start, prompt, completions in layout.groups:
         end = start + prompt + sum(completions)
         q_HLD = gapless(query[start:end].transpose(0, 1))
         k_HLD, v_HLD = (x[start:end].transpose(0, 1).repeat_interleave(repeats, 0) for x in (key, value))
@@ -67,7 +67,7 @@ def backward(
     """Computes the three gradients as ``shared_prefix_attention._implementation`` defines them."""
     repeats = query.shape[1] // key.shape[1]
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
-    for start, prompt, completions in layout.groups():
+    for start, prompt, completions in layout.groups:
         rows = slice(start, start + prompt + sum(completions))
         q, g = (gapless(x[rows].transpose(0, 1)) for x in (query, grad_out))
         o = out[rows].transpose(0, 1)

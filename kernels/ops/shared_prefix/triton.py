@@ -4,6 +4,7 @@ compile suite what their machine code must show. This module is imported only wh
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +21,6 @@ from balcaprl.kernels.shared_prefix.triton_kernels import (
 from balcaprl.kernels.support.launch import TRITON_TYPES, KernelSpec, Launch, Work, launch, on_device
 
 
-class _Segments(NamedTuple):
-    """For each packed token, where its segment begins and ends: (T,) int32 on the tokens' device."""
-
-    starts: Tensor
-    ends: Tensor
-
-
 def forward(
     query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -41,7 +35,7 @@ def forward(
     out = query.new_empty(query.shape)
     lse = query.new_empty((num_heads, num_tokens), dtype=torch.float32)
     row = launch("_shared_prefix_fwd_kernel", query.device, query.dtype)
-    num_tiles = _most_tiles(layout, row.blocks["BLOCK_M"])
+    num_tiles = layout.most_tiles(row.blocks["BLOCK_M"])
     _run(
         _shared_prefix_fwd_kernel,
         (layout.num_groups * num_tiles * num_heads,),
@@ -51,7 +45,7 @@ def forward(
         value,
         out,
         lse,
-        _segments(layout).starts,
+        layout.starts,
         layout.cu_groups,
         layout.cu_prompts,
         *_strides(query, key, value),
@@ -75,11 +69,26 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the three gradients as ``shared_prefix_attention._implementation`` defines them."""
+    grad_query, *parts = backward_in_parts(grad_out, query, key, value, out, lse, layout, scale)
+    grad_key, grad_value = (x[0] if x.shape[0] == 1 else x.sum(0).to(key.dtype) for x in parts)
+    return grad_query, grad_key, grad_value
+
+
+def backward_in_parts(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: SharedPrefixLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the query, and those of key and value as parts (P, T, H_kv, head_dim) that are still to be added;
+    parts are float32 if there is more than one."""
     query, key, value, grad_out = (_addressable(x) for x in (query, key, value, grad_out))
     saved = _Saved(query, key, value, grad_out, lse.contiguous(), _delta(out.contiguous(), grad_out))
-    segments = _segments(layout)
-    grad_query = _grad_query(saved, segments.starts, layout, scale)
-    return grad_query, *_grad_key_value(saved, segments.ends, layout, scale)
+    return _grad_query(saved, layout, scale), *_grad_key_value(saved, layout, scale)
 
 
 class _Saved(NamedTuple):
@@ -103,19 +112,19 @@ def _delta(out: Tensor, grad_out: Tensor) -> Tensor:
     return delta
 
 
-def _grad_query(saved: _Saved, starts: Tensor, layout: SharedPrefixLayout, scale: float) -> Tensor:
+def _grad_query(saved: _Saved, layout: SharedPrefixLayout, scale: float) -> Tensor:
     query, num_kv_heads = saved.query, saved.key.shape[1]
     num_tokens, num_heads, _ = query.shape
     gradient = query.new_empty(query.shape)
     row = launch("_shared_prefix_dq_kernel", query.device, query.dtype)
-    num_tiles = _most_tiles(layout, row.blocks["BLOCK_M"])
+    num_tiles = layout.most_tiles(row.blocks["BLOCK_M"])
     _run(
         _shared_prefix_dq_kernel,
         (layout.num_groups * num_tiles * num_heads,),
         row,
         *saved,
         gradient,
-        starts,
+        layout.starts,
         layout.cu_groups,
         layout.cu_prompts,
         *_strides(*saved[:4]),
@@ -128,12 +137,12 @@ def _grad_query(saved: _Saved, starts: Tensor, layout: SharedPrefixLayout, scale
     return gradient
 
 
-def _grad_key_value(saved: _Saved, ends: Tensor, layout: SharedPrefixLayout, scale: float) -> tuple[Tensor, Tensor]:
+def _grad_key_value(saved: _Saved, layout: SharedPrefixLayout, scale: float) -> tuple[Tensor, Tensor]:
     key = saved.key
     num_tokens, num_kv_heads, _ = key.shape
     repeats = saved.query.shape[1] // num_kv_heads
     row = launch("_shared_prefix_dkdv_kernel", key.device, key.dtype)
-    num_tiles = _most_tiles(layout, row.blocks["BLOCK_N"])
+    num_tiles = layout.most_tiles(row.blocks["BLOCK_N"])
     programs = layout.num_groups * num_tiles * num_kv_heads
     heads_per_part = _heads_per_part(programs, repeats, key.device)
     parts = triton.cdiv(repeats, heads_per_part)
@@ -146,7 +155,7 @@ def _grad_key_value(saved: _Saved, ends: Tensor, layout: SharedPrefixLayout, sca
         *saved,
         grad_key,
         grad_value,
-        ends,
+        layout.ends,
         layout.cu_groups,
         layout.cu_prompts,
         *_strides(*saved[:4]),
@@ -158,9 +167,7 @@ def _grad_key_value(saved: _Saved, ends: Tensor, layout: SharedPrefixLayout, sca
         heads_per_part,
         scale,
     )
-    if parts == 1:
-        return grad_key[0], grad_value[0]
-    return grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(key.dtype)
+    return grad_key, grad_value
 
 
 def _run(kernel: Any, grid: tuple[int, ...], row: Launch, *arguments: Tensor | float) -> None:
@@ -174,9 +181,14 @@ def _run(kernel: Any, grid: tuple[int, ...], row: Launch, *arguments: Tensor | f
 def _heads_per_part(programs: int, repeats: int, device: torch.device) -> int:
     """Number of query heads that one program of the key gradient walks: all that share the key head, unless that makes
     fewer than two programs for each streaming multiprocessor."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    multiprocessors = _multiprocessors(device) if device.type == "cuda" else 1
     wanted_parts = triton.cdiv(2 * multiprocessors, max(programs, 1))
     return max(1, repeats // min(wanted_parts, repeats))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _check(query: Tensor) -> None:
@@ -197,23 +209,13 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:2]]
 
 
+@functools.cache
 def _split(head_dim: int) -> dict[str, int]:
     """Splits a head's columns into two parts that are powers of two, each at least 16 as the matrix products require;
     the second may be 0."""
     first = max(16, 1 << (head_dim.bit_length() - 1))
     rest = head_dim - first
     return {"D0": first, "D1": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0}
-
-
-def _most_tiles(layout: SharedPrefixLayout, block: int) -> int:
-    """The largest number of tiles of any group. Reads only host tensors, so the host does not wait for the device."""
-    return max(-(-prompt // block) + -(-sum(completions) // block) for _, prompt, completions in layout.groups())
-
-
-def _segments(layout: SharedPrefixLayout) -> _Segments:
-    bounds = torch.stack((layout.cu_seqlens[:-1], layout.cu_seqlens[1:]))
-    lengths = layout.cu_seqlens.diff()
-    return _Segments(*bounds.repeat_interleave(lengths, dim=1, output_size=layout.num_tokens))
 
 
 # The compile suite's shape: 8 groups of 8 completions of 128 tokens after prompts of 1024, with Qwen2.5-VL-3B's heads.

@@ -331,7 +331,7 @@ def test_layout_of_the_shared_batch():
     assert packed.predict_index.tolist() == [2, 3, 2, 5, 6, 7]
     assert packed.cu_seqlens.tolist() == [0, 2, 3, 3, 6]
     assert packed.group_index.tolist() == [0, 0, 1, 2]
-    assert packed.prefix_layout.groups() == [(0, 3, [1, 0]), (4, 2, [2])]
+    assert packed.prefix_layout.groups == [(0, 3, [1, 0]), (4, 2, [2])]
     assert packed.num_forward_tokens == 8
     assert packed.read.tokens.tolist() == [2, 3, 5, 6, 7]
     assert policy.pack(groups[:1], "shared").read.tokens == slice(2, 4)
@@ -405,9 +405,8 @@ def test_nothing_is_left_on_the_model_when_a_forward_fails():
     policy = make_policy("llama")
     packed = policy.pack(make_groups(policy), "shared")
     expected = policy.logprobs(packed)
-    torn = replace(
-        packed, prefix_layout=packed.prefix_layout._replace(cu_seqlens=packed.prefix_layout.cu_seqlens[None])
-    )
+    layout = packed.prefix_layout
+    torn = replace(packed, prefix_layout=replace(layout, cu_seqlens=layout.cu_seqlens[None]))
     with pytest.raises(ValueError, match="cu_seqlens"):
         policy.logprobs(torn)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in policy.text_model.layers.modules())

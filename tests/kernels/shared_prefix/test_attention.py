@@ -137,7 +137,7 @@ def test_autocast_casts_as_pytorch_does():
 
 def test_opcheck_and_full_graph_compilation():
     inputs, grad_out, layout = make_inputs(([5, 3], [[2, 0], [4]], 4, 2, 8), torch.float32)
-    torch.library.opcheck(torch.ops.balcaprl.shared_prefix_attention.default, (*inputs, list(layout), 0.3, "sdpa"))
+    torch.library.opcheck(torch.ops.balcaprl.shared_prefix_attention.default, (*inputs, layout.tensors(), 0.3, "sdpa"))
     compiled = torch.compile(lambda q, k, v, each: shared_prefix_attention(q, k, v, each), fullgraph=True)
     for a, b in zip(
         run(compiled, inputs, grad_out, layout), run(shared_prefix_attention, inputs, grad_out, layout), strict=True
@@ -215,5 +215,5 @@ def test_the_layout_of_an_example():
     assert layout.cu_groups.tolist() == [0, 5, 11]
     assert layout.cu_prompts.tolist() == [0, 3, 5]
     assert layout.cu_completions.tolist() == [0, 2, 6]
-    assert layout.groups() == [(0, 3, [2, 0]), (5, 2, [4])]
+    assert layout.groups == [(0, 3, [2, 0]), (5, 2, [4])]
     assert (layout.num_groups, layout.num_tokens) == (2, 11)

@@ -235,7 +235,7 @@ def test_strides_and_scale() -> None:
 @pytest.mark.usefixtures("library")
 def test_opcheck_and_full_graph_compilation() -> None:
     inputs, grad_out, layout = make_inputs(CASES[4], torch.float32)
-    torch.library.opcheck(torch.ops.balcaprl.shared_prefix_attention.default, (*inputs, list(layout), 0.3, "flash"))
+    torch.library.opcheck(torch.ops.balcaprl.shared_prefix_attention.default, (*inputs, layout.tensors(), 0.3, "flash"))
 
     def attention(query: Tensor, key: Tensor, value: Tensor, each: SharedPrefixLayout) -> Tensor:
         return shared_prefix_attention(query, key, value, each, impl="flash")

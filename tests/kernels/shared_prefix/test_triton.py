@@ -182,7 +182,9 @@ def test_completions_do_not_see_each_other() -> None:
 @pytest.mark.interpreter
 def test_opcheck_and_full_graph_compilation() -> None:
     inputs, grad_out, layout = make_inputs(([5, 3], [[2, 0], [4]], 4, 2, 8), torch.float32)
-    torch.library.opcheck(torch.ops.balcaprl.shared_prefix_attention.default, (*inputs, list(layout), 0.3, "triton"))
+    torch.library.opcheck(
+        torch.ops.balcaprl.shared_prefix_attention.default, (*inputs, layout.tensors(), 0.3, "triton")
+    )
 
     def attention(query: Tensor, key: Tensor, value: Tensor, each: SharedPrefixLayout) -> Tensor:
         return shared_prefix_attention(query, key, value, each, impl="triton")
@@ -220,6 +222,6 @@ def test_how_a_head_is_split_and_how_many_programs_there_are() -> None:
         128: (128, 0),
     }
     layout = SharedPrefixLayout.from_lengths([17, 1], [[16, 16], [0, 1]])
-    assert shared_prefix_triton._most_tiles(layout, 16) == 4
+    assert layout.most_tiles(16) == 4
     cpu = torch.device("cpu")
     assert [shared_prefix_triton._heads_per_part(n, 7, cpu) for n in (1, 2, 500)] == [3, 7, 7]
