@@ -35,6 +35,7 @@ PACKAGES = [
     "balcaprl.files",
     "balcaprl.kernels",
     "balcaprl.kernels.advantages",
+    "balcaprl.kernels.block",
     "balcaprl.kernels.head",
     "balcaprl.kernels.layers",
     "balcaprl.kernels.loss",

@@ -24,6 +24,7 @@ FLOORS = (
     ("kernels.support",),
     ("kernels.advantages", "kernels.layers", "kernels.loss"),
     ("kernels.head", "kernels.shared_prefix"),
+    ("kernels.block",),
     ("kernels",),
     ("types", "extras", "logtext", "torchvision_compat"),
     ("assets",),

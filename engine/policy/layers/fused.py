@@ -1,6 +1,7 @@
-"""Faster code for small layers of stock models: RMSNorm, SwiGLU's ``silu(gate) * up``, rotary positions and patches.
+"""Faster code for layers of stock models: whole blocks where Triton runs (``blocks.py``), and otherwise the small layers:
+RMSNorm, SwiGLU's ``silu(gate) * up``, rotary positions and patches.
 
-The first three run on fused kernels (``kernels.py``). The stock code runs where a device or dtype has no kernel,
+Of these the first three run on fused kernels (``kernels.py``). The stock code runs where a device or dtype has no kernel,
 and for layers that differ from these. A convolution whose kernel covers exactly one patch runs as the matrix product
 that it amounts to. Weights and their names stay as they are.
 """
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 
 from balcaprl.kernels.layers import native as native_layers
 from balcaprl.kernels.support.products import gapless
+from balcaprl.policy.layers import blocks
 from balcaprl.policy.layers.kernels import alike, kernels_for
 
 logger = logging.getLogger(__name__)
 
 _ROTARY_TEXT, _ROTARY_TOWER = "apply_rotary_pos_emb", "apply_rotary_pos_emb_vision"
 """Names of transformers' functions that rotate queries and keys, in text models and in image towers."""
+_BLOCKS = (blocks.decoder_forward, blocks.tower_forward)
 Forward = Callable[..., Any]
 
 
@@ -37,7 +40,8 @@ def fuse_layers(model: nn.Module) -> None:
     is fused only if it computes the same on a random input as before. This check runs once for each class and size.
     """
     checked: dict[tuple[Any, ...], bool] = {}
-    for module in model.modules():
+    # Children first: a whole block is compared with stock code whose own layers are checked already.
+    for module in reversed(list(model.modules())):
         forward = _fused_forward_of(module)
         if forward is None:
             continue
@@ -46,6 +50,8 @@ def fuse_layers(model: nn.Module) -> None:
             checked[kind] = _agrees(module, forward)
         if checked[kind]:
             module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+            if forward in _BLOCKS:
+                blocks.prepare(module)
 
 
 def unfuse_layers(model: nn.Module) -> list[nn.Module]:
@@ -92,7 +98,7 @@ def _fused_forward_of(module: nn.Module) -> Forward | None:
     names = {name for name, _ in module.named_children()}
     if names == {"gate_proj", "up_proj", "down_proj", "act_fn"} and isinstance(module.act_fn, (nn.SiLU, _silu_class())):
         return _mlp_forward
-    return None
+    return blocks.block_forward_of(module)
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -214,9 +220,11 @@ def _silu_class() -> type[nn.Module]:
 def _agrees(module: Any, forward: Forward) -> bool:
     """Whether the fused and the stock forward of a module give the same result on a few random rows.
 
-    Only norms and MLPs need this check: a rotation is checked in ``_rotates_alike``, and a product over patches equals
+    Whole blocks, norms and MLPs need this check: a rotation is checked in ``_rotates_alike``, and a product over patches equals
     the convolution by definition.
     """
+    if forward in _BLOCKS:
+        return blocks.can_run(module) and blocks.agrees(module, forward)
     if forward not in (_norm_forward, _mlp_forward):
         return True
     if len(inspect.signature(type(module).forward).parameters) != 2:  # it takes more than self and rows

@@ -67,6 +67,12 @@ def as_now() -> AbstractContextManager[None]:
     return nullcontext() if active is None else reading_only(*active)
 
 
+def rows_read_of(layer: nn.Module) -> slice | Tensor | None:
+    """Return the tokens that ``reading_only`` now asks of ``layer``, for a layer that selects them itself; None for all."""
+    active = _active.get()
+    return active[1].tokens if active is not None and active[0] is layer else None
+
+
 def _taking(read: ReadTokens) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     return lambda _module, args: (read.take(args[0]), *args[1:])
 

@@ -91,12 +91,12 @@ class SharedPrefixLayout:
             ],
             torch.device(device),
         )
-        return cls(
-            *on_device,
-            host_prompt_lengths=torch.tensor(list(prompt_lengths), dtype=torch.long),
-            host_group_sizes=torch.tensor([len(each) for each in completion_lengths], dtype=torch.long),
-            host_completion_lengths=torch.tensor([n for each in completion_lengths for n in each], dtype=torch.long),
-        )
+        on_host = [
+            torch.tensor(list(prompt_lengths), dtype=torch.long),
+            torch.tensor([len(each) for each in completion_lengths], dtype=torch.long),
+            torch.tensor([n for each in completion_lengths for n in each], dtype=torch.long),
+        ]
+        return cls(*on_device, *on_host)
 
     def tensors(self) -> list[Tensor]:
         """All fields in order; ``SharedPrefixLayout(*tensors)`` makes the layout again."""

@@ -95,6 +95,7 @@ TABLES: dict[str, Table] = {
     ),
     "_logits_stats_kernel": _streaming(Launch({"BLOCK_V": 2048}, 2), Launch({"BLOCK_V": 2048}, 4)),
     "_logits_gradient_kernel": _streaming(Launch({"BLOCK_V": 2048}, 4), Launch({"BLOCK_V": 1024}, 4)),
+    "_join_heads_kernel": _streaming(Launch({"BLOCK_T": 16}, 4), Launch({"BLOCK_T": 16}, 4)),
     # Rows of up to 8192 columns stay in registers, so the backward, which holds four of them, takes more warps.
     "_rms_norm_kernel": _streaming(Launch({"BLOCK_VALUES": 2048}, 4), Launch({"BLOCK_VALUES": 2048}, 4)),
     "_rms_norm_backward_kernel": _streaming(Launch({"BLOCK_VALUES": 2048}, 8), Launch({"BLOCK_VALUES": 2048}, 8)),

@@ -1,0 +1,1 @@
+"""A transformer block as one differentiable function, its attention, and its kernels."""
