@@ -241,6 +241,7 @@ def rows(options: argparse.Namespace, done: set[tuple[str, str, str]]) -> Iterat
 
     def run(section: str, shape: Shape, provider: str, measure: Callable[[Policy], Row]) -> Iterator[Row]:
         selected = section in wanted and all(part in shape.name for part in options.case or ())
+        selected = selected and provider in (options.provider or [provider])
         if selected and (section, shape.name, provider) not in done:
             policy = policy_of(shape)
             head = {"section": section, "case": shape.name, "provider": provider}
@@ -265,6 +266,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--section", action="append", help="may be repeated; default: all")
     parser.add_argument("--case", action="append", help="part of a case's name; may be repeated, all must match")
+    parser.add_argument("--provider", action="append", help="may be repeated; default: all")
     parser.add_argument("--size", default="3b", help="the larger model's size, of update_providers.py")
     parser.add_argument("--device", default="cuda", type=torch.device)
     parser.add_argument("--rounds", type=int, default=7)
