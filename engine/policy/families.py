@@ -47,6 +47,9 @@ class Family(ABC):
     """Name of the transformers class that loads the family's checkpoints."""
     is_known: ClassVar[bool] = True
     """Whether the text model can run on packed embeddings; otherwise the whole model runs on repeated rows."""
+    token_wise_parts: ClassVar[tuple[str, ...]] = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
+    """Names, within a decoder layer, of modules that treat each token separately, and whose result affects only that
+    token's output; the last layer computes them only for tokens that are read."""
 
     def text_model(self, model: Any) -> Any:
         """Return the decoder, which runs on embeddings."""

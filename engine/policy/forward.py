@@ -76,7 +76,8 @@ def _by_parts(policy: Policy, packed: PackedBatch) -> Tensor:
     inputs |= {"position_ids": policy.family.position_ids(packed.positions), "use_cache": False}
     if packed.prefix_layout is None:
         return text_model(**inputs, attention_mask=packed.attention_mask).last_hidden_state
-    with using_attention(text_model.config, SHARED_PREFIX), reading_only(text_model.layers[-1], packed.read):
+    reading = reading_only(text_model.layers[-1], policy.family.token_wise_parts, packed.read)
+    with using_attention(text_model.config, SHARED_PREFIX), reading:
         return text_model(**inputs, attention_mask=None, prefix_layout=packed.prefix_layout).last_hidden_state
 
 

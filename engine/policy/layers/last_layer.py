@@ -7,16 +7,13 @@ model's code stays unchanged: hooks on these parts select the rows that are read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-_TOKEN_WISE = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
-"""Parts of a decoder layer that treat each token separately, and whose result affects only that token's output."""
 
 
 class ReadTokens(NamedTuple):
@@ -38,21 +35,38 @@ class ReadTokens(NamedTuple):
         return x.new_zeros(1, self.num_tokens, x.shape[2]).index_copy(1, self.tokens, x)
 
 
-_active: ContextVar[tuple[nn.Module, ReadTokens] | None] = ContextVar("reading_only", default=None)
+class _Reading(NamedTuple):
+    """What ``reading_only`` was asked for."""
+
+    layer: nn.Module
+    parts: Sequence[str]
+    read: ReadTokens
+
+
+_active: ContextVar[_Reading | None] = ContextVar("reading_only", default=None)
 
 
 @contextmanager
-def reading_only(layer: nn.Module, read: ReadTokens | None) -> Iterator[None]:
+def reading_only(layer: nn.Module, parts: Sequence[str], read: ReadTokens | None) -> Iterator[None]:
     """Within the context, parts of ``layer`` compute only the tokens of ``read``, and give zeros for all other tokens.
 
-    None computes all tokens. So does a compiled layer, because compiled code does not notice added or removed hooks.
+    Args:
+        layer: The last decoder layer. A compiled layer computes all tokens, because compiled code does not notice added
+            or removed hooks.
+        parts: Names of the modules within ``layer`` that treat each token separately, and whose result affects only that
+            token's output (``Family.token_wise_parts``).
+        read: The tokens that are read; None computes all.
+
+    Raises:
+        AttributeError: The layer has no module of one of the names.
     """
     if read is None or layer._compiled_call_impl is not None:
         yield
         return
-    token = _active.set((layer, read))
+    modules = [layer.get_submodule(name) for name in parts]
+    token = _active.set(_Reading(layer, parts, read))
     with ExitStack() as hooks:
-        for part in _parts_of(layer):
+        for part in modules:
             hooks.callback(part.register_forward_pre_hook(_taking(read)).remove)
             hooks.callback(part.register_forward_hook(lambda _module, _args, output: read.put(output)).remove)
         try:
@@ -70,13 +84,8 @@ def as_now() -> AbstractContextManager[None]:
 def rows_read_of(layer: nn.Module) -> slice | Tensor | None:
     """Return the tokens that ``reading_only`` now asks of ``layer``, for a layer that selects them itself; None for all."""
     active = _active.get()
-    return active[1].tokens if active is not None and active[0] is layer else None
+    return active.read.tokens if active is not None and active.layer is layer else None
 
 
 def _taking(read: ReadTokens) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     return lambda _module, args: (read.take(args[0]), *args[1:])
-
-
-def _parts_of(layer: nn.Module) -> list[nn.Module]:
-    modules = dict(layer.named_modules())
-    return [modules[name] for name in _TOKEN_WISE if name in modules]

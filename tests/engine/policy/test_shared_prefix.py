@@ -401,6 +401,13 @@ def test_the_last_layer_computes_the_tokens_that_are_read(name, num_groups, chec
     assert all(set(each) == {repeated.tokens.shape[1]} for each in tokens_seen(policy, repeated, "mlp"))
 
 
+def test_a_part_that_a_family_names_and_a_layer_lacks_is_an_error(monkeypatch):
+    policy = make_policy("llama")
+    monkeypatch.setattr(type(policy.family), "token_wise_parts", ("self_attn.q_proj", "feed_forward"))
+    with pytest.raises(AttributeError, match="feed_forward"):
+        policy.logprobs(policy.pack(make_groups(policy), "shared"))
+
+
 def test_nothing_is_left_on_the_model_when_a_forward_fails():
     policy = make_policy("llama")
     packed = policy.pack(make_groups(policy), "shared")
