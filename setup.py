@@ -34,6 +34,7 @@ PACKAGES = [
     "balcaprl.evaluation",
     "balcaprl.files",
     "balcaprl.kernels",
+    "balcaprl.kernels.adamw",
     "balcaprl.kernels.advantages",
     "balcaprl.kernels.block",
     "balcaprl.kernels.head",

@@ -22,7 +22,7 @@ LIGHT_MAY_IMPORT = {"pydantic", *sys.stdlib_module_names}
 HEAVY = {"torch", "transformers", "vllm", "triton", "numpy", "PIL", "datasets", "torchvision", "tokenizers", "jinja2"}
 FLOORS = (
     ("kernels.support",),
-    ("kernels.advantages", "kernels.layers", "kernels.loss"),
+    ("kernels.adamw", "kernels.advantages", "kernels.layers", "kernels.loss"),
     ("kernels.head", "kernels.shared_prefix"),
     ("kernels.block",),
     ("kernels",),

@@ -6,6 +6,7 @@ library can be used. This package imports only torch, triton, numpy and the stan
 """
 
 # The ops are imported eagerly because an op and its file share a name: ``balcaprl.kernels.<op>`` must be the function.
+from balcaprl.kernels.adamw.adamw import adamw_update
 from balcaprl.kernels.advantages.grouped_advantages import grouped_advantages
 from balcaprl.kernels.head.linear_logprobs import LogProbs, linear_logprobs
 from balcaprl.kernels.head.linear_policy_loss import linear_policy_loss
@@ -19,6 +20,7 @@ __all__ = [
     "LogProbs",
     "PolicyLoss",
     "SharedPrefixLayout",
+    "adamw_update",
     "grouped_advantages",
     "linear_logprobs",
     "linear_policy_loss",

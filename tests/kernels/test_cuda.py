@@ -15,6 +15,7 @@ from torch import Tensor
 
 from balcaprl.kernels import (
     SharedPrefixLayout,
+    adamw_update,
     grouped_advantages,
     linear_logprobs,
     linear_policy_loss,
@@ -22,6 +23,7 @@ from balcaprl.kernels import (
     policy_loss,
     shared_prefix_attention,
 )
+from balcaprl.kernels.adamw.records import AdamWSettings, AdamWTensors
 from balcaprl.kernels.shared_prefix.reference import shared_prefix_attention_reference
 from balcaprl.kernels.support.testing import Compared, assert_as_accurate_over
 
@@ -204,3 +206,38 @@ def test_memory_does_not_grow_with_tokens(tokens: int) -> None:
     linear_policy_loss(hidden, weight, targets, None, *rollouts).loss.backward()
     gradients = 2 * (hidden.numel() + weight.numel())
     assert torch.cuda.max_memory_allocated() - before - gradients < 1200 << 20
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+def test_adamw_update(dtype: torch.dtype) -> None:
+    """Five steps of tensors of many chunks, aligned and not; against torch's AdamW in float64, and the same bits again."""
+    settings = AdamWSettings(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
+    sizes = [(1,), (333, 1000), (1 << 20,), (3, 5), (), (0,), (200_001,)]
+    rows = sum(math.prod(size) + 3 for size in sizes)
+    results = []
+    for _ in range(2):
+        generator = torch.Generator("cuda").manual_seed(0)
+        whole = torch.randn(rows, device="cuda", generator=generator).to(dtype)
+        parameters, begin = [], 0
+        for size in sizes:  # views of one tensor, as a sampler's fused weights have them
+            parameters.append(whole[begin : begin + math.prod(size)].view(size))
+            begin += math.prod(size) + 3
+        masters = [p if dtype == torch.float32 else p.float() for p in parameters]
+        moments = [(torch.zeros_like(m), torch.zeros_like(m)) for m in masters]
+        exact = [m.double().requires_grad_() for m in masters]
+        adamw = torch.optim.AdamW(exact, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+        for step in range(5):
+            gradients = [torch.randn(size, device="cuda", generator=generator).to(dtype) for size in sizes]
+            made = zip(parameters, masters, gradients, moments, strict=True)
+            update = adamw_update([AdamWTensors(p, m, g, *pair, step) for p, m, g, pair in made], settings)
+            update.apply()
+            for weight, gradient in zip(exact, gradients, strict=True):
+                weight.grad = gradient.double()
+            wanted = torch.nn.utils.clip_grad_norm_(exact, 1.0)
+            assert update.norms.gradient == pytest.approx(float(wanted), rel=1e-5)
+            adamw.step()
+        for parameter, master, weight in zip(parameters, masters, exact, strict=True):
+            torch.testing.assert_close(master.double(), weight.detach(), rtol=1e-5, atol=1e-6)
+            assert torch.equal(parameter, master.to(dtype))
+        results.append(whole.clone())
+    assert torch.equal(results[0], results[1])

@@ -73,6 +73,11 @@ def _tile(tokens: int, columns: int, dims: int, warps: int, stages: int) -> Laun
 
 
 TABLES: dict[str, Table] = {
+    "_adamw_squares_kernel": _streaming(Launch({"BLOCK": 2048}, 8), Launch({"BLOCK": 2048}, 8)),
+    "_adamw_norms_kernel": {(80, 8): Launch({"BLOCK_C": 2048}, 8)},
+    "_adamw_direction_kernel": _streaming(Launch({"BLOCK": 1024}, 4), Launch({"BLOCK": 1024}, 4)),
+    # Four elements per thread: eight take so many registers that too few bytes are in flight.
+    "_adamw_apply_kernel": _streaming(Launch({"BLOCK": 512}, 4), Launch({"BLOCK": 512}, 4)),
     # With BLOCK_VALUES of 1024 the gdpo variant, which has the batch step, spills registers on sm_90 and sm_100.
     "_grouped_advantages_kernel": {
         (80, 4): Launch({"BLOCK_VALUES": 512}, 8),
