@@ -31,7 +31,7 @@ test: $(VENV)/.test
 # The Triton kernels on CPU tensors: a process that interprets cannot compile, and slow. Single tests go where there is room.
 test-interpreter: $(VENV)/.test
 	TRITON_INTERPRET=1 TRITON_DEFAULT_FP_FUSION=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m interpreter -n 2 --dist worksteal \
-	    tests/kernels tests/engine/policy/layers/test_blocks.py
+	    tests/kernels tests/engine/policy/layers/test_blocks.py tests/engine/training/test_optim_fused.py
 
 # What compilers make of the sources: Triton kernels for sm_80, sm_90 and sm_100, the native library with sanitizers, archives.
 test-toolchain: $(VENV)/.test

@@ -58,6 +58,9 @@ class OptimConfig(Section):
     max_refused_updates: int = Field(5, ge=1)
     """Number of refused updates in a row after which the run ends (ours). Updates whose gradient or moments are not
     finite are refused too."""
+    fused: bool = True
+    """On CUDA, make an update in a few launches of fused kernels, without float32 copies of the gradients. False:
+    PyTorch's AdamW, as on the CPU."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up."""
     warmup_steps: int = Field(5, ge=0)

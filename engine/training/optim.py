@@ -4,6 +4,10 @@ An update is checked before it is made. What it would add to each parameter is c
 its norm is compared with the norm of all weights. An update that is not finite, or too large compared with the weights,
 changes nothing. Weights that were good therefore stay good, whatever the learning rate, the gradient or the moments
 are.
+
+On CUDA all of it takes a few launches (``balcaprl.kernels.adamw_update``), elsewhere it is PyTorch's AdamW. Both work on
+the same state, so that a checkpoint moves from one to the other, and an update can fall back from the first to the
+second.
 """
 
 from __future__ import annotations
@@ -11,12 +15,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from balcaprl.config import OptimConfig
+from balcaprl.kernels import adamw_update
+from balcaprl.kernels.adamw.adamw import check_agreement, resolve_impl
+from balcaprl.kernels.adamw.records import AdamWNorms, AdamWSettings, AdamWTensors, AdamWUpdate
 from balcaprl.types import DivergedError
 
 logger = logging.getLogger(__name__)
@@ -25,16 +31,6 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _START_NORM = "start_weight_norm"
 _CHUNK = 1 << 24
 """Number of elements of a parameter for which the check computes the update at once; this bounds the check's memory."""
-
-
-class _Norms(NamedTuple):
-    """Euclidean norms over all parameters by which an update is checked."""
-
-    gradient: float
-    update: float
-    """Norm of what the update would add to the weights."""
-    weights: float
-    """Norm of the trained weights before the update."""
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
@@ -88,6 +84,7 @@ class PolicyOptimizer:
         if not math.isfinite(self._start_norm):
             wrong = next((name for name, p in every.items() if not torch.isfinite(p).all()), "the policy as a whole")
             raise ValueError(f"the policy's weights cannot be trained: those of {wrong} are not finite or too large")
+        self._fused = self._can_fuse()
 
     def step(self) -> dict[str, float]:
         """Make one update from the accumulated gradients, and clear them.
@@ -105,14 +102,10 @@ class PolicyOptimizer:
             DivergedError: ``optim.max_refused_updates`` updates in a row were refused.
         """
         lr = learning_rate(self.config, self.num_updates, self.num_steps)
-        self._hand_over_gradients()
-        norms = self._norms(lr)
-        objection = self._objection(norms)
+        update = self._measured(lr)
+        norms, objection = update.norms, self._objection(update.norms)
         if objection is None:
-            for group in self._adamw.param_groups:
-                group["lr"] = lr
-            self._adamw.step()
-            self._publish()
+            update.apply()
         self.zero_grad()
         self.num_updates += 1
         self.num_refused_in_a_row = 0 if objection is None else self.num_refused_in_a_row + 1
@@ -208,6 +201,75 @@ class PolicyOptimizer:
         updated = f"step.{name}" not in tensors or bool(tensors[f"step.{name}"].ne(0).any())
         return [*masters, f"step.{name}", *(f"{moment}.{name}" for moment in _MOMENTS if updated)]
 
+    def _measured(self, lr: float) -> AdamWUpdate:
+        """The update that is due, with its norms; not made yet."""
+        if self._fused:
+            try:
+                return self._fused_update(lr)
+            except Exception as error:  # nothing is changed yet, and the other way needs no kernels of ours
+                self._fall_back(error)
+        self._hand_over_gradients()
+        return AdamWUpdate(self._norms(lr), lambda: self._plain_update(lr))
+
+    def _can_fuse(self) -> bool:
+        """Whether updates take the fused kernels, which first have to agree with the reference where the weights are."""
+        tensors = [AdamWTensors(p, self._masters[name], None, None, None, 0) for name, p in self._parameters.items()]
+        if not self.config.fused or resolve_impl("auto", tensors) != "triton":
+            return False
+        dtypes = dict.fromkeys(each.parameter.dtype for each in tensors)
+        try:
+            check_agreement(tensors[0].parameter.device, dtypes, self._settings(self.config.lr), "triton")
+        except Exception as error:
+            self._fall_back(error)
+            return False
+        return True
+
+    def _fall_back(self, error: Exception) -> None:
+        self._fused = False
+        logger.warning(
+            "the fused optimiser cannot be used here, PyTorch's AdamW is (optim.fused): %s: %s",
+            type(error).__name__,
+            error,
+        )
+
+    def _settings(self, lr: float) -> AdamWSettings:
+        config = self.config
+        return AdamWSettings(lr, config.beta1, config.beta2, config.eps, config.weight_decay, config.max_grad_norm)
+
+    @torch.no_grad()
+    def _fused_update(self, lr: float) -> AdamWUpdate:
+        """The update in a few launches, on gradients as they are. Its state is what PyTorch's AdamW has."""
+        states = {}
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                master = self._masters[name]
+                states[name] = self._adamw.state.get(master) or {
+                    "step": torch.tensor(0.0),
+                    **{moment: torch.zeros_like(master) for moment in _MOMENTS},
+                }
+        counts = [state["step"] for state in states.values()]
+        steps = dict(zip(states, torch.stack(counts).tolist() if counts else (), strict=True))
+        tensors = []
+        for name, parameter in self._parameters.items():
+            mean, square = (states[name][moment] if name in states else None for moment in _MOMENTS)
+            step = int(steps.get(name, 0))
+            tensors.append(AdamWTensors(parameter, self._masters[name], parameter.grad, mean, square, step))
+        update = adamw_update(tensors, self._settings(lr), impl="triton")
+
+        def apply() -> None:
+            update.apply()
+            torch._foreach_add_(counts, 1.0)
+            self._adamw.state.update({self._masters[name]: state for name, state in states.items()})
+
+        return AdamWUpdate(update.norms, apply)
+
+    def _plain_update(self, lr: float) -> None:
+        """The update by PyTorch's AdamW, from gradients that were handed over and clipped."""
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step()
+        self._publish()
+
     def _hand_over_gradients(self) -> None:
         for name, parameter in self._parameters.items():
             master = self._masters[name]
@@ -221,7 +283,7 @@ class PolicyOptimizer:
                 parameter.copy_(self._masters[name])
 
     @torch.no_grad()
-    def _norms(self, lr: float) -> _Norms:
+    def _norms(self, lr: float) -> AdamWNorms:
         """Clip the gradients and measure the update that follows from them; wait for the device only once."""
         gradient = torch.nn.utils.clip_grad_norm_(self._masters.values(), self.config.max_grad_norm)
         parts = [
@@ -233,7 +295,7 @@ class PolicyOptimizer:
         weights = total_norm(self._masters.values())
         update = total_norm(parts) if parts else torch.zeros(())
         read = torch.stack([norm.to(weights.device, torch.float32) for norm in (gradient, weights, update)]).tolist()
-        return _Norms(read[0], lr * (read[2] + self.config.weight_decay * read[1]), read[1])
+        return AdamWNorms(read[0], lr * (read[2] + self.config.weight_decay * read[1]), read[1])
 
     def _pieces(self, master: Tensor, gradient: Tensor) -> Iterator[Tensor]:
         """What AdamW is about to subtract from a parameter at a learning rate of 1, without weight decay, in chunks."""
@@ -251,7 +313,7 @@ class PolicyOptimizer:
             root = square.addcmul_(grad, grad, value=1 - config.beta2).sqrt_().add_(config.eps * second)
             yield mean.mul_(second / first).div_(root)
 
-    def _objection(self, norms: _Norms) -> str | None:
+    def _objection(self, norms: AdamWNorms) -> str | None:
         """Reason why an update must not be made; None if there is none."""
         config = self.config
         if not math.isfinite(norms.gradient):
