@@ -22,8 +22,8 @@ LIGHT_MAY_IMPORT = {"pydantic", *sys.stdlib_module_names}
 HEAVY = {"torch", "transformers", "vllm", "triton", "numpy", "PIL", "datasets", "torchvision", "tokenizers", "jinja2"}
 FLOORS = (
     ("kernels.support",),
-    ("kernels.adamw", "kernels.advantages", "kernels.layers", "kernels.loss"),
-    ("kernels.head", "kernels.shared_prefix"),
+    ("kernels.adamw", "kernels.advantages", "kernels.layers", "kernels.loss", "kernels.shared_prefix"),
+    ("kernels.head",),
     ("kernels.block",),
     ("kernels",),
     ("types", "extras", "logtext", "torchvision_compat"),

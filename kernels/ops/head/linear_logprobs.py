@@ -33,9 +33,9 @@ from torch.utils.checkpoint import checkpoint
 
 from balcaprl.kernels.head import native as native_head
 from balcaprl.kernels.head.records import FILTER_BLOCK, Head, HeadGradients
-from balcaprl.kernels.loss.token_loss import compute_dtype
 from balcaprl.kernels.support import launch, native
 from balcaprl.kernels.support.checks import check_impl, check_number, check_tensor
+from balcaprl.kernels.support.dispatch import compute_dtype
 from balcaprl.kernels.support.native_softmax import SoftmaxRows
 from balcaprl.kernels.support.products import gapless
 

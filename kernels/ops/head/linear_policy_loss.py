@@ -46,12 +46,12 @@ from balcaprl.kernels.loss.policy_loss import policy_loss_reference
 from balcaprl.kernels.loss.records import LOSS_SCHEMA, LossArguments, PolicyLoss, TokenLoss
 from balcaprl.kernels.loss.token_loss import (
     check_arguments,
-    compute_dtype,
     policy_loss_metrics,
     token_batch,
     token_loss,
 )
 from balcaprl.kernels.support.checks import check_impl, check_number, check_tensor
+from balcaprl.kernels.support.dispatch import compute_dtype
 from balcaprl.kernels.support.native_softmax import SoftmaxRows
 
 _NUM_LOSS = len(LossArguments._fields)

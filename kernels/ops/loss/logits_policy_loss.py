@@ -34,13 +34,13 @@ from balcaprl.kernels.loss.policy_loss import policy_loss_reference
 from balcaprl.kernels.loss.records import LOSS_SCHEMA, LossArguments, PolicyLoss
 from balcaprl.kernels.loss.token_loss import (
     check_arguments,
-    compute_dtype,
     policy_loss_metrics,
     token_batch,
     token_loss,
 )
 from balcaprl.kernels.support import launch, native
 from balcaprl.kernels.support.checks import check_impl, check_number, check_tensor
+from balcaprl.kernels.support.dispatch import compute_dtype
 from balcaprl.kernels.support.native_softmax import DTYPES, SoftmaxRows, write_stats
 
 IMPLS = ("reference", "native", "triton")

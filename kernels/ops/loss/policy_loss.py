@@ -37,7 +37,6 @@ from torch import Tensor
 from balcaprl.kernels.loss.records import LOSS_SCHEMA, LossArguments, PolicyLoss
 from balcaprl.kernels.loss.token_loss import (
     check_arguments,
-    compute_dtype,
     metric_sums,
     policy_loss_metrics,
     spread,
@@ -48,6 +47,7 @@ from balcaprl.kernels.loss.token_loss import (
 )
 from balcaprl.kernels.support import launch, native
 from balcaprl.kernels.support.checks import check_impl, check_tensor
+from balcaprl.kernels.support.dispatch import compute_dtype
 
 IMPLS = ("reference", "native", "triton")
 

@@ -29,11 +29,6 @@ REDUCTIONS = ("token-mean", "sequence-mean", "constant")
 _RATIO_MAX = METRIC_SUMS.index("ratio_max")
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which losses of inputs of ``dtype`` are computed: float64 for float64, otherwise float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def check_arguments(arguments: LossArguments, num_tokens: int, device: torch.device) -> None:
     """Checks the arguments of a policy loss without reading a tensor's values.
 

@@ -37,10 +37,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from balcaprl.kernels.loss.token_loss import compute_dtype
 from balcaprl.kernels.shared_prefix.layout import LAYOUT_FIELDS, TRITON_MAX_HEAD_DIM, SharedPrefixLayout
 from balcaprl.kernels.support import launch
 from balcaprl.kernels.support.checks import check_impl, check_number, check_tensor
+from balcaprl.kernels.support.dispatch import compute_dtype
 
 IMPLS = ("reference", "sdpa", "flash", "triton")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

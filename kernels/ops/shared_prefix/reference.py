@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from balcaprl.kernels.loss.token_loss import compute_dtype
 from balcaprl.kernels.shared_prefix.layout import SharedPrefixLayout
+from balcaprl.kernels.support.dispatch import compute_dtype
 from balcaprl.kernels.support.products import gapless, with_gapless_gradient
 
 

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from balcaprl.kernels.loss.token_loss import compute_dtype
 from balcaprl.kernels.shared_prefix.layout import SharedPrefixLayout
+from balcaprl.kernels.support.dispatch import compute_dtype
 from balcaprl.kernels.support.products import gapless
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
