@@ -103,9 +103,11 @@ class Head:
         banned = [token for token in banned if token < self.num_tokens]
         if not banned:
             return logprobs
+        # A target that is no id fails the check of ``linear_logprobs``, on a GPU later; an index must not end the program.
+        rows = weight[targets.clamp(0, self.num_tokens - 1)]
         # ``mass`` is the probability of all banned ids together. The log-sum-exp that it needs follows from the
         # targets' logits and log-probabilities.
-        log_normalizer = (hidden * weight[targets]).sum(-1) / temperature - logprobs
+        log_normalizer = (hidden * rows).sum(-1) / temperature - logprobs
         mass = (hidden @ weight[banned].T / temperature - log_normalizer[:, None]).exp().sum(-1)
         return logprobs - torch.log1p(-mass)
 

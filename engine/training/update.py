@@ -21,6 +21,8 @@ from torch import Tensor
 
 from balcaprl.config import TrainConfig
 from balcaprl.kernels import PolicyLoss, linear_policy_loss, policy_loss
+from balcaprl.kernels.support.deferred import raise_pending
+from balcaprl.kernels.support.upload import upload
 from balcaprl.policy import Group, PackedBatch, Policy
 from balcaprl.policy.parts import GroupLengths, Plan, plan_repeated, plan_shared
 from balcaprl.policy.policy import Sharing
@@ -200,7 +202,7 @@ class PolicyUpdate:
         return UpdatePart(
             members=members,
             packed=self.policy.pack([to_policy_group(prompt, each) for prompt, each in by_group], sharing),
-            sampling_logprobs=torch.tensor(sampling, dtype=torch.float32, device=self.policy.device),
+            sampling_logprobs=self._uploaded(sampling),
             num_tokens=len(sampling),
         )
 
@@ -214,7 +216,11 @@ class PolicyUpdate:
     def _accumulate(
         self, groups: Sequence[RolloutGroup], parts: list[UpdatePart], normalizer: float
     ) -> dict[str, float]:
-        """Accumulate the gradients of all parts; return the loss and the token-weighted means of its metrics."""
+        """Accumulate the gradients of all parts; return the loss and the token-weighted means of its metrics.
+
+        Raises:
+            ValueError: a value that went into the loss is invalid; on a GPU, all parts are computed by then.
+        """
         num_tokens = sum(part.num_tokens for part in parts)
         shares = [part.num_tokens / num_tokens for part in parts]
         rows = []
@@ -224,13 +230,17 @@ class PolicyUpdate:
             rows.append(torch.stack([getattr(result, name).detach() for name in LOSS_METRICS]))
         # Read the metrics of all parts at once: on a GPU, each read waits for all work that is queued.
         columns = dict(zip(LOSS_METRICS, torch.stack(rows).double().T.tolist(), strict=True))
+        raise_pending()
         means = {name: sum(s * v for s, v in zip(shares, columns[name], strict=True)) for name in _MEANS}
         return {"loss": sum(columns["loss"]), **means, "ratio_max": max(columns["ratio_max"])}
 
     def _advantages(self, groups: Sequence[RolloutGroup], part: UpdatePart) -> Tensor:
         """Advantages (R,) of the part's rollouts."""
         values = [groups[i].rollouts[j].advantage for i, places in part.members for j in places]
-        return torch.tensor(values, dtype=torch.float32, device=self.policy.device)
+        return self._uploaded(values)
+
+    def _uploaded(self, values: Sequence[float]) -> Tensor:
+        return upload([torch.tensor(values, dtype=torch.float32)], self.policy.device)[0]
 
     def _loss(self, part: UpdatePart, advantages: Tensor, normalizer: float) -> PolicyLoss:
         """Loss of one part; the first forward also keeps the log-probabilities that later epochs need."""

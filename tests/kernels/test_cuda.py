@@ -25,7 +25,9 @@ from balcaprl.kernels import (
 )
 from balcaprl.kernels.adamw.records import AdamWSettings, AdamWTensors
 from balcaprl.kernels.shared_prefix.reference import shared_prefix_attention_reference
+from balcaprl.kernels.support import deferred
 from balcaprl.kernels.support.testing import Compared, assert_as_accurate_over
+from balcaprl.kernels.support.upload import upload
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 HALF_AND_SINGLE = [torch.float32, torch.bfloat16, torch.float16]
@@ -241,3 +243,52 @@ def test_adamw_update(dtype: torch.dtype) -> None:
             assert torch.equal(parameter, master.to(dtype))
         results.append(whole.clone())
     assert torch.equal(results[0], results[1])
+
+
+def without_old(shape: tuple[int, int, int]) -> dict[str, Tensor]:
+    return {**on_gpu(head(shape, torch.bfloat16), ("hidden", "weight")), "old_logprobs": None}
+
+
+def test_the_host_waits_for_nothing() -> None:
+    made = without_old((300, 256, 5000))
+    linear_policy_loss(**made).loss.backward()  # compiles
+    linear_logprobs(made["hidden"], made["weight"], made["targets"])
+    deferred.raise_pending()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_policy_loss(**made).loss.backward()
+        linear_logprobs(made["hidden"], made["weight"], made["targets"])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    deferred.raise_pending()
+
+
+@pytest.mark.parametrize("bad", ["targets", "advantages", "hidden or weight", "cu_seqlens"])
+def test_an_invalid_value_gives_nan_and_a_late_error(bad: str) -> None:
+    made = without_old((300, 256, 5000))
+    values = {"targets": 5000, "advantages": math.nan, "hidden or weight": math.inf, "cu_seqlens": -1}
+    with torch.no_grad():
+        made[bad.split()[0]].view(-1)[3] = values[bad]
+    loss = linear_policy_loss(**made).loss
+    loss.backward()
+    assert loss.isnan()
+    assert made["weight"].grad.isnan().any()
+    with pytest.raises(ValueError, match=f"^{bad}: "):
+        deferred.raise_pending()
+    linear_policy_loss(**made)
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match=f"^{bad}: "):
+        linear_policy_loss(**without_old((300, 256, 5000)))
+    deferred.raise_pending()
+
+
+def test_an_upload_is_not_waited_for() -> None:
+    tensors = [torch.arange(5), torch.arange(3).int(), torch.randn(4, 2).T, torch.arange(6).view(2, 3), torch.zeros(0)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved = upload([*tensors, torch.ones(2, device="cuda")], "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for tensor, copy in zip(tensors, moved, strict=False):
+        assert copy.is_cuda
+        assert torch.equal(copy.cpu(), tensor)

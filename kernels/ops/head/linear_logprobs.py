@@ -25,7 +25,8 @@ Under autocast, hidden and weight are cast to autocast's dtype.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from balcaprl.kernels.head import native as native_head
 from balcaprl.kernels.head.records import FILTER_BLOCK, Head, HeadGradients
-from balcaprl.kernels.support import launch, native
+from balcaprl.kernels.support import deferred, launch, native
 from balcaprl.kernels.support.checks import check_impl, check_number, check_tensor
 from balcaprl.kernels.support.dispatch import compute_dtype
 from balcaprl.kernels.support.native_softmax import SoftmaxRows
@@ -69,7 +70,8 @@ def linear_logprobs(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or range, or the logits are not finite; the message
-            starts with the argument's name.
+            starts with the argument's name. On a GPU a value is found later: the log-probabilities concerned are NaN,
+            and the error is raised by the next op or by ``kernels.support.deferred.raise_pending``.
         RuntimeError: ``impl`` is ``native`` and the compiled library is not available.
     """
     hidden, weight = check_head(hidden, weight, targets, temperature)
@@ -224,15 +226,18 @@ def check_logprobs(head: Head, *results: Tensor) -> None:
     Raises:
         ValueError: a target is out of range, or the logits are not finite; the message starts with the argument's name.
     """
-    if torch.stack([result.isfinite().all() for result in results]).all():
-        return
-    check_targets(head)
+    if not torch.stack([result.isfinite().all() for result in results]).all():
+        raise_for_logprobs(head.targets, head.weight.shape[0])
+
+
+def raise_for_logprobs(targets: Tensor, vocabulary: int) -> NoReturn:
+    """Raises ValueError for the argument by which some log-probabilities are not finite."""
+    check_targets(targets, vocabulary)
     raise ValueError("hidden or weight: not finite, or so large that the logits are not")
 
 
-def check_targets(head: Head) -> None:
+def check_targets(targets: Tensor, vocabulary: int) -> None:
     """Checks that all ``targets`` are token ids of the vocabulary."""
-    targets, vocabulary = head.targets, head.weight.shape[0]
     if targets.numel() and not ((targets >= 0) & (targets < vocabulary)).all():
         raise ValueError(
             f"targets: expected token ids in [0, {vocabulary}), got {int(targets.min())} to {int(targets.max())}"
@@ -251,21 +256,26 @@ def _linear_logprobs_op(hidden, weight, targets, temperature, impl):
     head = Head.of(hidden, weight, targets, temperature)
     with torch.autocast(hidden.device.type, enabled=False):
         rows, entropy = head_rows(head, impl)
-    check_logprobs(head, rows.logprobs, entropy)
+    if impl == "triton":
+        # Their sum is finite if all of them are, and 0 times anything else is NaN.
+        flag = 0.0 * torch.stack([rows.logprobs, entropy]).sum(dtype=torch.float64)
+        deferred.check(flag, partial(raise_for_logprobs, head.targets, head.weight.shape[0]))
+    else:
+        check_logprobs(head, rows.logprobs, entropy)
     return rows.logprobs, entropy, rows.max, rows.sum
 
 
 def head_rows(head: Head, impl: str, *, with_entropy: bool = True) -> tuple[SoftmaxRows, Tensor]:
     """Runs the forward of an implementation; returns the softmax rows and the (T,) entropies.
 
-    For ``triton`` a target out of range gives NaN, which ``check_logprobs`` finds; the others check ``targets`` here.
+    For ``triton`` a target out of range gives NaN, which the caller finds; the others check ``targets`` here.
     If ``with_entropy`` is false, the entropies may be wrong.
     """
     if impl == "triton":
         from balcaprl.kernels.head import triton as triton_head
 
         return triton_head.logprobs_and_entropy(head, with_entropy=with_entropy)
-    check_targets(head)
+    check_targets(head.targets, head.weight.shape[0])
     return native_head.logprobs_and_entropy(head) if impl == "native" else reference_rows(head)
 
 

@@ -5,7 +5,8 @@ t only through its log-probability, so g_t, the gradient with respect to that lo
 log-probability is. This has three consequences:
 
 - When ``native`` and ``triton`` compute gradients, they leave out tokens whose g_t is exactly zero because the
-  advantage is 0 or the token is clipped. The result stays exact.
+  advantage is 0 or the token is clipped. The result stays exact. On a GPU the host has to wait for the number of these
+  tokens, so ``triton`` leaves them out only if ``old_logprobs`` are given: without them no token is clipped.
 - If an input requires a gradient, the forward computes the gradients of hidden and weight while the logits of a chunk
   of tokens are in memory: three matrix products instead of four (``reference`` recomputes the logits). The backward
   only returns these gradients.
@@ -24,7 +25,8 @@ trained policy are. On an H200 the filtered products have so far been slower tha
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -39,6 +41,7 @@ from balcaprl.kernels.head.linear_logprobs import (
     head_rows,
     linear_logprobs_backward,
     linear_logprobs_reference,
+    raise_for_logprobs,
     resolve_impl,
 )
 from balcaprl.kernels.head.records import Head, HeadGradients
@@ -46,7 +49,9 @@ from balcaprl.kernels.loss.policy_loss import policy_loss_reference
 from balcaprl.kernels.loss.records import LOSS_SCHEMA, LossArguments, PolicyLoss, TokenLoss
 from balcaprl.kernels.loss.token_loss import (
     check_arguments,
+    check_parts,
     policy_loss_metrics,
+    raise_invalid,
     token_batch,
     token_loss,
 )
@@ -104,7 +109,8 @@ def linear_policy_loss(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or range, or a value that is not finite; the message
-            starts with the argument's name.
+            starts with the argument's name. On a GPU a value is found later: the loss is NaN, and the error is raised
+            by the next op or by ``kernels.support.deferred.raise_pending``.
         RuntimeError: ``impl`` is ``native`` and the compiled library is not available.
     """
     hidden, weight = check_head(hidden, weight, targets, temperature)
@@ -202,25 +208,35 @@ def _forward(
         return parts[-1].grad_logprobs
 
     if impl == "native" and num_tokens:
-        check_targets(head)
+        check_targets(head.targets, head.weight.shape[0])
         rows, gradients = native_head.logprobs_and_gradients(head, add, needs, filter_eps)
         check_logprobs(head, rows.logprobs)
         return parts, rows, gradients
+    size = None
     if impl == "triton" and num_tokens and any(needs) and filter_eps is None:
         from balcaprl.kernels.head import triton_chunks as chunks
 
         size = chunks.chunk_size(num_tokens, head.weight.shape[0], head.hidden.element_size())
-        if size is not None:
-            rows, gradients = chunks.logprobs_and_gradients(head, add, needs, size)
+    if size is not None:
+        listed = arguments.old_logprobs is not None
+        rows, gradients = chunks.logprobs_and_gradients(head, add, needs, size, listed=listed)
+    else:
+        rows, _ = head_rows(head, impl, with_entropy=False)
+        if impl != "triton":
             check_logprobs(head, rows.logprobs)
-            return parts, rows, gradients
-    rows, _ = head_rows(head, impl, with_entropy=False)
-    check_logprobs(head, rows.logprobs)
-    add(rows.logprobs, 0, num_tokens)
-    gradients = HeadGradients(None, None)
-    if any(needs):
-        gradients = head_gradients(head, rows, parts[0].grad_logprobs, needs, filter_eps, impl)
+        add(rows.logprobs, 0, num_tokens)
+        gradients = HeadGradients(None, None)
+        if any(needs):
+            gradients = head_gradients(head, rows, parts[0].grad_logprobs, needs, filter_eps, impl)
+    check_parts(parts, partial(_explain, arguments, batch.status, head.targets, head.weight.shape[0]))
     return parts, rows, gradients
+
+
+def _explain(arguments: LossArguments, status: Tensor | None, targets: Tensor, vocabulary: int) -> NoReturn:
+    """Raises ValueError for what ``check_parts`` found: an argument of the loss, a target, or the logits."""
+    if status is not None and status.any():
+        raise_invalid(arguments, targets.shape[0])
+    raise_for_logprobs(targets, vocabulary)
 
 
 @_linear_policy_loss_op.register_fake
@@ -255,7 +271,7 @@ def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return None, None, *nothing
     if ctx.made:
-        gradients = [_scaled(gradient, grad_loss) for gradient in ctx.saved_tensors]
+        gradients = [_scaled(gradient, grad_loss, ctx.impl) for gradient in ctx.saved_tensors]
     else:
         grad_logprobs, *saved = ctx.saved_tensors
         # Multiplying by the tensor avoids reading grad_loss as a number, which would wait for the device.
@@ -265,16 +281,20 @@ def _backward(ctx, grad_loss, *_):
     return *wanted, *nothing
 
 
-def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+def _scaled(gradient: Tensor, grad_loss: Tensor, impl: str) -> Tensor:
     """Returns gradient * grad_loss, in the storage of ``gradient`` where possible, to avoid a copy of that size.
 
     The saved tensor may be overwritten and returned if the graph is freed after this backward; autograd then uses it
     directly as the parameter's ``.grad``. While torch.compile traces, values cannot be read and memory must not be
-    reused, so the product is a new tensor.
+    reused, so the product is a new tensor. On a GPU a kernel reads the factor, so that the host need not wait for it.
     """
     plain = type(gradient) is Tensor and type(grad_loss) is Tensor and not torch.compiler.is_compiling()
     if not plain or _graph_is_kept():
         return gradient * grad_loss.to(gradient.dtype)
+    if gradient.is_contiguous() and resolve_impl(impl, gradient) == "triton":
+        from balcaprl.kernels.head import triton as triton_head
+
+        return triton_head.scale_(gradient, grad_loss)
     factor = float(grad_loss)
     return gradient if factor == 1.0 else gradient.mul_(factor)
 

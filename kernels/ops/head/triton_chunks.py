@@ -10,7 +10,7 @@ Tokens are taken in chunks whose logits fit ``_CHUNK_BYTES``. The steps for one 
 
 A chunk takes three matrix products. ``triton.py`` needs a fourth because it computes the logits twice, but takes less
 memory. The two products of step 5 are launched only after step 3 of the next chunk, so that the GPU always has work
-while the host waits for the number of that chunk's tokens with a gradient.
+while the host waits for the number of that chunk's tokens with a gradient. It does not wait if all tokens are taken.
 
 The gradient of the weight is added up over chunks in the storage dtype and rounded once per chunk, so ``_MAX_CHUNKS``
 limits the number of chunks. This module is imported only where ``impl="triton"`` runs.
@@ -50,7 +50,12 @@ def chunk_size(num_tokens: int, vocabulary: int, itemsize: int) -> int | None:
 
 
 def logprobs_and_gradients(
-    head: Head, gradient_of: Callable[[Tensor, int, int], Tensor], needs: tuple[bool, bool], size: int
+    head: Head,
+    gradient_of: Callable[[Tensor, int, int], Tensor],
+    needs: tuple[bool, bool],
+    size: int,
+    *,
+    listed: bool = True,
 ) -> tuple[SoftmaxRows, HeadGradients]:
     """Forward and backward in one sweep, for a function of the log-probabilities that is known chunk by chunk.
 
@@ -60,6 +65,7 @@ def logprobs_and_gradients(
             float32. Called once for every chunk, in order.
         needs: whether hidden and whether weight needs a gradient.
         size: number of tokens per chunk.
+        listed: whether tokens without a gradient are left out of step 4 and 5, for which the host waits once per chunk.
     """
     sums = _Sums(head, needs)
     one = head.hidden.new_ones((), dtype=torch.float32)
@@ -69,12 +75,12 @@ def logprobs_and_gradients(
         targets, logits = head.targets[chunk], float32_product(head.hidden[chunk], head.weight.T)
         parts.append(triton_logits.stats(logits, targets, head.scale))
         grad_logprobs = gradient_of(parts[-1].logprobs, chunk.start, chunk.stop)
-        listed = _Listed(grad_logprobs)
+        found = _Listed(grad_logprobs) if listed else None
         # The previous chunk's products keep the GPU busy until the host knows how many tokens of this chunk are listed.
         if waiting is not None:
             sums.add(*waiting)
             waiting = None  # frees the previous gradient, so that this chunk's gradient can reuse its memory
-        tokens = listed.tokens()
+        tokens = None if found is None else found.tokens()
         grad_logits = _empty_rows(head.hidden, len(logits if tokens is None else tokens), logits.shape[1])
         triton_logits.gradient(logits, targets, parts[-1], grad_logprobs, one, head.scale, grad_logits, tokens)
         waiting = (chunk, tokens, gapless(grad_logits))

@@ -5,7 +5,8 @@ tile by tile and keeps only each row's maximum, sum, entropy sum and target logi
 
 *Backward*: ``_head_grad_logits_kernel`` computes the logits of one slice of the vocabulary again and stores their
 gradient. With ``filter_eps`` it also marks the tiles that matter, and ``_head_grad_hidden_kernel`` and
-``_head_grad_weight_kernel`` multiply only these; without it torch computes both products.
+``_head_grad_weight_kernel`` multiply only these; without it torch computes both products. ``_head_scale_kernel`` applies
+the gradient of the loss to finished gradients.
 
 Sums over rows do not depend on the order in which programs run, so the same input gives the same bits. This module is
 imported only where ``impl="triton"`` runs.
@@ -278,3 +279,14 @@ def _head_grad_weight_kernel(
             total = product(tl.trans(dz), x, total)
     out = grad_weight_VD + (first_column + local).to(tl.int64)[:, None] * hidden_size + dims[None, :]
     tl.store(out, narrowed(total, grad_weight_VD.dtype.element_ty), mask=in_columns[:, None] & in_dims[None, :])
+
+
+@triton.jit
+def _head_scale_kernel(values_N, factor, num_values, BLOCK: tl.constexpr):
+    """One program per block: multiplies values by the factor, in place, or does nothing if the factor is 1."""
+    scale = tl.load(factor).to(tl.float32)
+    if scale != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < num_values
+        values = tl.load(values_N + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(values_N + at, narrowed(values * scale, values_N.dtype.element_ty), mask=mask)

@@ -13,6 +13,7 @@ from balcaprl.kernels.head.triton_kernels import (
     _head_grad_hidden_kernel,
     _head_grad_logits_kernel,
     _head_grad_weight_kernel,
+    _head_scale_kernel,
     _head_stats_kernel,
 )
 from balcaprl.kernels.support.launch import TRITON_TYPES, KernelSpec, Launch, Work, launch
@@ -137,8 +138,26 @@ def _slice_spec(dtype: torch.dtype, hidden: bool) -> KernelSpec:
     )
 
 
+def _scale_spec(dtype: torch.dtype) -> KernelSpec:
+    size = _VOCABULARY * _HIDDEN
+
+    def work(_: Launch) -> Work:
+        return Work(f"N={size}", 2 * size * dtype.itemsize, 2 * size * dtype.itemsize, size)
+
+    return KernelSpec(
+        kernel=_head_scale_kernel,
+        dtype=dtype,
+        arguments={"values_N": f"*{TRITON_TYPES[dtype]}", "factor": "*fp32", "num_values": "i32"},
+        constexprs={},
+        work=work,
+        divisible=frozenset({"num_values"}),
+        wide_store=True,
+    )
+
+
 KERNEL_SPECS = [
     *(_stats_spec(dtype, with_entropy) for dtype in TRITON_TYPES for with_entropy in (False, True)),
     *(_grad_logits_spec(dtype, filtered) for dtype in TRITON_TYPES for filtered in (False, True)),
     *(_slice_spec(dtype, hidden) for hidden in (True, False) for dtype in TRITON_TYPES),
+    *(_scale_spec(dtype) for dtype in TRITON_TYPES),
 ]

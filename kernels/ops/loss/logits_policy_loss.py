@@ -25,7 +25,8 @@ NaN, +inf, -inf at the target, or a row without a finite logit raise ValueError.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -34,7 +35,9 @@ from balcaprl.kernels.loss.policy_loss import policy_loss_reference
 from balcaprl.kernels.loss.records import LOSS_SCHEMA, LossArguments, PolicyLoss
 from balcaprl.kernels.loss.token_loss import (
     check_arguments,
+    check_parts,
     policy_loss_metrics,
+    raise_invalid,
     token_batch,
     token_loss,
 )
@@ -95,7 +98,8 @@ def logits_policy_loss(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or range, or a value that is not allowed; the message
-            starts with the argument's name.
+            starts with the argument's name. On a GPU a value is found later: the loss is NaN, and the error is raised
+            by the next op or by ``kernels.support.deferred.raise_pending``.
         RuntimeError: ``impl`` is ``native`` and the compiled library is not available.
     """
     check_tensor("logits", logits, shape=("T", "V"), dtypes=_DTYPES)
@@ -192,9 +196,11 @@ def _logits_policy_loss_op(logits, targets, *rest):
     impl, dtype = _resolve(impl, logits), compute_dtype(logits.dtype)
     batch = token_batch(arguments, logits.shape[0], dtype, impl)
     rows = _row_stats(_with_rows(logits), targets.contiguous(), temperature, impl)
-    _check_logprobs(rows.logprobs, logits, targets)
-    loss, sums, grad_logprobs = token_loss(rows.logprobs, batch, arguments.settings, impl)
-    return loss.to(dtype), policy_loss_metrics(sums).to(dtype), *rows, grad_logprobs
+    if impl != "triton":
+        _check_logprobs(rows.logprobs, targets, logits.shape[1])
+    part = token_loss(rows.logprobs, batch, arguments.settings, impl)
+    check_parts([part], partial(_explain, arguments, batch.status, rows.logprobs, targets, logits.shape[1]))
+    return part.loss_sum.to(dtype), policy_loss_metrics(part.metric_sums).to(dtype), *rows, part.grad_logprobs
 
 
 @_logits_policy_loss_op.register_fake
@@ -243,19 +249,29 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
         )
 
 
-def _check_logprobs(logprobs: Tensor, logits: Tensor, targets: Tensor) -> None:
-    """Checks that all log-probabilities are finite.
+def _check_logprobs(logprobs: Tensor, targets: Tensor, vocabulary: int) -> None:
+    """Checks that all log-probabilities are finite."""
+    if not logprobs.isfinite().all():
+        _raise_for_logprobs(logprobs, targets, vocabulary)
 
-    Reads one flag from the device, and searches for the cause only if the flag says that a value is not finite.
-    """
-    finite = logprobs.isfinite()
-    if not finite.all():
-        _check_targets(targets, logits.shape[1])
-        bad = (~finite).nonzero()[:, 0]
-        raise ValueError(
-            f"logits: {bad.numel()} rows, the first of them {int(bad[0])}, hold NaN, +inf, -inf at the target, or "
-            "nothing finite"
-        )
+
+def _raise_for_logprobs(logprobs: Tensor, targets: Tensor, vocabulary: int) -> NoReturn:
+    """Raises ValueError for the argument by which some log-probabilities are not finite."""
+    _check_targets(targets, vocabulary)
+    bad = (~logprobs.isfinite()).nonzero()[:, 0].tolist()
+    raise ValueError(
+        f"logits: {len(bad)} rows, the first of them {min(bad, default=-1)}, hold NaN, +inf, -inf at the target, or "
+        "nothing finite"
+    )
+
+
+def _explain(
+    arguments: LossArguments, status: Tensor | None, logprobs: Tensor, targets: Tensor, vocabulary: int
+) -> NoReturn:
+    """Raises ValueError for what ``check_parts`` found: an argument of the loss, a target, or the logits."""
+    if status is not None and status.any():
+        raise_invalid(arguments, logprobs.shape[0])
+    _raise_for_logprobs(logprobs, targets, vocabulary)
 
 
 _ROW_SCHEMA = (

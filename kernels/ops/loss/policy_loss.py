@@ -29,6 +29,7 @@ op computes the gradient together with the loss and keeps nothing else for the b
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ from torch import Tensor
 from balcaprl.kernels.loss.records import LOSS_SCHEMA, LossArguments, PolicyLoss
 from balcaprl.kernels.loss.token_loss import (
     check_arguments,
+    check_parts,
     metric_sums,
     policy_loss_metrics,
+    raise_invalid,
     spread,
     token_batch,
     token_loss,
@@ -93,7 +96,8 @@ def policy_loss(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or range, or a value that is not finite; the message
-            starts with the argument's name.
+            starts with the argument's name. On a GPU a value is found later: the loss is NaN, and the error is raised
+            by the next op or by ``kernels.support.deferred.raise_pending``.
     """
     check_tensor("logprobs", logprobs, shape=("T",))
     arguments = LossArguments(
@@ -164,8 +168,10 @@ def _policy_loss_op(logprobs, *rest):
     impl = _choose(logprobs) if impl == "auto" else impl
     dtype = compute_dtype(logprobs.dtype)
     batch = token_batch(arguments, logprobs.shape[0], dtype, impl, logprobs=logprobs)
-    loss, sums, gradient = token_loss(logprobs.to(dtype).contiguous(), batch, arguments.settings, impl)
-    return loss.to(dtype), policy_loss_metrics(sums).to(dtype), gradient.to(logprobs.dtype)
+    part = token_loss(logprobs.to(dtype).contiguous(), batch, arguments.settings, impl)
+    check_parts([part], partial(raise_invalid, arguments, logprobs.shape[0], logprobs.detach()))
+    metrics = policy_loss_metrics(part.metric_sums)
+    return part.loss_sum.to(dtype), metrics.to(dtype), part.grad_logprobs.to(logprobs.dtype)
 
 
 @_policy_loss_op.register_fake

@@ -118,13 +118,20 @@ class TokenBatch(NamedTuple):
     """Factor of each token's loss in the sum; it contains the reduction and ``normalizer``."""
     sampling_logprobs: Tensor | None
     reference_logprobs: Tensor | None
+    status: Tensor | None = None
+    """(1,) int32: 0 if all values were valid; ``token_loss`` counts it. None if they have been checked already."""
+
+    @property
+    def per_token(self) -> tuple[Tensor | None, ...]:
+        """All tensors but ``status``."""
+        return self[:5]
 
     def rows(self, begin: int, end: int) -> TokenBatch:
         """Selects the tokens [begin, end)."""
-        old, advantages, scale, sampling, reference = (None if t is None else t[begin:end] for t in self)
+        old, advantages, scale, sampling, reference = (None if t is None else t[begin:end] for t in self.per_token)
         assert advantages is not None  # advantages and scale are never None
         assert scale is not None
-        return TokenBatch(old, advantages, scale, sampling, reference)
+        return TokenBatch(old, advantages, scale, sampling, reference, self.status)
 
 
 class TokenLoss(NamedTuple):
@@ -136,3 +143,6 @@ class TokenLoss(NamedTuple):
     """Sums of the metrics, (6,) float64, in the order of ``METRIC_SUMS``; ``ratio_max`` is a maximum, not a sum."""
     grad_logprobs: Tensor
     """Gradient d loss_sum / d logprobs, (T,) in the dtype of the log-probabilities."""
+    num_bad: Tensor | None = None
+    """Number of invalid values, 0-d float64: log-probabilities that are not finite, and the batch's ``status``. If it is
+    not 0, ``loss_sum`` is NaN. None where all values have been checked before."""

@@ -8,6 +8,7 @@ itself::
     batch = token_batch(arguments, T, dtype, impl)      checks values; per-token advantages and scale
     parts = [token_loss(logprobs[a:b], batch.rows(a, b), arguments.settings, impl) for a, b in ranges]
     loss = sum of the parts' loss_sum;   metrics = policy_loss_metrics(stack of their metric_sums)
+    check_parts(parts, explain)                         raises for what the kernels found; on a GPU later
     result = arguments.result(loss, metrics)
 
 ``token_loss`` returns the gradient together with the loss. Autograd only sees ``token_terms`` and ``token_losses``, of
@@ -16,13 +17,14 @@ which ``policy_loss_reference`` consists.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from balcaprl.kernels.loss.records import METRIC_SUMS, LossArguments, LossSettings, TokenBatch, TokenLoss
-from balcaprl.kernels.support import native
+from balcaprl.kernels.support import deferred, native
 from balcaprl.kernels.support.checks import check_choice, check_number, check_tensor
 
 REDUCTIONS = ("token-mean", "sequence-mean", "constant")
@@ -83,6 +85,8 @@ def token_batch(
 ) -> TokenBatch:
     """Checks the values of ``arguments`` and converts them to one value per token.
 
+    ``triton`` only notes an invalid value in the batch's ``status``, for ``check_parts``.
+
     Args:
         arguments: arguments that have passed ``check_arguments``.
         num_tokens: T, the number of tokens.
@@ -94,24 +98,30 @@ def token_batch(
         ValueError: a value is not finite, or ``cu_seqlens`` are not valid offsets; the message starts with the
             argument's name.
     """
-    if impl == "native" or (impl == "triton" and dtype == torch.float32):
-        return _checked_batch(arguments, num_tokens, logprobs, impl)
+    if impl == "triton" and dtype == torch.float32:
+        from balcaprl.kernels.loss import triton as triton_token_loss
+
+        return triton_token_loss.token_batch(arguments, num_tokens, logprobs)
+    if impl == "native":
+        batch = _token_batch_native(arguments, num_tokens, logprobs)
+        if batch is None:
+            raise_invalid(arguments, num_tokens, logprobs)
+        return batch
     _check_values(arguments, num_tokens, logprobs)
     return spread(arguments, num_tokens, dtype)
 
 
-def _checked_batch(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None, impl: str) -> TokenBatch:
-    """Makes the token batch with ``native`` or ``triton``, which check values in the same pass."""
-    if impl == "native":
-        batch = _token_batch_native(arguments, num_tokens, logprobs)
-    else:
-        from balcaprl.kernels.loss import triton as triton_token_loss
+def check_parts(parts: Sequence[TokenLoss], explain: deferred.Explain) -> None:
+    """Raises by ``explain`` for invalid values that the parts count: at once on a CPU, later on a GPU (``deferred``)."""
+    counts = [part.num_bad for part in parts if part.num_bad is not None]
+    if counts:
+        deferred.check(counts[0] if len(counts) == 1 else torch.stack(counts).sum(), explain)
 
-        batch = triton_token_loss.token_batch(arguments, num_tokens, logprobs)
-    if batch is None:
-        _check_values(arguments, num_tokens, logprobs)  # raises with the name of the bad argument
-        raise ValueError("advantages or log-probabilities: a value that float32 cannot hold")
-    return batch
+
+def raise_invalid(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None = None) -> NoReturn:
+    """Raises ValueError with the name of the argument that has an invalid value, for arguments of which one has."""
+    _check_values(arguments, num_tokens, logprobs)
+    raise ValueError("advantages or log-probabilities: a value that float32 cannot hold")
 
 
 def _check_values(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None) -> None:
@@ -162,7 +172,7 @@ def token_loss(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings, im
     """Computes loss, metric sums and gradient of T tokens (a whole batch or any rows of it), without autograd.
 
     Args:
-        logprobs_T: (T,) finite log-probabilities in the dtype of ``batch``, contiguous.
+        logprobs_T: (T,) finite log-probabilities in the dtype of ``batch``, contiguous; ``triton`` checks that they are.
         batch: result of ``token_batch``, or rows of it.
         settings: clip ranges, importance cap and KL coefficient; ``policy_loss`` documents them.
         impl: implementation of the op, not ``auto``. ``native`` supports only float32; ``triton`` uses the reference
@@ -189,7 +199,7 @@ def _token_loss_native(logprobs_T: Tensor, batch: TokenBatch, settings: LossSett
     status = native.library().balcaprl_token_loss(
         logprobs_T.shape[0],
         logprobs_T.data_ptr(),
-        *(None if t is None else t.data_ptr() for t in batch),
+        *(None if t is None else t.data_ptr() for t in batch.per_token),
         settings.clip_low,
         settings.clip_high,
         settings.sampling_ratio_cap or 0.0,

@@ -1,11 +1,12 @@
 """Triton kernels of ``token_batch`` and ``token_loss``.
 
-``token_batch`` takes one launch: it checks all values and spreads advantages and scales over the tokens. The host reads
-back one flag. In torch's ops this took about 25 launches and a millisecond.
+``token_batch`` takes one launch: it checks all values and spreads advantages and scales over the tokens. In torch's ops
+this took about 25 launches and a millisecond.
 
 ``token_loss`` takes two launches. One pass over the tokens gives the gradients, and a row of partial sums per program.
-Another kernel adds the rows up, always in the same order, so that the same input gives the same bits. The host reads
-nothing back.
+Another kernel adds the rows up, always in the same order, so that the same input gives the same bits. It also adds up
+what the checks have found, and makes the loss NaN if that is anything. The host reads nothing back: whoever calls hands
+``TokenLoss.num_bad`` to ``deferred.check``.
 
 This module is imported only where ``impl="triton"`` runs.
 """
@@ -21,7 +22,8 @@ from balcaprl.kernels.loss.records import METRIC_SUMS, LossArguments, LossSettin
 from balcaprl.kernels.support import triton_math
 from balcaprl.kernels.support.launch import KernelSpec, Launch, Work, launch, on_device
 
-_NUM_SUMS: tl.constexpr = tl.constexpr(8)  # loss, METRIC_SUMS, and an unused one that keeps rows aligned
+_NUM_SUMS: tl.constexpr = tl.constexpr(8)  # loss, METRIC_SUMS, and the number of invalid values
+_NUM_BAD: tl.constexpr = tl.constexpr(7)
 _RATIO_MAX: tl.constexpr = tl.constexpr(1 + METRIC_SUMS.index("ratio_max"))
 
 
@@ -114,6 +116,7 @@ def _token_loss_kernel(
     scale_T,
     sampling_logprobs_T,
     reference_logprobs_T,
+    status,
     grad_logprobs_T,
     partials_PS,
     num_tokens,
@@ -123,7 +126,10 @@ def _token_loss_kernel(
     KL_COEF: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """One program per block of tokens: writes gradients and a row of partial sums. Missing inputs are None."""
+    """One program per block of tokens: writes gradients and a row of partial sums. Missing inputs are None.
+
+    The gradient of a token is NaN if its log-probability is not finite or the batch's ``status`` is not 0.
+    """
     block = tl.program_id(0)
     tokens = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = tokens < num_tokens
@@ -151,7 +157,11 @@ def _token_loss_kernel(
         SAMPLING_CAP,
         KL_COEF,
     )
-    tl.store(grad_logprobs_T + tokens, (gradient * scale).to(grad_logprobs_T.dtype.element_ty), mask=mask)
+    bad = logprobs - logprobs != 0.0  # NaN differs from itself; infinity minus itself is NaN
+    if status is not None:
+        bad |= tl.load(status) != 0
+    gradient = tl.where(bad, float("nan"), gradient * scale)
+    tl.store(grad_logprobs_T + tokens, gradient.to(grad_logprobs_T.dtype.element_ty), mask=mask)
     # Lanes past the last token have log-probabilities and advantages of 0, so only their ratio is not 0.
     ratio = tl.where(mask, ratio, 0.0)
     row = partials_PS + block.to(tl.int64) * _NUM_SUMS
@@ -162,12 +172,15 @@ def _token_loss_kernel(
     tl.store(row + 4, tl.sum(k3_reference, axis=0))
     tl.store(row + 5, tl.sum(k3_sampling, axis=0))
     tl.store(row + 6, tl.sum(tl.where(mask, 1.0, 0.0).to(tl.float64), axis=0))
-    tl.store(row + 7, 0.0)
+    tl.store(row + _NUM_BAD, tl.sum(bad.to(tl.float64), axis=0))
 
 
 @triton.jit(do_not_specialize=["num_partials"])
-def _token_sums_kernel(partials_PS, sums_S, num_partials, BLOCK_P: tl.constexpr):
-    """A single program adds up all rows, tile after tile; for the largest ratio it takes the maximum instead."""
+def _token_sums_kernel(partials_PS, status, sums_S, num_partials, BLOCK_P: tl.constexpr):
+    """A single program adds up all rows, tile after tile; for the largest ratio it takes the maximum instead.
+
+    The batch's ``status`` (or None) counts among the invalid values, any of which makes the loss NaN.
+    """
     columns = tl.arange(0, _NUM_SUMS)
     sums = tl.zeros((_NUM_SUMS,), tl.float64)
     for begin in range(0, num_partials, BLOCK_P):
@@ -175,11 +188,15 @@ def _token_sums_kernel(partials_PS, sums_S, num_partials, BLOCK_P: tl.constexpr)
         offsets = rows[:, None].to(tl.int64) * _NUM_SUMS + columns[None, :]
         tile = tl.load(partials_PS + offsets, mask=(rows < num_partials)[:, None], other=0.0)
         sums = tl.where(columns == _RATIO_MAX, tl.maximum(sums, tl.max(tile, axis=0)), sums + tl.sum(tile, axis=0))
+    if status is not None:
+        sums += tl.where(columns == _NUM_BAD, tl.load(status), 0).to(tl.float64)
+    num_bad = tl.sum(tl.where(columns == _NUM_BAD, sums, 0.0), axis=0)
+    sums += tl.where(columns == 0, tl.where(num_bad > 0.0, float("nan"), 0.0), 0.0)
     tl.store(sums_S + columns, sums)
 
 
-def token_batch(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None) -> TokenBatch | None:
-    """The same as ``balcaprl.kernels.loss.token_loss.token_batch``, in float32; None if a value is invalid."""
+def token_batch(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None) -> TokenBatch:
+    """The same as ``balcaprl.kernels.loss.token_loss.token_batch``, in float32; an invalid value only sets ``status``."""
     device, num_rollouts = arguments.advantages.device, arguments.advantages.shape[0]
     advantages_R = arguments.advantages.float().contiguous()
     per_token = (logprobs, arguments.old_logprobs, arguments.sampling_logprobs, arguments.reference_logprobs)
@@ -205,7 +222,7 @@ def token_batch(arguments: LossArguments, num_tokens: int, logprobs: Tensor | No
             arguments.reduction == "constant" and given is None,
             **row.kwargs(),
         )
-    return None if int(status) else TokenBatch(floats[1], advantages_T, scale_T, floats[2], floats[3])
+    return TokenBatch(floats[1], advantages_T, scale_T, floats[2], floats[3], status)
 
 
 def token_loss(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings) -> TokenLoss:
@@ -231,8 +248,9 @@ def token_loss(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings) ->
                 **row.kwargs(),
             )
         sums_row = launch("_token_sums_kernel", device, torch.float64)
-        _token_sums_kernel[(1,)](partials_PS, sums_S, num_blocks, **sums_row.kwargs())
-    return TokenLoss(sums_S[0], sums_S[1 : 1 + len(METRIC_SUMS)], grad_logprobs_T)
+        _token_sums_kernel[(1,)](partials_PS, batch.status, sums_S, num_blocks, **sums_row.kwargs())
+    loss_sum, metric_sums, num_bad = sums_S[0], sums_S[1 : 1 + len(METRIC_SUMS)], sums_S[_NUM_BAD.value]
+    return TokenLoss(loss_sum, metric_sums, grad_logprobs_T, num_bad)
 
 
 # The compile suite's shape: 8192 completions of 256 tokens.
@@ -280,6 +298,7 @@ def _token_loss_spec(*, full: bool) -> KernelSpec:
         dtype=torch.float32,
         arguments={
             **dict.fromkeys(given, "*fp32"),
+            "status": "*i32",
             "grad_logprobs_T": "*fp32",
             "partials_PS": "*fp64",
             "num_tokens": "i32",
@@ -307,7 +326,7 @@ def _token_sums_spec() -> KernelSpec:
     return KernelSpec(
         kernel=_token_sums_kernel,
         dtype=torch.float64,
-        arguments={"partials_PS": "*fp64", "sums_S": "*fp64", "num_partials": "i32"},
+        arguments={"partials_PS": "*fp64", "status": "*i32", "sums_S": "*fp64", "num_partials": "i32"},
         constexprs={},
         work=work,
     )

@@ -98,6 +98,7 @@ TABLES: dict[str, Table] = {
     "_head_grad_weight_kernel": _products(
         _tile(64, 128, 128, 8, 3), _tile(64, 128, 128, 8, 4), _tile(64, 128, 128, 8, 4), _tile(32, 64, 64, 8, 2)
     ),
+    "_head_scale_kernel": _streaming(Launch({"BLOCK": 4096}, 8), Launch({"BLOCK": 2048}, 8)),
     "_logits_stats_kernel": _streaming(Launch({"BLOCK_V": 2048}, 2), Launch({"BLOCK_V": 2048}, 4)),
     "_logits_gradient_kernel": _streaming(Launch({"BLOCK_V": 2048}, 4), Launch({"BLOCK_V": 1024}, 4)),
     "_join_heads_kernel": _streaming(Launch({"BLOCK_T": 16}, 4), Launch({"BLOCK_T": 16}, 4)),

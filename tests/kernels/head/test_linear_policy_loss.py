@@ -387,9 +387,9 @@ def test_gradients_become_grad_without_a_copy(monkeypatch: pytest.MonkeyPatch, f
     saved: list[int] = []
     original = MODULE._scaled
 
-    def watched(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    def watched(gradient: Tensor, grad_loss: Tensor, impl: str) -> Tensor:
         saved.append(gradient.data_ptr())
-        return original(gradient, grad_loss)
+        return original(gradient, grad_loss, impl)
 
     monkeypatch.setattr(MODULE, "_scaled", watched)
     data = problem(20, 6, 37, dtype=torch.float32)
@@ -590,6 +590,38 @@ def test_triton_poisoned_memory_scaling_and_strides(filter_eps: float | None) ->
 def test_triton_bad_argument_is_named(argument: str, changes: Problem) -> None:
     with pytest.raises(ValueError, match=f"^{argument}: "):
         linear_policy_loss(**{**problem(4, 3, 5, dtype=torch.float32), "impl": "triton", **changes})
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, 1 / 3, -4.0, 0.0, math.nan])
+def test_triton_scales_a_gradient_as_a_number_does(dtype: torch.dtype, factor: float) -> None:
+    """A factor that only the GPU knows must not be rounded to the gradient's dtype."""
+    triton_head = importlib.import_module("balcaprl.kernels.head.triton")
+    values = torch.randn(37, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = values.float().mul(torch.tensor(factor)).to(dtype)
+    with launch.overridden("_head_scale_kernel", BLOCK=16):
+        actual = triton_head.scale_(values, torch.tensor(factor))
+    assert actual is values
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("small_tiles")
+def test_triton_takes_all_tokens_without_waiting_for_their_number() -> None:
+    """As on a GPU on-policy, where the number of tokens with a gradient is not waited for."""
+    chunks = importlib.import_module("balcaprl.kernels.head.triton_chunks")
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 7, generator=generator) for n in (17, 33))
+    head = chunks.Head(hidden, weight, torch.randint(0, 33, (17,), generator=generator), 1.0)
+    upstream = torch.randn(17, generator=generator)
+    upstream[::3] = 0.0
+    results = [
+        chunks.logprobs_and_gradients(head, lambda _, a, b: upstream[a:b], (True, True), 4, listed=listed)[1]
+        for listed in (True, False)
+    ]
+    for some, every in zip(*results, strict=True):
+        torch.testing.assert_close(some, every)
 
 
 @pytest.mark.interpreter

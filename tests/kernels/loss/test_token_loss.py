@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from balcaprl.kernels.loss.records import LossArguments, LossSettings, TokenBatch, TokenLoss
-from balcaprl.kernels.loss.token_loss import REDUCTIONS, policy_loss_metrics, spread, token_batch, token_loss
+from balcaprl.kernels.loss.token_loss import (
+    REDUCTIONS,
+    check_parts,
+    policy_loss_metrics,
+    raise_invalid,
+    spread,
+    token_batch,
+    token_loss,
+)
 from balcaprl.kernels.support import launch, native
 
 SETTINGS = LossSettings(clip_low=0.2, clip_high=0.28, sampling_ratio_cap=1.1, kl_coef=0.3)
@@ -89,7 +98,8 @@ def test_batch_is_checked_and_spread_as_by_plain_ops(impl: str, reduction: str, 
             arguments = arguments._replace(reduction=reduction, normalizer=normalizer)
             actual = token_batch(arguments, num_tokens, torch.float32, impl)
             expected = spread(arguments, num_tokens, torch.float32)
-            torch.testing.assert_close(tuple(actual), tuple(expected), rtol=1e-6, atol=0.0)
+            torch.testing.assert_close(actual.per_token, expected.per_token, rtol=1e-6, atol=0.0)
+            assert actual.status is None or not actual.status.any()
 
 
 @pytest.mark.parametrize(
@@ -114,5 +124,25 @@ def test_batch_with_a_bad_value_names_it(impl: str, name: str, changed: dict[str
         pytest.skip("the plain ops turn a number beyond float32 into an infinity")
     arguments = LossArguments(None, torch.zeros(2), torch.tensor([0, 20, 40]))._replace(**changed)
     arguments = arguments._replace(cu_seqlens=arguments.cu_seqlens.int())
+
+    def checked() -> None:
+        part = token_loss(torch.zeros(40), token_batch(arguments, 40, torch.float32, impl), LossSettings(), impl)
+        assert part.loss_sum.isnan()
+        assert part.grad_logprobs.isnan().all()
+        check_parts([part], partial(raise_invalid, arguments, 40))
+
     with launch.overridden("_token_batch_kernel", BLOCK_T=16), pytest.raises(ValueError, match=f"^{name}"):
-        token_batch(arguments, 40, torch.float32, impl)
+        checked()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_triton_turns_a_bad_logprob_into_nan(value: float) -> None:
+    """Where the error is raised late, nobody takes what was computed for sound."""
+    logprobs, batch = tokens(40, torch.float32)
+    logprobs[17] = value
+    part = token_loss(logprobs, batch, SETTINGS, "triton")
+    assert part.num_bad is not None
+    assert part.num_bad.item() == 1.0
+    assert part.loss_sum.isnan()
+    assert part.grad_logprobs.isnan().nonzero().tolist() == [[17]]
