@@ -164,7 +164,7 @@ def make_rollouts(shape: Shape, policy: Policy) -> Rollouts:
         image = torch.tensor([_VISION_START, *[_IMAGE] * shape.image_tokens, _VISION_END])
         inputs = {
             "pixel_values": pixels.to(policy.device, policy.dtype),
-            "image_grid_thw": grid.to(policy.device),
+            "image_grid_thw": grid,  # on the CPU, where a processor makes it
         }
         groups.append(Group(torch.cat([before, image, after]), [words(n) for n in lengths], inputs))
     advantages = torch.linspace(-1, 1, shape.groups * shape.group_size)
@@ -230,8 +230,8 @@ def _padded_rows(policy: Policy, rollouts: Rollouts) -> dict[str, Tensor]:
 
 
 def _repeated_images(rollouts: Rollouts) -> dict[str, Tensor]:
-    names = ("pixel_values", "image_grid_thw")
-    return {name: torch.cat([group.image_inputs[name] for group, _ in rollouts.rows]) for name in names}
+    names, device = ("pixel_values", "image_grid_thw"), rollouts.advantages.device
+    return {name: torch.cat([group.image_inputs[name] for group, _ in rollouts.rows]).to(device) for name in names}
 
 
 def trl(policy: Policy, rollouts: Rollouts) -> Forward:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from balcaprl.policy.layers.attention import calling_once_for_segments
+from balcaprl.policy.layers.tower_indices import PREFIX, tower_inputs
 from balcaprl.policy.packing import is_per_token
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,13 @@ class Family(ABC):
     @abstractmethod
     def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
         """Compute the features of all images, in order."""
+
+    def prepared_images(self, model: Any, image_inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the inputs of ``image_features`` with all that follows from them on the CPU, once for all their uses.
+
+        Pixels are on the device of the model, sizes on the CPU. ``image_features`` takes the result as well.
+        """
+        return image_inputs
 
     @abstractmethod
     def prompt_positions(self, model: Any, prompt_ids: Tensor, image_inputs: dict[str, Tensor]) -> Tensor:
@@ -127,12 +135,18 @@ class QwenVL(Family):
 
     def image_features(self, model: Any, image_inputs: dict[str, Tensor]) -> ImageFeatures:
         """Compute the features of all images, with one attention call per segment length. See ``Family``."""
+        inputs = self.prepared_images(model, image_inputs)
         with calling_once_for_segments(model.model.visual.config):
-            output = model.model.get_image_features(
-                image_inputs["pixel_values"], image_inputs["image_grid_thw"], return_dict=True
-            )
+            output = model.model.get_image_features(**inputs, return_dict=True)
         deepstack = tuple(torch.cat(list(each)) for each in getattr(output, "deepstack_features", None) or ())
         return ImageFeatures(torch.cat(list(output.pooler_output)), deepstack)
+
+    def prepared_images(self, model: Any, image_inputs: dict[str, Any]) -> dict[str, Any]:
+        """Add what the tower derives from the grid, and spare it reading the grid. See ``Family``."""
+        pixels, grid = image_inputs.get("pixel_values"), image_inputs.get("image_grid_thw")
+        if pixels is None or grid is None or f"{PREFIX}position_ids" in image_inputs:
+            return image_inputs
+        return image_inputs | tower_inputs(model.model.visual, grid, pixels.device)
 
     def prompt_positions(self, model: Any, prompt_ids: Tensor, image_inputs: dict[str, Tensor]) -> Tensor:
         """Compute the positions (3, P) with the model's own counting. See ``Family``."""

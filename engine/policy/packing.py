@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from balcaprl.kernels import SharedPrefixLayout
+from balcaprl.kernels.support.upload import upload
 from balcaprl.policy.layers.last_layer import ReadTokens
 
 
@@ -73,8 +74,9 @@ class PackedBatch:
     """LongTensor (I,): the places of the image placeholders in the flattened rows, ascending."""
     feature_index: Tensor
     """LongTensor (I,): the row of image features that each placeholder takes."""
-    image_inputs: dict[str, Tensor]
-    """Image tensors of all groups, each image once."""
+    image_inputs: dict[str, Any]
+    """Inputs of the image tower for all groups, each image once: pixels on the device of the tokens, sizes of images on
+    the CPU, and what the family derives from them (``Family.prepared_images``)."""
     attention_mask: Tensor | None = None
     """LongTensor (N, L), repeated layout only: 1 at tokens, 0 at padding."""
     prefix_layout: SharedPrefixLayout | None = None
@@ -190,16 +192,22 @@ def pack_shared(
         prompts.append(len(prompt))
         lengths.append([len(c) - 1 for c in live])
     index = _cat(image)
+    fields = {
+        **_completion_fields(groups),
+        "tokens": _cat(tokens)[None],
+        "positions": torch.cat(positions or [prompt_positions[0][:, :0]], 1)[:, None],
+        "predict_index": _cat(predict),
+        "image_index": index,
+        "feature_index": torch.arange(len(index)),
+        "read": _cat(read),
+    }
+    moved = _on(device, fields)
+    read_tokens = moved.pop("read")
     return PackedBatch(
-        **_completion_fields(groups, device),
-        tokens=_cat(tokens)[None].to(device),
-        positions=torch.cat(positions or [prompt_positions[0][:, :0]], 1)[:, None].to(device),
-        predict_index=_cat(predict).to(device),
-        image_index=index.to(device),
-        feature_index=torch.arange(len(index), device=device),
+        **moved,
         image_inputs=merge_image_inputs(inputs, device),
         prefix_layout=SharedPrefixLayout.from_lengths(prompts, lengths, device) if prompts else None,
-        read=ReadTokens(slice(prompts[0] - 1, start) if len(read) == 1 else _cat(read).to(device), start),
+        read=ReadTokens(slice(prompts[0] - 1, start) if len(read) == 1 else read_tokens, start),
     )
 
 
@@ -246,16 +254,19 @@ def pack_rows(
     blocks = []
     for g in live if extend is not None else ():
         count = sum(owner == g for owner, _ in rows)
-        inputs = {key: value.to(device) for key, value in extend(groups[g], width).items()}  # type: ignore[misc]
+        inputs = _on(device, extend(groups[g], width))  # type: ignore[misc]
         blocks.append(RowBlock(count, {key: torch.cat([value] * count) for key, value in inputs.items()}))
+    fields = {
+        **_completion_fields(groups),
+        "tokens": tokens,
+        "positions": positions,
+        "attention_mask": mask,
+        "predict_index": _cat(predict),
+        "image_index": _cat(image),
+        "feature_index": _cat(feature),
+    }
     return PackedBatch(
-        **_completion_fields(groups, device),
-        tokens=tokens.to(device),
-        positions=positions.to(device),
-        attention_mask=mask.to(device),
-        predict_index=_cat(predict).to(device),
-        image_index=_cat(image).to(device),
-        feature_index=_cat(feature).to(device),
+        **_on(device, fields),
         image_inputs={} if blocks else merge_image_inputs([groups[g].image_inputs for g in live], device),
         blocks=tuple(blocks),
     )
@@ -264,11 +275,19 @@ def pack_rows(
 def merge_image_inputs(inputs: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
     """Concatenate the image tensors of several prompts along the first axis.
 
+    Pixels go to the device. Whole numbers are sizes of images, which the host reads: they are returned on the CPU.
     Images that differ along other axes, for example in their number of tiles, are padded with zeros. The model reads
     only the part that ``image_sizes`` describes.
     """
-    keys = {key for each in inputs for key in each}
-    return {key: _cat_padded([each[key].to(device) for each in inputs if key in each]) for key in sorted(keys)}
+    keys = sorted({key for each in inputs for key in each})
+    joined = {key: _cat_padded([each[key] for each in inputs if key in each]) for key in keys}
+    sizes = {key: value.cpu() for key, value in joined.items() if not value.is_floating_point()}
+    return sizes | _on(device, {key: value for key, value in joined.items() if key not in sizes})
+
+
+def _on(device: torch.device, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the tensors on a device, under the same names; a GPU is not waited for."""
+    return dict(zip(tensors, upload(list(tensors.values()), device), strict=True))
 
 
 def _cat_padded(tensors: Sequence[Tensor]) -> Tensor:
@@ -287,14 +306,14 @@ def is_per_token(name: str, value: Tensor, prompt_length: int) -> bool:
     return name.endswith("token_type_ids") or (fits and not name.startswith(("image_", "pixel_", "num_", "target_")))
 
 
-def _completion_fields(groups: Sequence[Group], device: torch.device) -> dict[str, Any]:
-    """Make the fields that describe the completions, which are the same in both layouts."""
+def _completion_fields(groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Make the fields that describe the completions, which are the same in both layouts, on the CPU."""
     completions = [c for group in groups for c in group.completions]
     owners = [g for g, group in enumerate(groups) for _ in group.completions]
     return {
-        "targets": _cat(completions).to(device),
-        "cu_seqlens": torch.tensor([0, *map(len, completions)]).cumsum(0).to(torch.int32).to(device),
-        "group_index": torch.tensor(owners, dtype=torch.long, device=device),
+        "targets": _cat(completions),
+        "cu_seqlens": torch.tensor([0, *map(len, completions)]).cumsum(0).to(torch.int32),
+        "group_index": torch.tensor(owners, dtype=torch.long),
     }
 
 

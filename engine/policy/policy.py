@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -298,9 +299,11 @@ class Policy:
         shares = self._shares(groups, sharing)
         positions = [self.prompt_positions(group.prompt_ids, group.image_inputs) for group in groups]
         if shares:
-            return pack_shared(groups, positions, image_token_id, self.device)
-        extend = self._whole_inputs if isinstance(family, Unknown) else None
-        return pack_rows(groups, positions, image_token_id, self.pad_token_id, self.device, extend=extend)
+            packed = pack_shared(groups, positions, image_token_id, self.device)
+        else:
+            extend = self._whole_inputs if isinstance(family, Unknown) else None
+            packed = pack_rows(groups, positions, image_token_id, self.pad_token_id, self.device, extend=extend)
+        return replace(packed, image_inputs=family.prepared_images(self.stock_model, packed.image_inputs))
 
     def _whole_inputs(self, group: Group, length: int) -> dict[str, Tensor]:
         assert isinstance(self.family, Unknown)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from balcaprl.kernels import SharedPrefixLayout, shared_prefix_attention
 from balcaprl.kernels.support.products import gapless, with_gapless_gradient
+from balcaprl.kernels.support.upload import upload
 from balcaprl.policy.layers.last_layer import as_now
 
 SHARED_PREFIX = "balcaprl_shared_prefix"
@@ -90,25 +91,30 @@ class _Segments(NamedTuple):
 
 def _segments_of(offsets: Tensor) -> _Segments:
     """Group segments by length. All blocks of a tower share ``offsets``, so the result is cached on that tensor."""
-    found: _Segments | None = getattr(offsets, "balcaprl_segments", None)
-    if found is None:
-        bounds = offsets.tolist()
-        begins: dict[int, list[int]] = {}
-        for begin, end in itertools.pairwise(bounds):
-            if end > begin:
-                begins.setdefault(end - begin, []).append(begin)
-        by_length = [(length, _tokens_of(length, firsts, offsets.device)) for length, firsts in begins.items()]
-        tokens = torch.arange(bounds[-1], device=offsets.device)
-        order = torch.cat([tokens[at] for _, at in by_length])
-        found = _Segments(by_length, None if len(by_length) == 1 else order.argsort())
-        offsets.balcaprl_segments = found  # type: ignore[attr-defined]
+    if not hasattr(offsets, "balcaprl_segments"):
+        note_segments(offsets, offsets.tolist())
+    found: _Segments = offsets.balcaprl_segments  # type: ignore[attr-defined]
     return found
 
 
-def _tokens_of(length: int, begins: list[int], device: torch.device) -> slice | Tensor:
+def note_segments(offsets: Tensor, bounds: list[int]) -> None:
+    """Spare the towers' attention reading ``offsets`` (S + 1,), where their values are known to be ``bounds``."""
+    begins: dict[int, list[int]] = {}
+    for begin, end in itertools.pairwise(bounds):
+        if end > begin:
+            begins.setdefault(end - begin, []).append(begin)
+    lengths, places = list(begins), [_tokens_of(length, firsts) for length, firsts in begins.items()]
+    tokens = torch.arange(bounds[-1])
+    order = [torch.cat([tokens[at] for at in places]).argsort()] if len(places) > 1 else []
+    moved = iter(upload([at for at in places if isinstance(at, Tensor)] + order, offsets.device))
+    by_length = [(n, at if isinstance(at, slice) else next(moved)) for n, at in zip(lengths, places, strict=True)]
+    offsets.balcaprl_segments = _Segments(by_length, next(moved, None))  # type: ignore[attr-defined]
+
+
+def _tokens_of(length: int, begins: list[int]) -> slice | Tensor:
     if begins == list(range(begins[0], begins[0] + length * len(begins), length)):
         return slice(begins[0], begins[-1] + length)
-    return (torch.tensor(begins)[:, None] + torch.arange(length)).flatten().to(device)
+    return (torch.tensor(begins)[:, None] + torch.arange(length)).flatten()
 
 
 @functools.cache
