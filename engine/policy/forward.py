@@ -12,6 +12,7 @@ from torch import Tensor
 
 from balcaprl.policy.families import ImageFeatures
 from balcaprl.policy.layers.attention import SHARED_PREFIX, using_attention
+from balcaprl.policy.layers.deepstack import adding_at
 from balcaprl.policy.layers.last_layer import reading_only
 from balcaprl.policy.layers.tower import frozen_tower_features, is_frozen
 from balcaprl.policy.packing import PackedBatch
@@ -74,11 +75,12 @@ def _by_parts(policy: Policy, packed: PackedBatch) -> Tensor:
         policy, packed.tokens, packed.image_index, packed.feature_index, packed.image_inputs, packed.tower_cache
     )
     inputs |= {"position_ids": policy.family.position_ids(packed.positions), "use_cache": False}
-    if packed.prefix_layout is None:
-        return text_model(**inputs, attention_mask=packed.attention_mask).last_hidden_state
-    reading = reading_only(text_model.layers[-1], policy.family.token_wise_parts, packed.read)
-    with using_attention(text_model.config, SHARED_PREFIX), reading:
-        return text_model(**inputs, attention_mask=None, prefix_layout=packed.prefix_layout).last_hidden_state
+    with adding_at(text_model, packed.image_index):
+        if packed.prefix_layout is None:
+            return text_model(**inputs, attention_mask=packed.attention_mask).last_hidden_state
+        reading = reading_only(text_model.layers[-1], policy.family.token_wise_parts, packed.read)
+        with using_attention(text_model.config, SHARED_PREFIX), reading:
+            return text_model(**inputs, attention_mask=None, prefix_layout=packed.prefix_layout).last_hidden_state
 
 
 def _whole(policy: Policy, packed: PackedBatch) -> Tensor:
