@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from device_watch import as_on_a_gpu
 
 from balcaprl.config import SamplingConfig, TrainConfig
 from balcaprl.data import load_dataset
@@ -14,7 +15,7 @@ from balcaprl.policy import Policy
 from balcaprl.policy.head import LogitRule
 from balcaprl.rollout.hf import HFRollout
 from balcaprl.training.optim import PolicyOptimizer
-from balcaprl.training.reference import WithoutAdapter
+from balcaprl.training.reference import StartingWeights, WithoutAdapter
 from balcaprl.training.update import PeakMemory, PolicyUpdate
 
 CORPUS = ["There are two shapes on a white background. A large solid red circle is at the top left."] * 3
@@ -269,3 +270,30 @@ def test_peak_memory_sees_what_was_freed():
     before = peak.gib()
     torch.ones(64 << 20)  # 256 MiB
     assert peak.gib() > before + 0.2
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_on_a_gpu_the_host_reads_metrics_and_nothing_before(tiny_model, batches, monkeypatch, epochs):
+    """In two parts, with a reference. Later epochs also read how many tokens are left that the clip did not stop."""
+    pytest.importorskip("triton", reason="the path of a GPU needs triton")
+    policy = Policy.from_pretrained(tiny_model, device="cpu", fused_layers=False)
+    config = TrainConfig.model_validate(
+        {"optim": {"epochs_per_batch": epochs, "accumulation_steps": 2}, "loss": {"kl_coef": 0.1}}
+    )
+    optimizer = PolicyOptimizer(policy.model.named_parameters(), config.optim, epochs)
+    reference = StartingWeights(policy, policy)
+    update = PolicyUpdate(policy, optimizer, config, reference)
+    watch = as_on_a_gpu(monkeypatch)
+    parts, _ = update.pack_parts(batches[0])
+    assert len(parts) == 2
+    watch.put_policy(policy, *(part.packed for part in parts))
+    watch.put([value for _, value in reference._pairs])
+    for epoch in range(epochs):
+        with watch.watching():
+            update._accumulate(batches[0], parts, 100.0)
+        metrics = {("tolist", "training/update.py _accumulate"): 1}
+        clipped = {("item", "head/triton_chunks.py tokens"): 2} if epoch else {}
+        assert watch.waits == metrics | clipped
+        watch.waits.clear()
+    assert all(watch.checked)
+    assert len(watch.checked) == 2 + 2 * epochs, "those of the reference and of the losses"
