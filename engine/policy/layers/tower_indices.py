@@ -1,8 +1,9 @@
 """What the towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL derive from the sizes of the images, computed on the CPU.
 
 transformers' towers compute rotary positions, segments, windows and interpolation from the grid with loops that read its
-values, which on a GPU is a wait for each. They take the results as keyword arguments instead, since a version that has
-``transformers.vision_utils``. The functions there are called here with the grid on the CPU, and the results are uploaded.
+values, which on a GPU is a wait for each. They also take the results as keyword arguments. The functions by which they
+compute them (``transformers.vision_utils``) are called here with the grid on the CPU, and the results are uploaded. A
+version that computes anything else gets the grid where it runs, as it expects it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,6 @@ def _position_ids(tower: Any, grid: Tensor, function: Callable[..., Any]) -> dic
     return {"position_ids": function(grid, tower.spatial_merge_size)}
 
 
-def _cu_seqlens(tower: Any, grid: Tensor, function: Callable[..., Any]) -> dict[str, Any]:
-    return {"cu_seqlens": function(grid)}
-
-
 def _attention_seqlens(tower: Any, grid: Tensor, function: Callable[..., Any]) -> dict[str, Any]:
     offsets, _ = function(grid, tower.config)
     return {"cu_seqlens": offsets, "max_seqlen": int(offsets.diff().max())}
@@ -39,9 +36,7 @@ def _windows(tower: Any, grid: Tensor, function: Callable[..., Any]) -> dict[str
     index, offsets = function(
         grid, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size
     )
-    found = {"window_index": index, "cu_window_seqlens": offsets}
-    reads_longest = hasattr(sys.modules[type(tower).__module__], "get_vision_attention_seqlens")
-    return {**found, "max_window_seqlen": int(offsets.diff().max())} if reads_longest else found
+    return {"window_index": index, "cu_window_seqlens": offsets, "max_window_seqlen": int(offsets.diff().max())}
 
 
 def _interpolation(tower: Any, grid: Tensor, function: Callable[..., Any]) -> dict[str, Any]:
@@ -55,20 +50,11 @@ def _interpolation(tower: Any, grid: Tensor, function: Callable[..., Any]) -> di
     return {"interp_indices": indices, "interp_weights": weights}
 
 
-def _bilinear(tower: Any, grid: Tensor, function: Callable[..., Any]) -> dict[str, Any]:
-    indices, weights = function(
-        grid, num_grid_per_side=tower.num_grid_per_side, spatial_merge_size=tower.config.spatial_merge_size
-    )
-    return {"bilinear_indices": indices, "bilinear_weights": weights}
-
-
 _CALLS: dict[str, Callable[..., dict[str, Any]]] = {
     "get_vision_position_ids": _position_ids,
-    "get_vision_cu_seqlens": _cu_seqlens,
     "get_vision_attention_seqlens": _attention_seqlens,
     "get_vision_window_index": _windows,
     "get_vision_interpolation_indices_and_weights": _interpolation,
-    "get_vision_bilinear_indices_and_weights": _bilinear,
 }
 """How a tower calls the functions of ``transformers.vision_utils``, and the keyword arguments that replace the calls."""
 

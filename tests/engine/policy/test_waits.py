@@ -5,6 +5,7 @@ The path is that of a GPU, on the CPU; ``device_watch`` says what would wait the
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -45,6 +46,19 @@ def test_from_batch_to_gradients_nothing_is_waited_for(
     assert {place: count for place, count in watch.waits.items() if place not in allowed} == {}
     assert watch.checked == [True]
     assert all(watch.has(p.grad) for p in policy.model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
+def test_a_tower_that_computes_more_than_is_known_gets_its_grid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy(name)
+    packed = policy.pack(make_groups(policy))
+    assert len(packed.image_inputs) > 4
+    expected = policy.hidden_states(packed)
+    module = sys.modules[type(policy.stock_model.model.visual).__module__]
+    monkeypatch.setattr(module, "get_vision_something", lambda grid: grid, raising=False)
+    packed = policy.pack(make_groups(policy))
+    assert packed.image_inputs.keys() == {"pixel_values", "image_grid_thw"}
+    assert torch.equal(policy.hidden_states(packed), expected)
 
 
 WAITING = {
