@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import provenance, sources_digest
+from support.provenance import provenance, sources_digest
 from torch.profiler import ProfilerActivity, profile
-from update_providers import PROVIDERS, Shape, build_policy, make_rollouts
+from update.providers import PROVIDERS, Shape, build_policy, make_rollouts
 from update_step import SOURCES
 
 from balcaprl.config import OptimConfig
@@ -267,7 +267,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--section", action="append", help="may be repeated; default: all")
     parser.add_argument("--case", action="append", help="part of a case's name; may be repeated, all must match")
     parser.add_argument("--provider", action="append", help="may be repeated; default: all")
-    parser.add_argument("--size", default="3b", help="the larger model's size, of update_providers.py")
+    parser.add_argument("--size", default="3b", help="the larger model's size, of update/providers.py")
     parser.add_argument("--device", default="cuda", type=torch.device)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tables", type=Path, help="folder for tables of the time of each operation")

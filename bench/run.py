@@ -12,66 +12,28 @@ stopped; ``--fresh`` measures everything again. ``bench/report.py`` makes the RE
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import os
-import platform
-import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 import torch
-from inputs import Case
-from providers import Op
-from registry import OPS, applicable, sizes_row
-from timing import MAX_ROUNDS, MIN_SAMPLE_SECONDS, Measurement, copy_bandwidth, gemm_rate, measure
+from ops.inputs import Case
+from ops.providers import Op
+from ops.registry import OPS, applicable, sizes_row
+from ops.timing import MAX_ROUNDS, MIN_SAMPLE_SECONDS, Measurement, copy_bandwidth, gemm_rate, measure
+from support.provenance import SAME, moment, provenance
+from support.rows import RESULTS, append_rows, earlier_rows, target_path
 
-import balcaprl
-from balcaprl.kernels.support import native
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
-PACKAGES = ("torch", "triton", "trl", "liger-kernel")
 SOURCES = (
     "kernels/ops/**/*.py",
     "kernels/csrc/**/*",
-    "bench/inputs.py",
-    "bench/providers.py",
-    "bench/registry.py",
-    "bench/timing.py",
-    "bench/peers.py",
+    "bench/ops/inputs.py",
+    "bench/ops/providers.py",
+    "bench/ops/registry.py",
+    "bench/ops/timing.py",
+    "bench/ops/peers.py",
 )
-SAME = ("sources", "device", "threads", "simd", *PACKAGES)
-"""Fields that must agree with the current run for a row of an earlier run to count as measured."""
-
-
-def provenance(device: torch.device) -> dict[str, object]:
-    """The machine, packages, settings and sources with which figures are measured."""
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "kernels", "bench/*.py")),
-        "sources": sources_digest(),
-        "balcaprl": balcaprl.__version__,
-        "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "threads": torch.get_num_threads(),
-        "simd": _simd_level() if device.type == "cpu" else None,
-    }
-
-
-def sources_digest(patterns: Iterable[str] = SOURCES) -> str:
-    """A short hash of the sources behind the figures.
-
-    Unlike the commit, it changes neither when results are added nor when files are only moved or renamed.
-    """
-    files = {p for pattern in patterns for p in ROOT.glob(pattern) if p.is_file() and p.suffix not in (".so", ".pyc")}
-    contents = sorted(hashlib.sha256(path.read_bytes()).digest() for path in files)
-    return hashlib.sha256(b"".join(contents)).hexdigest()[:12]
 
 
 def case_rows(op: Op, case: Case, measured: Measurement, device: torch.device, bandwidth: float) -> Iterator[dict]:
@@ -106,12 +68,9 @@ def expected_seconds(op: Op, case: Case, device: torch.device, budget: float, ba
     return 10.0 * floor * num_providers + min(budget, rounds)
 
 
-def measured_already(path: Path, where: dict[str, object]) -> set[tuple[str, str]]:
+def measured_already(path: Path | None, where: dict[str, object]) -> set[tuple[str, str]]:
     """The (op, case) of earlier rows that were measured under the same conditions as this run."""
-    if not path.is_file():
-        return set()
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {(row["op"], row["case"]) for row in rows if all(row.get(name) == where[name] for name in SAME)}
+    return {(row["op"], row["case"]) for row in earlier_rows(path, where, SAME)}
 
 
 def selected(arguments: argparse.Namespace) -> list[tuple[Op, Case]]:
@@ -156,10 +115,9 @@ def main() -> None:
     device = arguments.device
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    where = provenance(device)
-    output = None if arguments.output == "-" else Path(arguments.output or RESULTS / f"{device.type}.jsonl")
-    again = arguments.fresh or arguments.repeat > 1
-    done = set() if output is None or again else measured_already(output, where)
+    where = provenance(device, SOURCES)
+    output = target_path(arguments.output, RESULTS / f"{device.type}.jsonl")
+    done = set() if arguments.fresh or arguments.repeat > 1 else measured_already(output, where)
     bandwidth = copy_bandwidth(device)
     budget = 0.2 if arguments.quick else arguments.seconds
     for op, case in selected(arguments) * arguments.repeat:
@@ -173,50 +131,9 @@ def main() -> None:
             print(f"{guess:6.0f} s  {label}")
         else:
             print(f"# {label}: about {guess:.0f} s", file=sys.stderr, flush=True)
-            stamp = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "load": os.getloadavg()[0]}
+            stamp = moment()
             rows = case_rows(op, case, measure(op, case, device, budget), device, bandwidth)
-            write([{**row, **stamp, "copy_bytes_per_second": bandwidth, **where} for row in rows], output)
-
-
-def write(rows: list[dict[str, object]], output: Path | None) -> None:
-    """Prints rows and appends them to a file in one write."""
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    print(lines, end="", flush=True)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("a", encoding="utf-8") as file:
-            file.write(lines)
-
-
-def _simd_level() -> str | None:
-    """The instruction set of the native library: the best of this machine, or the one that ``BALCAPRL_SIMD`` names."""
-    return native.set_simd_level(os.environ.get("BALCAPRL_SIMD")) if native.is_available() else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    """The output of a git command; None outside a checkout."""
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def cpu_name() -> str:
-    """The model name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+            append_rows([{**row, **stamp, "copy_bytes_per_second": bandwidth, **where} for row in rows], output)
 
 
 if __name__ == "__main__":

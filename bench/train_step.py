@@ -27,7 +27,7 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import Any
 
-from sync import append, failure, stamp
+from support.workers import append, failure, stamp
 
 SOURCES = ("engine/**/*.py", "kernels/ops/**/*.py", "kernels/csrc/**/*", "bench/train_step.py")
 PROVIDERS = ("ours", "ours-hf", "trl", "trl-accumulated")

@@ -5,7 +5,7 @@ python bench/update_step.py --case "33m" --provider ours --provider repeated --o
 python bench/update_step.py --list                              # what would be measured, and about how long it takes
 python bench/update_step.py --quick --output -                  # one tiny case: does it run?
 
-The other ways are the repeated batch, TRL and prefix grouping (see ``update_providers.py``). First, every provider's
+The other ways are the repeated batch, TRL and prefix grouping (see ``update/providers.py``). First, every provider's
 gradients are compared with those of the stock model on the repeated batch. If ours are wrong, the run stops; a peer
 that fails is left out, and its row gives the reason. In every round each provider runs once, in rotating order. Medians
 and quartiles are over rounds. ``peak_bytes`` is what one call takes beyond weights and gradients.
@@ -23,20 +23,18 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
 import statistics
 import time
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import timing
 import torch
-from run import RESULTS, SAME, cpu_name, provenance, sources_digest
+from ops import timing
+from support.provenance import SAME, cpu_name, moment, provenance
+from support.rows import append_rows, device_file, earlier_rows, target_path
 from torch import Tensor, nn
-from update_providers import PROVIDERS, SIZES, Forward, Rollouts, Shape, build_policy, make_rollouts
+from update.providers import PROVIDERS, SIZES, Forward, Rollouts, Shape, build_policy, make_rollouts
 
 from balcaprl.policy import Policy
 
@@ -61,9 +59,10 @@ SOURCES = (
     "kernels/ops/**/*.py",
     "kernels/csrc/**/*",
     "engine/policy/**/*.py",
-    "bench/update_*.py",
-    "bench/timing.py",
-    "bench/peers.py",
+    "bench/update_step.py",
+    "bench/update/providers.py",
+    "bench/ops/timing.py",
+    "bench/ops/peers.py",
 )
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
@@ -256,11 +255,7 @@ def expected_seconds(shape: Shape, names: list[str], rate: float, seconds: float
 
 def measured_already(path: Path | None, where: dict[str, Any]) -> set[tuple[str, str]]:
     """The (case, provider) of earlier rows that were measured under the same conditions as this run."""
-    if path is None or not path.is_file():
-        return set()
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    keys = (*SAME, "dtype")
-    return {(r["case"], r["provider"]) for r in rows if all(r.get(name) == where.get(name) for name in keys)}
+    return {(row["case"], row["provider"]) for row in earlier_rows(path, where, (*SAME, "dtype"))}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -284,11 +279,9 @@ def main() -> None:
     options = parse_arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
-    path = options.output or RESULTS / "update_step" / f"{cpu_name().replace(' ', '_').replace('/', '_')}.jsonl"
-    if options.device.type == "cuda":
-        path = options.output or path.with_name(f"{torch.cuda.get_device_name().replace(' ', '_')}.jsonl")
-    target = None if str(path) == "-" else path
-    where = {**provenance(options.device), "sources": sources_digest(SOURCES), "dtype": options.dtype}
+    device_name = torch.cuda.get_device_name() if options.device.type == "cuda" else cpu_name()
+    target = target_path(options.output, device_file("update_step", device_name))
+    where = {**provenance(options.device, SOURCES), "dtype": options.dtype}
     done = set() if options.fresh else measured_already(target, where)
     rate = timing.gemm_rate(getattr(torch, options.dtype), options.device)
     names, total = options.provider or list(PROVIDERS), 0.0
@@ -309,20 +302,9 @@ def main() -> None:
             )
             continue
         for row in measure(shape, names, options.device, getattr(torch, options.dtype), seconds):
-            stamp = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "load": os.getloadavg()[0]}
-            write({**row, **where, **stamp}, target)
+            append_rows([{**row, **where, **moment()}], target)
     if options.list:
         print(f"in all about {total / 60:.0f} min")
-
-
-def write(row: dict[str, Any], target: Path | None) -> None:
-    """Prints a row and appends it to the target file, if there is one."""
-    line = json.dumps(row)
-    print(line, flush=True)
-    if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-import peers
 import torch
-from inputs import Case, Inputs
 from torch import Tensor
 
 from balcaprl import kernels
 from balcaprl.kernels.support import native
+from ops import peers
+from ops.inputs import Case, Inputs
 
 
 @dataclass(frozen=True)

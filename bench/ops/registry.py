@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import inputs
-import peers
 import torch
-from inputs import Case, Inputs
-from providers import Op, Provider, implementations, padded, plain, plain_loss, trl_loss
 from torch import Tensor
 
 from balcaprl import kernels
 from balcaprl.kernels.advantages.grouped_advantages import grouped_advantages_reference
 from balcaprl.kernels.head.linear_logprobs import linear_logprobs_reference
 from balcaprl.kernels.loss.policy_loss import policy_loss_reference
+from ops import inputs, peers
+from ops.inputs import Case, Inputs
+from ops.providers import Op, Provider, implementations, padded, plain, plain_loss, trl_loss
 
 LOSS = ("old_logprobs", "advantages", "cu_seqlens")
 FILTER_EPS = 2.0**-12

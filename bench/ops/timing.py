@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from inputs import Case, Inputs
-from providers import Op, Provider
-from registry import applicable, measure_inputs
 from torch import Tensor
 
 from balcaprl.kernels.head.native_logits_room import release_scratch
+from ops.inputs import Case, Inputs
+from ops.providers import Op, Provider
+from ops.registry import applicable, measure_inputs
 
 Pass = Literal["forward", "backward", "both"]
 Call = Callable[[], tuple[Tensor, ...]]

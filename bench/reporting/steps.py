@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
-Goal = tuple[str, float, str, float]
+from support.rows import Row, read_folder
+
+from reporting.tables import Goal, RowsByDevice, goal_cells, markdown, mixed_sources, number
+
 WAYS = {"shared": "**shared**", "inplace": "**inplace**", "reload": "**reload**", "trl": "TRL's loop"}
 PROVIDERS = {
     "ours": "**ours**",
@@ -28,13 +29,7 @@ MOST_MS, LEAST_PERCENT, MOST_COPIES = 2.0, 60.0, 1.5
 LARGE_IMAGE, LEAST_RATIO = 448, 3.0
 
 
-def load_rows(folder: Path) -> list[Row]:
-    """All rows of the ``*.jsonl`` files of a folder."""
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
-    return [json.loads(line) for line in lines if line.strip()]
-
-
-class Table:
+class Table(RowsByDevice):
     """Rows by device and the values of two fields; if several rows measure the same thing, the last one counts."""
 
     def __init__(self, rows: Iterable[Row], across: str, down: str) -> None:
@@ -44,16 +39,8 @@ class Table:
     def load(cls, folder: Path, across: str, down: str) -> Table:
         """The rows of all ``*.jsonl`` files of a folder. Rows of other dtypes than float32 are left out, because they
         have no table yet."""
-        rows = (row for row in load_rows(folder) if row.get("dtype", "float32") == "float32")
+        rows = (row for row in read_folder(folder) if row.get("dtype", "float32") == "float32")
         return cls(rows, across, down)
-
-    @property
-    def devices(self) -> list[str]:
-        return list(dict.fromkeys(key[0] for key in self.rows))
-
-    def lines(self, device: str) -> list[Any]:
-        """The values of the first field on a device."""
-        return list(dict.fromkeys(key[1] for key in self.rows if key[0] == device))
 
     def measured(self, device: str, line: Any) -> dict[str, Row]:
         """The rows with value ``line`` of the first field, by the second field, without failures."""
@@ -69,34 +56,12 @@ class Table:
         versions = ", ".join(f"{name} {rows[-1][name]}" for name in packages if rows[-1].get(name))
         commits = ", ".join(sorted({str(row["commit"])[:7] for row in rows}))
         text = f"{device}, {rows[-1]['threads']} threads; {versions}; commit {commits}, {rows[-1]['time'][:10]}."
-        return text + (
-            " The rows were not all taken on the same sources." if len({r["sources"] for r in rows}) > 1 else ""
-        )
-
-
-def number(value: float | None) -> str:
-    """Formats ``value`` with three significant digits, and large values without powers of ten."""
-    if value is None:
-        return ""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a Markdown table whose first column is text."""
-    return [
-        "| " + " | ".join(heads) + " |",
-        "|---|" + "---:|" * (len(heads) - 1),
-        *("| " + " | ".join(r) + " |" for r in rows),
-    ]
+        return text + mixed_sources(rows)
 
 
 def goal_lines(goals: list[Goal]) -> list[str]:
     """The table of goals and measured values, including the goals that are missed."""
-    found = []
-    for what, value, relation, bound in goals:
-        holds = value <= bound if relation == "at most" else value >= bound
-        found.append([what, number(value), f"{relation} {bound:.3g}", "holds" if holds else "**missed**"])
-    return markdown(["goal", "measured", "bound", ""], found) if found else []
+    return markdown(["goal", "measured", "bound", ""], goal_cells(goals, number)) if goals else []
 
 
 # The sync.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from step_report import load_rows
+from support.rows import Row, read_folder
 
-Row = dict[str, Any]
+from reporting.tables import Goal, RowsByDevice, goal_table, headless_pyplot, mixed_sources
+
 LABELS = {
     "ours": "**ours**",
     "repeated": "repeated batch",
@@ -24,7 +24,7 @@ WORTH_PREDICTING = 2.0
 LEAST_SHARE = 0.9
 
 
-class UpdateResults:
+class UpdateResults(RowsByDevice):
     """Rows by device, case and provider; if several rows measure the same thing, the last one counts."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
@@ -38,14 +38,7 @@ class UpdateResults:
     @classmethod
     def load(cls, folder: Path) -> UpdateResults:
         """The results in all ``*.jsonl`` files of a folder."""
-        return cls(load_rows(folder))
-
-    @property
-    def devices(self) -> list[str]:
-        return list(dict.fromkeys(key[0] for key in self.rows))
-
-    def cases(self, device: str) -> list[str]:
-        return list(dict.fromkeys(key[1] for key in self.rows if key[0] == device))
+        return cls(read_folder(folder))
 
     def timed(self, device: str, case: str) -> dict[str, Row]:
         """The rows of a case by provider, without providers that were left out."""
@@ -66,7 +59,7 @@ def table(results: UpdateResults) -> str:
         return UNMEASURED
     parts: list[str] = []
     for device in results.devices:
-        cases = results.cases(device)
+        cases = results.lines(device)
         names = [name for name in LABELS if any(name in results.timed(device, case) for case in cases)]
         heads = ["case", *(LABELS[name] for name in names), "faster than repeated: measured", "predicted", "peak MiB"]
         lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
@@ -95,23 +88,20 @@ def _provenance(results: UpdateResults, device: str) -> str:
     rows = [row for key, row in results.rows.items() if key[0] == device]
     first = rows[-1]
     packages = ", ".join(f"{name} {first[name]}" for name in ("torch", "trl") if first.get(name))
-    text = (
+    return (
         f"Seconds from rollouts to gradients, medians; {first['dtype']}, {device}, {first['threads']} threads; {packages}; "
         f"commit {str(first['commit'])[:7]}, {first['time'][:10]}. Case: parameters, groups B, completions per prompt G, image "
         "tokens, tokens per completion (~: ragged). Peak: ours of the repeated batch's, beyond weights and gradients."
-    )
-    if len({row["sources"] for row in rows}) > 1:
-        text += " The rows were not all taken on the same sources."
-    return text
+    ) + mixed_sources(rows)
 
 
-def goals(results: UpdateResults) -> list[tuple[str, float, str, float]]:
-    """(what, value, "at most" or "at least", bound) of each goal that was measured."""
-    found: list[tuple[str, float, str, float]] = []
+def goals(results: UpdateResults) -> list[Goal]:
+    """The goals of the updates that were measured."""
+    found: list[Goal] = []
     for device in results.devices:
-        goals_here: list[tuple[str, float, str, float]] = []
+        goals_here: list[Goal] = []
         shares: list[tuple[float, str]] = []
-        for case in results.cases(device):
+        for case in results.lines(device):
             rows = results.timed(device, case)
             measured = ratio(rows, "repeated", "ours")
             if measured is None:
@@ -130,7 +120,7 @@ def goals(results: UpdateResults) -> list[tuple[str, float, str, float]]:
     return found
 
 
-def _acceptance(rows: dict[str, Row], case: str) -> list[tuple[str, float, str, float]]:
+def _acceptance(rows: dict[str, Row], case: str) -> list[Goal]:
     bounds = [
         ("times faster than the repeated batch", ratio(rows, "repeated", "ours"), "at least", 4.5),
         ("times faster than TRL's update", ratio(rows, "trl", "ours"), "at least", 4.0),
@@ -139,10 +129,10 @@ def _acceptance(rows: dict[str, Row], case: str) -> list[tuple[str, float, str, 
     return [(f"{case}: {what}", value, how, bound) for what, value, how, bound in bounds if value is not None]
 
 
-def _choices(results: UpdateResults, device: str) -> list[tuple[str, float, str, float]]:
+def _choices(results: UpdateResults, device: str) -> list[Goal]:
     """The goal for ``auto``: the worst ratio of the time of the layout that it chooses to that of the faster layout."""
     worst: tuple[float, str] | None = None
-    for case in results.cases(device):
+    for case in results.lines(device):
         rows = results.timed(device, case)
         if "ours" not in rows or "repeated-one-tower" not in rows:
             continue
@@ -159,14 +149,7 @@ def _choices(results: UpdateResults, device: str) -> list[tuple[str, float, str,
 
 def acceptance(results: UpdateResults) -> str:
     """The table of goals and measured values, including the goals that are missed."""
-    rows = goals(results)
-    if not rows:
-        return UNMEASURED
-    lines = ["| goal | measured | bound | |", "|---|---:|---|---|"]
-    for what, value, relation, bound in rows:
-        holds = value <= bound if relation == "at most" else value >= bound
-        lines.append(f"| {what} | {value:.3g} | {relation} {bound:.3g} | {'holds' if holds else '**missed**'} |")
-    return "\n".join(lines)
+    return goal_table("goal", goals(results), UNMEASURED)
 
 
 def block(results: UpdateResults, plots: Iterable[str]) -> str:
@@ -188,7 +171,7 @@ def drawn_points(results: UpdateResults, device: str) -> list[tuple[str, str, fl
     """
     found: list[tuple[str, str, float, float]] = []
     for swept in SWEPT:
-        for case in results.cases(device):
+        for case in results.lines(device):
             rows = results.timed(device, case)
             row = rows.get("repeated")
             if row is None or any(row[name] != value for name, value in _BASE.items() if name != swept):
@@ -209,11 +192,7 @@ def swept_devices(results: UpdateResults) -> list[str]:
 
 def draw(results: UpdateResults, device: str, path: Path, metadata: dict[str, str]) -> None:
     """Draws how many times faster than the repeated batch each provider is, in one panel for each swept quantity."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = headless_pyplot()
     points = drawn_points(results, device)
     figure, panels = pyplot.subplots(1, len(SWEPT), figsize=(11, 3.6), sharey=True, layout="constrained")
     for axes, (swept, label) in zip(panels, SWEPT.items(), strict=True):

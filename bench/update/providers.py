@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import peers
 import torch
 import torch.nn.functional as F
+from ops import peers
 from torch import Tensor
 
 from balcaprl.kernels import linear_policy_loss, policy_loss

@@ -9,6 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import report
+from reporting import ops
+from reporting.ops import Results
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = "linear_policy_loss"
@@ -45,18 +47,18 @@ def some_rows() -> list[dict]:
 
 
 def test_committed_readmes_and_plots_agree_with_the_results() -> None:
-    assert report.differences(report.Results.load()) == []
+    assert report.differences(Results.load()) == []
 
 
 def test_goals_are_ratios_of_medians_and_misses_are_named() -> None:
-    results = report.Results(some_rows())
-    goals = {what: (value, bound) for what, value, _, bound in report.goals(results)}
+    results = Results(some_rows())
+    goals = {what: (value, bound) for what, value, _, bound in ops.goals(results)}
     assert goals[f"`{HEAD}`, {MIDDLE}: time over the bare GEMMs'"] == (pytest.approx(1.08), 1.10)
     # Against Liger as it comes, and against the faster of its two ways.
     assert goals[f"`{HEAD}`, {MIDDLE}: Liger's time over ours"] == (pytest.approx(300 / 108), 1.5)
     assert goals[f"`{HEAD}`, {MIDDLE}: Liger's with its best chunk over ours"] == (pytest.approx(170 / 108), 1.0)
     assert goals[f"`{HEAD}`, {MIDDLE}: peak MiB beyond inputs and gradients"] == (pytest.approx(30), 64)
-    text = report.acceptance(results)
+    text = ops.acceptance(results)
     assert "| 1.08 | at most 1.1 | holds |" in text
     assert "backward over the full one's | 0.9 | at most 0.6 | **missed** |" in text
 
@@ -68,31 +70,30 @@ def test_a_goal_with_little_room_is_held_against_the_median_of_all_runs() -> Non
         for time, (*medians, sources) in runs.items()
         for provider, median in zip(("native", "gemms"), medians, strict=True)
     ]
-    results = report.Results(some_rows(), [*repeats, row("native", 500.0, time="e")])  # one that was broken off
+    results = Results(some_rows(), [*repeats, row("native", 500.0, time="e")])  # one that was broken off
     assert results.ratios("cpu", HEAD, MIDDLE, "native", "gemms") == pytest.approx([1.08, 1.2, 1.04])
-    assert "GEMMs', median of 3 runs from 1.04 to 1.2 | 1.08 | at most 1.1 | holds |" in report.acceptance(results)
+    assert "GEMMs', median of 3 runs from 1.04 to 1.2 | 1.08 | at most 1.1 | holds |" in ops.acceptance(results)
 
 
 def test_tables_mark_the_fastest_and_list_who_was_left_out() -> None:
-    text = report.tables(report.Results(some_rows()))
+    text = ops.tables(Results(some_rows()))
     assert "| **108** |" in text
     assert "**100**" not in text  # the ceiling does not compete
     assert "- `linear_policy_loss`, liger: left out, ImportError: gone" in text
     assert "a processor, 2 threads, avx512" in text
-    assert "| 108 | 100 |  | 150 | 170 | 30.0, 30.0 MiB |" in report.headline(report.Results(some_rows()))
+    assert "| 108 | 100 |  | 150 | 170 | 30.0, 30.0 MiB |" in ops.headline(Results(some_rows()))
 
 
 def test_without_results_it_says_so() -> None:
-    for render in report.BLOCKS.values():
-        assert render(report.Results([])) == report.UNMEASURED
+    for render in (ops.headline, ops.acceptance, ops.tables):
+        assert render(Results([])) == ops.UNMEASURED
 
 
 def test_a_changed_figure_is_a_difference(tmp_path: Path) -> None:
-    files = {file for file, _ in report.BLOCKS}
-    for file in files:
+    for file in {file for file, _ in report.blocks(Results([]))}:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text((ROOT / file).read_text("utf-8"), "utf-8")
-    results = report.Results(row_ for row_ in some_rows() if row_["provider"] != "gemms")  # without it nothing is drawn
+    results = Results(row_ for row_ in some_rows() if row_["provider"] != "gemms")  # without it nothing is drawn
     for path, text in report.rendered(results, tmp_path).items():
         path.write_text(text, "utf-8")
     assert report.differences(results, tmp_path) == []
@@ -110,7 +111,9 @@ def test_missing_markers_are_an_error() -> None:
 
 def test_a_plot_carries_the_digest_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "PLOTS", tmp_path)
-    results = report.Results(some_rows())
-    report.draw(results, "cpu")
-    assert report._drawn_digest(report.plot_path("cpu")) == report.digest(report.drawn_rows(results, "cpu"))
+    results = Results(some_rows())
+    drawn = report.plots(results)[0]
+    assert drawn.path == tmp_path / "kernels_cpu.png"
+    drawn.draw(drawn.path, {report.PLOT_KEY: drawn.digest})
+    assert report._drawn_digest(drawn.path) == drawn.digest
     assert report._drawn_digest(tmp_path / "none.png") is None

@@ -13,11 +13,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-import inputs
-import registry
 import run
-import timing
-from providers import Op, Provider
+from ops import inputs, registry, timing
+from ops.providers import Op, Provider
+from support.provenance import SAME
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -53,7 +52,7 @@ def test_quick_run_prints_complete_rows_and_resumes(op: str, tmp_path: Path) -> 
             assert row["percent_of_ceiling"] > 0
     # What a second run would leave out; all of it again after a change of the sources or the machine.
     assert run.measured_already(output, rows[0]) == {(op, case.name) for case in cases}
-    for name in run.SAME:
+    for name in SAME:
         assert run.measured_already(output, {**rows[0], name: "another"}) == set()
 
 

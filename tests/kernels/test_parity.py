@@ -1,6 +1,6 @@
 """Equal to the peers within float32 rounding, each by name: TRL 1.16, NVlabs' trainer of GDPO, Liger.
 
-``bench/peers.py`` calls their own code. Where a peer differs in a documented way, the test says by which settings, or
+``bench/ops/peers.py`` calls their own code. Where a peer differs in a documented way, the test says by which settings, or
 on which inputs, both compute the same. "Rounding" is measured, not assumed: ours may differ from the peer by what the
 peer itself loses against float64 (which our reference computes), and by one part in 10^6 of the largest value.
 """
@@ -23,7 +23,7 @@ from balcaprl.kernels.loss.policy_loss import policy_loss_reference
 from balcaprl.kernels.support import native
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-import peers
+from ops import peers
 
 GROUP = 8
 SEEDS = range(5)

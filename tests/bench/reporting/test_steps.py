@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-import step_report
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "bench"))
 import sync
 import train_step
-from step_report import Table
+from reporting import steps
+from reporting.steps import Table
+from support import workers
 
 PLACE = {
     "device": "a processor",
@@ -44,14 +45,14 @@ def sync_table() -> Table:
 
 
 def test_goals_of_the_sync_count_large_models_only_where_they_say_so() -> None:
-    goals = {what: (value, bound) for what, value, _, bound in step_report.sync_goals(sync_table())}
+    goals = {what: (value, bound) for what, value, _, bound in steps.sync_goals(sync_table())}
     assert goals == {
         "slowest `shared` sync, ms (490 M parameters)": (1.25, 2.0),
         "bytes that `shared` copies": (0, 0),
         "copies of the weights in memory, `shared`, 490 M": (1.1, 1.5),
         "percent of a plain copy's speed, `inplace`, 490 M": (55.0, 60.0),
     }
-    text = step_report.sync_block(sync_table())
+    text = steps.sync_block(sync_table())
     assert "| 55 | at least 60 | **missed** |" in text
     assert "| 1.25 | at most 2 | holds |" in text
     assert "| 490 M | 1.25 | 250 | 900 (400) | 1.1, 2.1 |" in text
@@ -76,12 +77,12 @@ def test_a_step_is_compared_with_the_faster_way_of_the_peer() -> None:
         {**PLACE, "provider": "trl-accumulated", "pixels": 112, "failed": "MemoryError"},
     ]
     table = Table(rows, "pixels", "provider")
-    goals = {what: (value, bound) for what, value, _, bound in step_report.step_goals(table)}
+    goals = {what: (value, bound) for what, value, _, bound in steps.step_goals(table)}
     assert goals == {
         "448 x 448 pixels: completions per second over TRL's": (pytest.approx(2.5), 3.0),
         "112 x 112 pixels: completions per second over TRL's": (pytest.approx(1.2), 1.0),
     }
-    text = step_report.step_block(table)
+    text = steps.step_block(table)
     assert "| 448 | **ours** | 32 | 1 | 0.5 | 0.01 | 0.4 | 0.001 | 0.089 | 1.5 |" in text
     assert "| 448 | TRL, accumulated | 12.8 | 2.5 | 1.5 | 0 | 1 |  | 0 | 1.5 |" in text
     assert "| 2.5 | at least 3 | **missed** |" in text
@@ -91,15 +92,15 @@ def test_a_step_is_compared_with_the_faster_way_of_the_peer() -> None:
 
 def test_without_results_it_says_so(tmp_path: Path) -> None:
     nothing = Table.load(tmp_path / "none", "size", "way")
-    assert step_report.sync_block(nothing) == step_report.UNMEASURED["sync"]
-    assert step_report.step_block(nothing) == step_report.UNMEASURED["train_step"]
+    assert steps.sync_block(nothing) == steps.UNMEASURED["sync"]
+    assert steps.step_block(nothing) == steps.UNMEASURED["train_step"]
 
 
 def test_a_worker_that_fails_leaves_a_row(tmp_path: Path) -> None:
     output = tmp_path / "rows" / "x.jsonl"
     worker = [sys.executable, "-c", "print('{}'); raise MemoryError('too large')"]
-    sync.emit(worker, {"size": "1b", "way": "reload"}, output, "sync")
-    sync.emit([sys.executable, "-c", "print('noise'); print('{\"median_ms\": 2}')"], {"size": "1m"}, output, "sync")
+    workers.emit(worker, {"size": "1b", "way": "reload"}, output, "sync")
+    workers.emit([sys.executable, "-c", "print('noise'); print('{\"median_ms\": 2}')"], {"size": "1m"}, output, "sync")
     failed, done = (json.loads(line) for line in output.read_text("utf-8").splitlines())
     assert (failed["size"], failed["failed"]) == ("1b", "MemoryError: too large")
     assert {"device", "commit", "time"} <= failed.keys()
@@ -107,5 +108,5 @@ def test_a_worker_that_fails_leaves_a_row(tmp_path: Path) -> None:
 
 
 def test_every_provider_and_way_has_a_label() -> None:
-    assert set(step_report.WAYS) == set(sync.WAYS)
-    assert set(step_report.PROVIDERS) == set(train_step.PROVIDERS)
+    assert set(steps.WAYS) == set(sync.WAYS)
+    assert set(steps.PROVIDERS) == set(train_step.PROVIDERS)

@@ -1,0 +1,1 @@
+"""What the measurements share: where figures come from, and the files that hold them."""
