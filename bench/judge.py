@@ -1,6 +1,7 @@
 """Measures the throughput of the endpoint judge against a scripted server on loopback, and of the reply cache.
 
     python bench/judge.py [--captions 2000] [--latency 0.2] [--slots 64] [--memory_captions 10000] [--faults] [--output FILE]
+    python bench/judge.py --run --latency 0.03 [--steps 6] [--sampler vllm] [--threads 1]    # only: overlap in a run
 
 The server runs in its own process, works on at most ``slots`` requests at once and takes ``latency`` seconds for each.
 The ideal time is what the server needs if its slots are never idle. The script prints one JSON object per line:
@@ -8,43 +9,37 @@ The ideal time is what the server needs if its slots are never idle. The script 
 - ``throughput``: seconds, and their ratio to the ideal time.
 - ``memory``: how much this process grows over one large step, and over the same captions in steps of a thousand.
 - ``cache``: lookups and writes per second of the reply cache.
-- ``overlap``: the share of the judge's time that is hidden behind sampling that takes longer. ``judge_overlap.py``
-  measures whole runs.
+- ``overlap``: the share of the judge's time that is hidden behind sampling that takes longer.
 - ``fault at 20%``, only with ``--faults``: throughput with each recoverable fault in 20% of the requests relative to
   none, and what a client that loses no time could reach. A fault is recoverable if it shows within the latency. A
   timed-out request is not: it occupies a slot until the time limit, whatever the client does.
+- ``overlap in a run``, only with ``--run``: the same share in a training run of the demo's policy, with ``--steps``,
+  ``--sampler`` and ``--threads`` (see ``judging/run_overlap.py``).
 """
 
 from __future__ import annotations
 
 import argparse
 import heapq
-import json
-import multiprocessing
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+from judging.serving import FAULTS, serving
 from PIL import Image
+from support.rows import append_rows
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "helpers"))
-
-from scripted_judge import FAULTS, ScriptedServer  # noqa: E402
-
-from balcaprl.config import EndpointConfig, RewardConfig  # noqa: E402
-from balcaprl.rewards.endpoint.judge import EndpointJudge  # noqa: E402
-from balcaprl.rewards.endpoint.reference_units import UnitStore  # noqa: E402
-from balcaprl.rewards.endpoint.server.cache import ReplyCache  # noqa: E402
-from balcaprl.types import Sample  # noqa: E402
+from balcaprl.config import EndpointConfig, RewardConfig
+from balcaprl.rewards.endpoint.judge import EndpointJudge
+from balcaprl.rewards.endpoint.reference_units import UnitStore
+from balcaprl.rewards.endpoint.server.cache import ReplyCache
+from balcaprl.types import Sample
 
 REFERENCE = "A red cup stands on a table. A small dog sleeps. The wall is white."
 GROUP = 8
@@ -63,14 +58,21 @@ def main() -> None:
     parser.add_argument("--memory_captions", type=int, default=10_000)
     parser.add_argument("--lookups", type=int, default=20_000)
     parser.add_argument("--faults", action="store_true", help="also each recoverable fault at 20%%")
+    parser.add_argument("--run", action="store_true", help="only the overlap in a training run")
+    parser.add_argument("--steps", type=int, default=6, help="of that run")
+    parser.add_argument("--sampler", default="vllm", choices=["vllm", "hf"], help="of that run")
+    parser.add_argument("--threads", type=int, default=0, help="of that run; 0: all")
     parser.add_argument("--output", type=Path, help="JSON lines are appended here too")
     options = parser.parse_args()
-    for row in rows(options):
-        line = json.dumps(row)
-        print(line, flush=True)
-        if options.output:
-            with options.output.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+    for row in run_rows(options) if options.run else rows(options):
+        append_rows([row], options.output)
+
+
+def run_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The row of a training run, for which alone the trainer is imported."""
+    from judging.run_overlap import overlap_in_run
+
+    yield overlap_in_run(options)
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -121,29 +123,6 @@ def fastest(count: int, slots: int, latency: float, share: float, fault_latency:
             waiting += failed
         means.append(now)
     return statistics.mean(means)
-
-
-@contextmanager
-def serving(**settings: Any) -> Iterator[str]:
-    """Starts a scripted server in its own process, yields its address, and stops it at the end."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, settings), daemon=True)
-    process.start()
-    try:
-        yield here.recv()
-    finally:
-        here.send("stop")
-        process.join(10)
-        if process.is_alive():
-            process.kill()
-
-
-def serve(connection: Any, settings: dict[str, Any]) -> None:
-    """Runs the server in its process until told to stop."""
-    with ScriptedServer(**settings) as server:
-        connection.send(server.url)
-        connection.recv()
 
 
 def make_judge(url: str, slots: int, **endpoint: Any) -> EndpointJudge:

@@ -1,8 +1,6 @@
 """Measures how much of the judge's time a training run hides behind sampling, from the run's own log of phases.
 
-    python bench/judge_overlap.py [--steps 6] [--latency 0.03] [--slots 64] [--sampler vllm] [--threads 1]
-
-The script trains the demo's policy on-policy against a scripted judge on loopback. ``score_s`` is how long a step still
+The run trains the demo's policy on-policy against a scripted judge on loopback. ``score_s`` is how long a step still
 waits for scores after sampling. ``judge_alone_s`` is how long the same groups take if they are scored afterwards with
 no other work. Both are medians. ``hidden`` is 1 minus the ratio of their sums over all steps but the first. The run
 submits each completion as soon as it ends, so the judge's time for the last completions is never hidden. A real judge
@@ -12,14 +10,11 @@ computes on another machine, but the scripted one computes on this one: use ``--
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-from judge import serving
 
 from balcaprl.config import TrainConfig
 from balcaprl.reporting.metrics import read_jsonl
@@ -29,18 +24,7 @@ from balcaprl.rewards.judge import ScoreStats
 from balcaprl.training.pipeline import SampledStep
 from balcaprl.training.trainer import Trainer
 from balcaprl.types import RolloutGroup
-
-
-def main() -> None:
-    """Parses arguments and prints the row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--latency", type=float, default=0.03, help="seconds that the judge takes for a request")
-    parser.add_argument("--slots", type=int, default=64, help="requests that the judge works on at once")
-    parser.add_argument("--sampler", default="vllm", choices=["vllm", "hf"])
-    parser.add_argument("--threads", type=int, default=0, help="of the run; 0: all")
-    options = parser.parse_args()
-    print(json.dumps(measure(options)))
+from judging.serving import serving
 
 
 class KeepsGroups(Trainer):
@@ -52,7 +36,7 @@ class KeepsGroups(Trainer):
         return super().score_groups(sampled)
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def overlap_in_run(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the training, then scores its groups again with a new judge that has no cache; returns the row."""
     with tempfile.TemporaryDirectory() as folder, serving(latency_s=options.latency, slots=options.slots) as url:
         config = run_config(folder, url, options)
@@ -101,7 +85,3 @@ def run_config(folder: str, url: str, options: argparse.Namespace) -> TrainConfi
             "endpoint": {"servers": [{"url": url, "max_concurrency": options.slots}], "cache": None, "required_share": 1.0},
         }
     )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
