@@ -20,6 +20,7 @@ import ast
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +49,26 @@ def pad_ragged(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return padded.index_put(mask.nonzero(as_tuple=True), values)
 
 
+@dataclass(frozen=True)
+class LossSettings:
+    """The settings of a loss by TRL's names, and the tensors that not every loss has."""
+
+    loss_type: str
+    """``grpo``, ``dapo``, ``bnpo`` or ``dr_grpo``."""
+    old_logprobs: Tensor | None = None
+    """(R, L) log-probabilities of the old policy; None means on-policy."""
+    reference_logprobs: Tensor | None = None
+    """(R, L) log-probabilities of the reference, needed if ``kl_coef`` is above 0."""
+    sampling_ratio: Tensor | None = None
+    """(R, L), the truncated importance ratio, as TRL keeps it beside a batch sampled by vLLM."""
+    clip: tuple[float, float] = (0.2, 0.2)
+    """Lower and upper clip range."""
+    kl_coef: float = 0.0
+    """TRL's ``beta``."""
+    max_length: int | None = None
+    """The denominator of ``dr_grpo``."""
+
+
 # TRL.
 
 
@@ -72,34 +93,16 @@ def trl_grouped_advantages(
     return _trl_advantage_statements()(trainer, rewards, group_size, rewards.device)
 
 
-def trl_policy_loss(
-    logprobs: Tensor,
-    mask: Tensor,
-    advantages: Tensor,
-    *,
-    loss_type: str,
-    old_logprobs: Tensor | None = None,
-    reference_logprobs: Tensor | None = None,
-    sampling_ratio: Tensor | None = None,
-    clip: tuple[float, float] = (0.2, 0.2),
-    kl_coef: float = 0.0,
-    max_length: int | None = None,
-) -> Tensor:
+def trl_policy_loss(logprobs: Tensor, mask: Tensor, advantages: Tensor, settings: LossSettings) -> Tensor:
     """The loss of TRL's own ``_compute_loss`` on log-probabilities that are already computed.
 
     Args:
         logprobs: (R, L) log-probabilities, differentiable.
         mask: (R, L), 1 for tokens of a completion.
         advantages: (R,) advantages.
-        loss_type: ``grpo``, ``dapo``, ``bnpo`` or ``dr_grpo``.
-        old_logprobs: (R, L) log-probabilities of the old policy; None means on-policy.
-        reference_logprobs: (R, L) log-probabilities of the reference, needed if ``kl_coef`` is above 0.
-        sampling_ratio: (R, L), the truncated importance ratio, as TRL keeps it beside a batch sampled by vLLM.
-        clip: lower and upper clip range.
-        kl_coef: TRL's ``beta``.
-        max_length: the denominator of ``dr_grpo``.
+        settings: of the loss.
     """
-    trainer = _trl_trainer(loss_type, clip, kl_coef, max_length, corrects=sampling_ratio is not None)
+    trainer = _trl_trainer(settings)
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logprobs, torch.zeros_like(mask), None)
     ids = mask.long()
     inputs = {
@@ -108,9 +111,9 @@ def trl_policy_loss(
         "completion_ids": ids,
         "completion_mask": mask,
         "advantages": advantages,
-        "old_per_token_logps": old_logprobs,
-        "ref_per_token_logps": reference_logprobs,
-        "importance_sampling_ratio": sampling_ratio,
+        "old_per_token_logps": settings.old_logprobs,
+        "ref_per_token_logps": settings.reference_logprobs,
+        "importance_sampling_ratio": settings.sampling_ratio,
         "num_items_in_batch": mask.sum(),
     }
     return _trl_method("_compute_loss")(trainer, None, inputs)
@@ -141,16 +144,15 @@ def _trl_head() -> type[torch.autograd.Function]:
     return ChunkedLogProbFunction
 
 
-def _trl_trainer(
-    loss_type: str, clip: tuple[float, float], kl_coef: float, max_length: int | None, *, corrects: bool
-) -> Any:
+def _trl_trainer(settings: LossSettings) -> Any:
     """The trainer's attributes that ``_compute_loss`` reads: one process, one accumulation step, TRL's defaults."""
+    corrects = settings.sampling_ratio is not None
     return SimpleNamespace(
-        loss_type=loss_type,
-        epsilon_low=clip[0],
-        epsilon_high=clip[1],
-        beta=kl_coef,
-        max_completion_length=max_length,
+        loss_type=settings.loss_type,
+        epsilon_low=settings.clip[0],
+        epsilon_high=settings.clip[1],
+        beta=settings.kl_coef,
+        max_completion_length=settings.max_length,
         use_vllm=corrects,
         vllm_importance_sampling_correction=corrects,
         importance_sampling_level="token",
@@ -241,35 +243,29 @@ def liger_linear_policy_loss(
     targets: Tensor,
     mask: Tensor,
     advantages: Tensor,
+    settings: LossSettings,
     *,
-    loss_type: str,
-    old_logprobs: Tensor | None = None,
-    reference_logprobs: Tensor | None = None,
-    sampling_ratio: Tensor | None = None,
-    clip: tuple[float, float] = (0.2, 0.2),
-    kl_coef: float = 0.0,
     temperature: float = 1.0,
-    max_length: int | None = None,
     chunk_size: int = 1,
     compiled: bool = False,
 ) -> Tensor:
     """Liger's fused linear GRPO loss of hidden (R, L, D), with targets and mask (R, L).
 
-    The other arguments are those of ``trl_policy_loss``. ``chunk_size`` is the number of completions per chunk (Liger's
-    default is 1); each chunk adds its gradient to that of the weight.
+    ``chunk_size`` is the number of completions per chunk (Liger's default is 1); each chunk adds its gradient to that of
+    the weight.
     """
     ensure_importable()
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(
-        beta=kl_coef,
+        beta=settings.kl_coef,
         compiled=compiled,
-        use_ref_model=reference_logprobs is not None,
+        use_ref_model=settings.reference_logprobs is not None,
         chunk_size=chunk_size,
-        epsilon_low=clip[0],
-        epsilon_high=clip[1],
-        loss_type=loss_type,
-        max_completion_length=max_length,
+        epsilon_low=settings.clip[0],
+        epsilon_high=settings.clip[1],
+        loss_type=settings.loss_type,
+        max_completion_length=settings.max_length,
         temperature=temperature,
     )
     return loss(
@@ -278,9 +274,9 @@ def liger_linear_policy_loss(
         targets,
         mask,
         advantages,
-        ref_per_token_logps=reference_logprobs,
-        old_per_token_logps=old_logprobs,
-        vllm_is_ratio=sampling_ratio,
+        ref_per_token_logps=settings.reference_logprobs,
+        old_per_token_logps=settings.old_logprobs,
+        vllm_is_ratio=settings.sampling_ratio,
     )[0]
 
 
@@ -289,29 +285,30 @@ def liger_logits_policy_loss(
     targets: Tensor,
     mask: Tensor,
     advantages: Tensor,
+    settings: LossSettings,
     *,
-    loss_type: str,
-    old_logprobs: Tensor | None = None,
-    clip: tuple[float, float] = (0.2, 0.2),
     temperature: float = 1.0,
     inplace: bool = False,
 ) -> Tensor:
-    """Liger's Triton GRPO loss of logits (R, L + 1, V), of which it ignores the last position. CUDA only."""
+    """Liger's Triton GRPO loss of logits (R, L + 1, V), of which it ignores the last position. CUDA only.
+
+    Of the settings it reads type, clip range and old log-probabilities.
+    """
     ensure_importable()
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     return triton_grpo_loss(
         logits,
-        old_logprobs,
+        settings.old_logprobs,
         None,
         targets,
         advantages,
         mask,
         temperature=temperature,
         beta=0.0,
-        eps_low=clip[0],
-        eps_high=clip[1],
+        eps_low=settings.clip[0],
+        eps_high=settings.clip[1],
         inplace=inplace,
-        loss_type=loss_type,
+        loss_type=settings.loss_type,
         reduce=True,
     )[0]

@@ -116,7 +116,7 @@ def trl_loss(logprobs: Tensor, made: Inputs) -> Tensor:
     (old,) = padded(made, ("old_logprobs",))
     shaped = logprobs.view_as(old)
     mask = torch.ones_like(old)
-    return peers.trl_policy_loss(shaped, mask, made["advantages"], loss_type="dapo", old_logprobs=old)
+    return peers.trl_policy_loss(shaped, mask, made["advantages"], peers.LossSettings("dapo", old))
 
 
 def plain_loss(logprobs: Tensor, made: Inputs) -> Tensor:

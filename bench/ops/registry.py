@@ -203,8 +203,7 @@ def _head_loss_liger(made: Inputs, case: Case, *, whole: bool) -> Tensor:
         targets,
         torch.ones_like(old),
         made["advantages"],
-        loss_type="dapo",
-        old_logprobs=old,
+        peers.LossSettings("dapo", old),
         chunk_size=hidden.shape[0] if whole else 1,
         compiled=hidden.is_cuda,  # Liger's default; the CPU figures are of its uncompiled code
     )
@@ -274,7 +273,7 @@ def _logits_liger(made: Inputs, case: Case) -> Tensor:
         logits = made["logits"].detach().unflatten(0, (targets.shape[0], -1))
         made["_longer"] = torch.nn.functional.pad(logits, (0, 0, 0, 1)).requires_grad_()
     return peers.liger_logits_policy_loss(
-        made["_longer"], targets, torch.ones_like(old), made["advantages"], loss_type="dapo", old_logprobs=old
+        made["_longer"], targets, torch.ones_like(old), made["advantages"], peers.LossSettings("dapo", old)
     )
 
 

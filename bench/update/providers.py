@@ -249,7 +249,7 @@ def trl(policy: Policy, rollouts: Rollouts) -> Forward:
         add_fused_lm_head(model, temperature=1.0, outputs=("log_probs", "entropy"))
         model.bench_fused_head = True
     inputs = _trl_inputs(policy, rollouts)
-    trainer = peers._trl_trainer("dapo", (0.2, 0.2), 0.0, None, corrects=False)
+    trainer = peers._trl_trainer(peers.LossSettings("dapo"))
     trainer.accelerator.autocast = nullcontext
     definition = copy.copy(peers._trl_definition("grpo_trainer", "_get_per_token_logps_and_entropies"))
     definition.decorator_list = []  # drops the decorator, which logs how long a call takes

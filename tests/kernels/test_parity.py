@@ -152,7 +152,7 @@ def our_options(batch: dict[str, Tensor], loss_type: str) -> dict:
     return options
 
 
-def peer_options(batch: dict[str, Tensor], loss_type: str) -> dict:
+def peer_settings(batch: dict[str, Tensor], loss_type: str) -> peers.LossSettings:
     """The same settings in the peers' words; ``dr_grpo`` is told the longest completion as its maximum."""
     cu_seqlens = batch["cu_seqlens"]
     options: dict = {"loss_type": loss_type, "clip": CLIP, "max_length": int(cu_seqlens.diff().max())}
@@ -166,7 +166,7 @@ def peer_options(batch: dict[str, Tensor], loss_type: str) -> dict:
     if "sampling_logprobs" in batch:
         ratio = (batch["old_logprobs"] - batch["sampling_logprobs"]).exp().clamp(max=CAP)
         options["sampling_ratio"] = peers.pad_ragged(ratio, cu_seqlens)
-    return options
+    return peers.LossSettings(**options)
 
 
 def in_float64(batch: dict) -> dict:
@@ -188,7 +188,7 @@ def test_trl_losses(seed: int, loss_type: str, case: str, impl: str) -> None:
         if name == "peer":
             padded = peers.pad_ragged(logprobs, cu_seqlens)
             mask = peers.completion_mask(cu_seqlens)
-            loss = peers.trl_policy_loss(padded, mask, data["advantages"], **peer_options(data, loss_type))
+            loss = peers.trl_policy_loss(padded, mask, data["advantages"], peer_settings(data, loss_type))
         else:
             function = policy_loss_reference if name == "exact" else policy_loss
             options = our_options(data, loss_type) | ({} if name == "exact" else {"impl": impl})
@@ -260,8 +260,8 @@ def test_liger_loss_and_gradients(seed: int, loss_type: str, case: str, ours: Ca
                 peers.pad_ragged(data["targets"], cu_seqlens),
                 peers.completion_mask(cu_seqlens),
                 data["advantages"],
+                peer_settings(data, loss_type),
                 temperature=TEMPERATURE,
-                **peer_options(data, loss_type),
             )
         else:
             arguments = (hidden, weight, data["targets"], data["old_logprobs"], data["advantages"], cu_seqlens)
@@ -292,7 +292,7 @@ def test_trl_losses_from_logits(seed: int, loss_type: str, case: str, impl: str)
         if name == "peer":
             padded = peers.pad_ragged(peers.trl_logprobs_of_logits(logits / TEMPERATURE, data["targets"]), cu_seqlens)
             mask = peers.completion_mask(cu_seqlens)
-            loss = peers.trl_policy_loss(padded, mask, data["advantages"], **peer_options(data, loss_type))
+            loss = peers.trl_policy_loss(padded, mask, data["advantages"], peer_settings(data, loss_type))
         else:
             function = exact_logits_loss if name == "exact" else partial(logits_policy_loss, impl=impl)
             arguments = (logits, data["targets"], data["old_logprobs"], data["advantages"], cu_seqlens)
