@@ -18,6 +18,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from balcaprl.kernels.support.upload import upload
+
 TRITON_MAX_HEAD_DIM = 128
 """The largest head size for which the Triton kernels' tiles have room."""
 
@@ -79,18 +81,16 @@ class SharedPrefixLayout:
         totals = [sum(each) for each in completion_lengths]
         groups = [prompt + total for prompt, total in zip(prompt_lengths, totals, strict=True)]
         cu_seqlens, lengths = _cumulated(segments), torch.tensor(segments)
-        on_device = _uploaded(
-            [
-                cu_seqlens,
-                torch.tensor(owners),
-                _cumulated(groups),
-                _cumulated(prompt_lengths),
-                _cumulated(totals),
-                cu_seqlens[:-1].repeat_interleave(lengths),
-                cu_seqlens[1:].repeat_interleave(lengths),
-            ],
-            torch.device(device),
-        )
+        for_device = [
+            cu_seqlens,
+            torch.tensor(owners),
+            _cumulated(groups),
+            _cumulated(prompt_lengths),
+            _cumulated(totals),
+            cu_seqlens[:-1].repeat_interleave(lengths),
+            cu_seqlens[1:].repeat_interleave(lengths),
+        ]
+        on_device = upload([each.to(torch.int32) for each in for_device], device)
         on_host = [
             torch.tensor(list(prompt_lengths), dtype=torch.long),
             torch.tensor([len(each) for each in completion_lengths], dtype=torch.long),
@@ -158,20 +158,3 @@ def _check_lengths(prompt_lengths: Sequence[int], completion_lengths: Sequence[S
 
 def _cumulated(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.long).cumsum(0)
-
-
-_ALIGNMENT = 16
-"""Number of int32 values, 64 bytes, at a multiple of which each part of an upload begins. Triton compiles a kernel
-separately for pointers that are not multiples of 16 bytes."""
-
-
-def _uploaded(parts: list[Tensor], device: torch.device) -> list[Tensor]:
-    """The parts as int32 on the device; on CUDA they are views of one tensor that is copied without waiting."""
-    if device.type != "cuda":
-        return [part.to(device, torch.int32) for part in parts]
-    rooms = [-(-part.numel() // _ALIGNMENT) * _ALIGNMENT for part in parts]
-    buffer = torch.zeros(sum(rooms), dtype=torch.int32, pin_memory=True)
-    for part, room in zip(parts, buffer.split(rooms), strict=True):
-        room[: part.numel()] = part
-    moved = buffer.to(device, non_blocking=True).split(rooms)
-    return [room[: part.numel()] for part, room in zip(parts, moved, strict=True)]
