@@ -1,8 +1,8 @@
 """What differs between the supported model families: the image call, the positions, and the special ids.
 
 Everything else is the same across transformers: a text model runs on embeddings, and ``get_input_embeddings`` and
-``get_output_embeddings`` return the input and output embeddings. A new family needs one new class in this module.
-Methods take the stock model itself, never one that an adapter wraps.
+``get_output_embeddings`` return the input and output embeddings. A new family needs one new class in this module, and its
+place in ``registry.py``. Methods take the stock model itself, never one that an adapter wraps.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -395,72 +394,3 @@ class Unknown(OneAxis):
                 f"freeze_vision: model_type {model.config.model_type!r} has no image tower under a name that is known"
             )
         return found
-
-
-_FAMILIES: tuple[Family, ...] = (QwenVL(), Qwen3VL(), Llava(), LlavaNext(), TextOnly())
-_FIXED_SIZE_TOWERS = ("clip_vision_model", "siglip_vision_model")
-"""Tower types that the LLaVA classes support; other towers, such as Pixtral's, take images of any size."""
-
-
-def family_of(config: Any) -> Family:
-    """Return the family that serves a transformers configuration.
-
-    A vision-language model that is not listed gets ``Unknown`` and a warning that names it: it can be trained, but
-    without the savings of shared prompts.
-
-    Raises:
-        UnsupportedFamilyError: No family serves it; the message names its ``model_type`` and, where it is no
-            vision-language model, the supported ones.
-    """
-    for family in _FAMILIES:
-        if config.model_type in family.model_types and not _has_other_tower(config, family):
-            return family
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    supported = ", ".join(name for family in _FAMILIES for name in family.model_types)
-    if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        _refuse_other_decoders(config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config.model_type])
-        logger.warning(
-            "model_type %r is not one of %s: each completion runs with its own copy of prompt and images",
-            config.model_type,
-            supported,
-        )
-        return Unknown()
-    raise UnsupportedFamilyError(
-        f"model_type {config.model_type!r} is not supported; supported are {supported}, and, more slowly, the "
-        "image-text-to-text models of transformers. A family is one class in balcaprl/policy/families.py"
-    )
-
-
-def _has_other_tower(config: Any, family: Family) -> bool:
-    return isinstance(family, Llava) and config.vision_config.model_type not in _FIXED_SIZE_TOWERS
-
-
-_DECODER_INPUTS = ("decoder_input_ids", "encoder_outputs")
-_CROSS_ATTENTION = (
-    "cross_attention_mask",
-    "cross_attention_states",
-    "image_attention_mask",
-    "image_encoder_embeddings",
-)
-
-
-def _refuse_other_decoders(config: Any, class_name: Any) -> None:
-    """Raise UnsupportedFamilyError for a model that does not read prompt, images and completion as one sequence."""
-    import transformers
-
-    names = class_name if isinstance(class_name, (list, tuple)) else [class_name]
-    inputs: Iterable[str] = inspect.signature(getattr(transformers, names[0]).forward).parameters
-    told = f"model_type {config.model_type!r} is not supported: "
-    parts = [config, *(getattr(config, name, None) for name in ("text_config", "decoder"))]
-    if any(getattr(part, "is_encoder_decoder", False) for part in parts) or any(x in inputs for x in _DECODER_INPUTS):
-        raise UnsupportedFamilyError(
-            told
-            + "its prompt goes through an encoder and its completion through a decoder (encoder-decoder), and a policy here is "
-            "one decoder that reads both as one sequence"
-        )
-    if any(x in inputs for x in _CROSS_ATTENTION):
-        raise UnsupportedFamilyError(
-            told
-            + "its text layers look at the image by cross-attention, and a policy here reads image tokens in its prompt"
-        )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from balcaprl.policy.agreement import check_agreement
-from balcaprl.policy.families import Family, Unknown, family_of
+from balcaprl.policy.families import Family, Unknown
 from balcaprl.policy.forward import last_hidden_states
 from balcaprl.policy.head import Head, LogitRule, head_module, known_ids
 from balcaprl.policy.layers.attention import checkpointing, enable_checkpointing, register, sharing_obstacle
@@ -32,6 +32,7 @@ from balcaprl.policy.packing import (
 )
 from balcaprl.policy.parts import saved_tokens
 from balcaprl.policy.record_text import RecordText
+from balcaprl.policy.registry import family_of
 from balcaprl.policy.stock import (
     check_family,
     load_stock,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors.torch import load_file
 
-from balcaprl.policy.families import UnsupportedFamilyError, family_of
+from balcaprl.policy.families import UnsupportedFamilyError
+from balcaprl.policy.registry import family_of
 from balcaprl.policy.weight_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from balcaprl.policy import Group, Policy, UnsupportedFamilyError
-from balcaprl.policy.families import family_of
 from balcaprl.policy.layers.fused import stock_layers
+from balcaprl.policy.registry import family_of
 from balcaprl.torchvision_compat import ensure_importable
 
 ensure_importable()
