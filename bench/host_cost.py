@@ -30,10 +30,10 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import update_providers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from update_providers import SIZES, Shape, build_policy, make_rollouts
+from update import providers
+from update.providers import SIZES, Shape, build_policy, make_rollouts
 
 from balcaprl.kernels import SharedPrefixLayout, shared_prefix_attention
 from balcaprl.kernels.support import deferred, launch
@@ -191,7 +191,7 @@ def times_of(calls: dict[str, Call]) -> dict[str, float]:
 def update_call(policy: Policy, size: str) -> Call:
     """Pack, forward and backward of one group."""
     rollouts = make_rollouts(Shape(size, 8, 64, 16), policy)
-    forward = update_providers.PROVIDERS["ours"](policy, rollouts)
+    forward = providers.PROVIDERS["ours"](policy, rollouts)
 
     def call() -> None:
         policy.model.zero_grad(set_to_none=True)
