@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from balcaprl.kernels.shared_prefix.layout import SharedPrefixLayout
+from balcaprl.kernels.shared_prefix.records import AttentionInputs
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
@@ -40,7 +41,7 @@ class SharedPrefixAttention(NamedTuple):
         """See ``Attention.forward``."""
         from balcaprl.kernels.shared_prefix import triton
 
-        out, lse = triton.forward(query, key, value, self.layout, self.scale)
+        out, lse = triton.forward(AttentionInputs(query, key, value, self.layout, self.scale))
         return out, (lse,)
 
     def backward(
@@ -49,7 +50,8 @@ class SharedPrefixAttention(NamedTuple):
         """See ``Attention.backward``."""
         from balcaprl.kernels.shared_prefix import triton
 
-        return triton.backward_in_parts(grad, query, key, value, out, kept[0], self.layout, self.scale)
+        inputs = AttentionInputs(query, key, value, self.layout, self.scale)
+        return triton.backward_in_parts(grad, inputs, out, kept[0])
 
 
 class SegmentAttention(NamedTuple):

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from balcaprl.kernels.shared_prefix.layout import LAYOUT_FIELDS, TRITON_MAX_HEAD_DIM, SharedPrefixLayout
+from balcaprl.kernels.shared_prefix.records import AttentionInputs
 from balcaprl.kernels.support import launch
 from balcaprl.kernels.support.checks import check_impl, check_number, check_tensor
 from balcaprl.kernels.support.dispatch import compute_dtype
@@ -135,11 +136,7 @@ def resolve_impl(impl: str, query: Tensor) -> str:
 def _implementation(impl: str) -> ModuleType:
     """Imports the module of ``impl``, only when it is needed, because some modules require triton or flash-attn.
 
-    Each module defines two functions:
-
-    ``forward(query, key, value, layout, scale) -> (out (T, H, head_dim), lse (H, T))``, where ``out`` is contiguous and
-    ``lse`` holds natural logarithms in float32 (float64 for float64 inputs).
-    ``backward(grad_out, query, key, value, out, lse, layout, scale) -> (grad_query, grad_key, grad_value)``.
+    ``records.py`` says which functions each module has.
     """
     return importlib.import_module(f"{__package__}.{impl}")
 
@@ -155,7 +152,7 @@ class _Attention(torch.autograd.Function):
         ctx.implementation = _implementation(resolve_impl(impl, query))
         ctx.layout, ctx.scale = layout, scale
         with _without_autocast(query):
-            out, lse = ctx.implementation.forward(query, key, value, layout, scale)
+            out, lse = ctx.implementation.forward(AttentionInputs(query, key, value, layout, scale))
         ctx.save_for_backward(query, key, value, out, lse)
         return out  # type: ignore[no-any-return]
 
@@ -163,8 +160,9 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
+        inputs = AttentionInputs(query, key, value, ctx.layout, ctx.scale)
         with _without_autocast(query):
-            gradients = ctx.implementation.backward(grad_out, query, key, value, out, lse, ctx.layout, ctx.scale)
+            gradients = ctx.implementation.backward(grad_out, inputs, out, lse)
         return *gradients, None, None, None
 
 
@@ -184,7 +182,7 @@ def _attention_op(query: Tensor, key: Tensor, value: Tensor, layout: list[Tensor
     """Runs the forward in a compiled graph."""
     with _without_autocast(query):
         implementation = _implementation(resolve_impl(impl, query))
-        return implementation.forward(query, key, value, SharedPrefixLayout(*layout), scale)
+        return implementation.forward(AttentionInputs(query, key, value, SharedPrefixLayout(*layout), scale))
 
 
 @_attention_op.register_fake
@@ -201,8 +199,9 @@ def _attention_fake(query, key, value, layout, scale, impl):
 )
 def _attention_backward_op(grad_out, query, key, value, out, lse, layout, scale, impl):
     implementation = _implementation(resolve_impl(impl, query))
+    inputs = AttentionInputs(query, key, value, SharedPrefixLayout(*layout), scale)
     with _without_autocast(query):
-        return implementation.backward(grad_out, query, key, value, out, lse, SharedPrefixLayout(*layout), scale)
+        return implementation.backward(grad_out, inputs, out, lse)
 
 
 @_attention_backward_op.register_fake

@@ -57,6 +57,7 @@ import torch
 from torch import Tensor
 
 from balcaprl.kernels.shared_prefix.layout import SharedPrefixLayout
+from balcaprl.kernels.shared_prefix.records import AttentionInputs, Gradients
 
 MODULES = {
     2: "flash_attn.flash_attn_interface",
@@ -77,6 +78,15 @@ class _Sequences(NamedTuple):
     max_keys: int
     causal: bool
 
+    def keywords(self) -> dict[str, Any]:
+        """The lengths as FlashAttention 3 and 4 name them."""
+        return {
+            "cu_seqlens_q": self.cu_queries,
+            "cu_seqlens_k": self.cu_keys,
+            "max_seqlen_q": self.max_queries,
+            "max_seqlen_k": self.max_keys,
+        }
+
 
 class _Library(NamedTuple):
     """The kernels of one FlashAttention version, with signatures that are the same for all versions."""
@@ -87,22 +97,20 @@ class _Library(NamedTuple):
     """Maps (grad_out, query, key, value, out, lse, sequences, scale) to the gradients of query, key and value."""
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Computes (out, lse) as ``shared_prefix_attention._implementation`` defines them.
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Computes (out, lse) as ``records.py`` defines them.
 
     Raises:
         ValueError: flash-attn does not support the dtype, device or head size, or is not installed.
     """
-    library = _library_for(query)
-    query, key, value = (_rows(x) for x in (query, key, value))
-    own, prompts = _calls(layout)
-    out, lse = library.forward(query, key, value, own, scale)
+    library = _library_for(inputs.query)
+    query, key, value = (_rows(x) for x in inputs[:3])
+    own, prompts = _calls(inputs.layout)
+    out, lse = library.forward(query, key, value, own, inputs.scale)
     if prompts is None:
         return out.contiguous(), lse.contiguous()
     at, of = prompts.completion_tokens, prompts.prompt_tokens
-    part, part_lse = library.forward(query[at], key[of], value[of], prompts.sequences, scale)
+    part, part_lse = library.forward(query[at], key[of], value[of], prompts.sequences, inputs.scale)
     # The join is computed in float32 and rounded once. The kernels have already rounded each part.
     own_lse = lse[:, at]
     joint = torch.logaddexp(own_lse, part_lse)
@@ -112,26 +120,17 @@ def forward(
     return out.contiguous(), lse.contiguous()
 
 
-def backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    layout: SharedPrefixLayout,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the three gradients as ``shared_prefix_attention._implementation`` defines them."""
-    library = _library_for(query)
-    grad_out, query, key, value = (_rows(x) for x in (grad_out, query, key, value))
-    own, prompts = _calls(layout)
-    grad_query, grad_key, grad_value = library.backward(grad_out, query, key, value, out, lse, own, scale)
+def backward(grad_out: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> Gradients:
+    """Computes the three gradients as ``records.py`` defines them."""
+    library = _library_for(inputs.query)
+    grad_out, query, key, value = (_rows(x) for x in (grad_out, *inputs[:3]))
+    own, prompts = _calls(inputs.layout)
+    grad_query, grad_key, grad_value = library.backward(grad_out, query, key, value, out, lse, own, inputs.scale)
     if prompts is None:
         return grad_query, grad_key, grad_value
     at, of = prompts.completion_tokens, prompts.prompt_tokens
     arguments = (grad_out[at], query[at], key[of], value[of], out[at], lse[:, at].contiguous())
-    shares = library.backward(*arguments, prompts.sequences, scale)
+    shares = library.backward(*arguments, prompts.sequences, inputs.scale)
     # No index occurs twice, so the result does not depend on the order of the additions.
     grad_query[at] += shares[0]
     grad_key[of] += shares[1]
@@ -258,41 +257,16 @@ def _version_3(module: Any) -> _Library:
     """The kernels of FlashAttention 3, from the folder ``hopper`` of its repository."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, s: _Sequences, scale: float) -> tuple[Tensor, Tensor]:
-        result = module._flash_attn_forward(
-            q,
-            k,
-            v,
-            cu_seqlens_q=s.cu_queries,
-            cu_seqlens_k=s.cu_keys,
-            max_seqlen_q=s.max_queries,
-            max_seqlen_k=s.max_keys,
-            softmax_scale=scale,
-            causal=s.causal,
-        )
+        result = module._flash_attn_forward(q, k, v, **s.keywords(), softmax_scale=scale, causal=s.causal)
         return result[0], result[1]
 
     def backward(
         g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: _Sequences, scale: float
     ) -> tuple[Tensor, ...]:
         gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
-        module._flash_attn_backward(
-            g,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            cu_seqlens_q=s.cu_queries,
-            cu_seqlens_k=s.cu_keys,
-            max_seqlen_q=s.max_queries,
-            max_seqlen_k=s.max_keys,
-            dq=gradients[0],
-            dk=gradients[1],
-            dv=gradients[2],
-            softmax_scale=scale,
-            is_causal=s.causal,
-            deterministic=True,
-        )
+        results = dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+        options = {"softmax_scale": scale, "is_causal": s.causal, "deterministic": True}
+        module._flash_attn_backward(g, q, k, v, out, lse, **s.keywords(), **results, **options)
         return gradients
 
     return _Library(forward, backward)
@@ -302,38 +276,15 @@ def _version_4(module: Any) -> _Library:
     """The kernels of FlashAttention 4, from the folder ``flash_attn/cute`` of its repository."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, s: _Sequences, scale: float) -> tuple[Tensor, Tensor]:
-        result = module._flash_attn_fwd(
-            q,
-            k,
-            v,
-            cu_seqlens_q=s.cu_queries,
-            cu_seqlens_k=s.cu_keys,
-            max_seqlen_q=s.max_queries,
-            max_seqlen_k=s.max_keys,
-            softmax_scale=scale,
-            causal=s.causal,
-            return_lse=True,
-        )
+        options = {"softmax_scale": scale, "causal": s.causal, "return_lse": True}
+        result = module._flash_attn_fwd(q, k, v, **s.keywords(), **options)
         return result[0], result[1]
 
     def backward(
         g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s: _Sequences, scale: float
     ) -> tuple[Tensor, ...]:
-        return module._flash_attn_bwd(
-            q,
-            k,
-            v,
-            out,
-            g,
-            lse,
-            softmax_scale=scale,
-            causal=s.causal,
-            cu_seqlens_q=s.cu_queries,
-            cu_seqlens_k=s.cu_keys,
-            max_seqlen_q=s.max_queries,
-            max_seqlen_k=s.max_keys,
-            deterministic=True,
-        )
+        options = {"softmax_scale": scale, "causal": s.causal, "deterministic": True}
+        return module._flash_attn_bwd(q, k, v, out, g, lse, **s.keywords(), **options)
 
     return _Library(forward, backward)
 

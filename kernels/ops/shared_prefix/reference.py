@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from balcaprl.kernels.shared_prefix.layout import SharedPrefixLayout
+from balcaprl.kernels.shared_prefix.records import AttentionInputs, Gradients
 from balcaprl.kernels.support.dispatch import compute_dtype
 from balcaprl.kernels.support.products import gapless, with_gapless_gradient
 
@@ -16,13 +17,12 @@ def shared_prefix_attention_reference(
     """The specification in plain PyTorch, with autograd's own gradient. Takes the arguments of
     ``shared_prefix_attention`` and does not check them."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _parts(query, key, value, layout, scale)[0]
+    return _parts(AttentionInputs(query, key, value, layout, scale))[0]
 
 
-def _parts(
-    query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scale: float
-) -> tuple[Tensor, Tensor]:
+def _parts(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """The (out, lse) of the specification."""
+    query, key, value, layout, scale = inputs
     repeats = query.shape[1] // key.shape[1]
     outs, lses = [], []
     for start, prompt, completions in layout.groups:
@@ -46,25 +46,15 @@ def _group_mask(prompt: int, completions: list[int], device: torch.device) -> Te
     return sees.tril()
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Computes (out, lse) as ``shared_prefix_attention._implementation`` defines them."""
-    out, lse = _parts(query, key, value, layout, scale)
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Computes (out, lse) as ``records.py`` defines them."""
+    out, lse = _parts(inputs)
     return out.contiguous(), lse
 
 
-def backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    layout: SharedPrefixLayout,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the three gradients as ``shared_prefix_attention._implementation`` defines them."""
+def backward(grad_out: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> Gradients:
+    """Computes the three gradients as ``records.py`` defines them."""
+    query, key, value, layout, scale = inputs
     repeats = query.shape[1] // key.shape[1]
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
     for start, prompt, completions in layout.groups:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from balcaprl.kernels.shared_prefix.layout import SharedPrefixLayout
+from balcaprl.kernels.shared_prefix.records import AttentionInputs, Gradients
 from balcaprl.kernels.support.dispatch import compute_dtype
 from balcaprl.kernels.support.products import gapless
 
@@ -33,10 +34,9 @@ _SHORT_SEGMENT = 64
 _MAX_STRETCH = 1.25
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Computes (out, lse) as ``shared_prefix_attention._implementation`` defines them."""
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Computes (out, lse) as ``records.py`` defines them."""
+    query, key, value, layout, scale = inputs
     num_tokens, num_heads, _ = query.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse_TH = torch.empty((num_tokens, num_heads), dtype=compute_dtype(query.dtype), device=query.device)
@@ -58,17 +58,9 @@ def forward(
     return out, lse_TH.T.contiguous()
 
 
-def backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    layout: SharedPrefixLayout,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the three gradients as ``shared_prefix_attention._implementation`` defines them."""
+def backward(grad_out: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> Gradients:
+    """Computes the three gradients as ``records.py`` defines them."""
+    query, key, value, layout, scale = inputs
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     lse_TH = lse.T
     grad_query, grad_key, grad_value = (

@@ -5,13 +5,15 @@ compile suite what their machine code must show. This module is imported only wh
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from balcaprl.kernels.shared_prefix.layout import TRITON_MAX_HEAD_DIM, SharedPrefixLayout
+from balcaprl.kernels.shared_prefix.records import AttentionInputs, Gradients
 from balcaprl.kernels.shared_prefix.triton_kernels import (
     _shared_prefix_delta_kernel,
     _shared_prefix_dkdv_kernel,
@@ -21,16 +23,15 @@ from balcaprl.kernels.shared_prefix.triton_kernels import (
 from balcaprl.kernels.support.launch import TRITON_TYPES, KernelSpec, Launch, Work, launch, on_device
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, layout: SharedPrefixLayout, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Computes (out, lse) as ``shared_prefix_attention._implementation`` defines them.
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Computes (out, lse) as ``records.py`` defines them.
 
     Raises:
         ValueError: ``head_dim`` is above ``TRITON_MAX_HEAD_DIM``, or the dtype is float64.
     """
-    _check(query)
-    query, key, value = (_addressable(x) for x in (query, key, value))
+    _check(inputs.query)
+    query, key, value = (_addressable(x) for x in inputs[:3])
+    layout = inputs.layout
     num_tokens, num_heads, _ = query.shape
     out = query.new_empty(query.shape)
     lse = query.new_empty((num_heads, num_tokens), dtype=torch.float32)
@@ -53,42 +54,24 @@ def forward(
         num_tiles,
         key.shape[1],
         num_heads // key.shape[1],
-        scale,
+        inputs.scale,
     )
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    layout: SharedPrefixLayout,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the three gradients as ``shared_prefix_attention._implementation`` defines them."""
-    grad_query, *parts = backward_in_parts(grad_out, query, key, value, out, lse, layout, scale)
-    grad_key, grad_value = (x[0] if x.shape[0] == 1 else x.sum(0).to(key.dtype) for x in parts)
+def backward(grad_out: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> Gradients:
+    """Computes the three gradients as ``records.py`` defines them."""
+    grad_query, *parts = backward_in_parts(grad_out, inputs, out, lse)
+    grad_key, grad_value = (x[0] if x.shape[0] == 1 else x.sum(0).to(inputs.key.dtype) for x in parts)
     return grad_query, grad_key, grad_value
 
 
-def backward_in_parts(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    layout: SharedPrefixLayout,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward_in_parts(grad_out: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> Gradients:
     """The gradient of the query, and those of key and value as parts (P, T, H_kv, head_dim) that are still to be added;
     parts are float32 if there is more than one."""
-    query, key, value, grad_out = (_addressable(x) for x in (query, key, value, grad_out))
+    query, key, value, grad_out = (_addressable(x) for x in (*inputs[:3], grad_out))
     saved = _Saved(query, key, value, grad_out, lse.contiguous(), _delta(out.contiguous(), grad_out))
-    return _grad_query(saved, layout, scale), *_grad_key_value(saved, layout, scale)
+    return _grad_query(saved, inputs.layout, inputs.scale), *_grad_key_value(saved, inputs.layout, inputs.scale)
 
 
 class _Saved(NamedTuple):
@@ -256,28 +239,39 @@ def _tiled(length: int, block: int) -> int:
     return -(-length // block) * block
 
 
-def _forward_work(head_dim: int, dtype: torch.dtype, row: Launch) -> Work:
+def _work(
+    head_dim: int,
+    dtype: torch.dtype,
+    row: Launch,
+    *,
+    query_rows: int,
+    statistics: int,
+    key_rows: int,
+    products: int,
+    by_keys: bool = False,
+) -> Work:
+    """The work of a kernel that multiplies over all pairs of a query and a key that it sees.
+
+    Args:
+        head_dim: columns of a head.
+        dtype: storage dtype of the tensors.
+        row: tile sizes.
+        query_rows: number of tensors (T, H, head_dim) that it reads or writes.
+        statistics: number of float32 tensors (H, T) that it reads or writes.
+        key_rows: number of tensors (T, H_kv, head_dim) that it reads or writes.
+        products: number of matrix products.
+        by_keys: whether a program owns a tile of keys and reads the queries again, and not the other way round.
+    """
     size = head_dim * dtype.itemsize
-    queries = 2 * _TOKENS * _HEADS * size + 4 * _HEADS * _TOKENS
-    keys = 2 * _TOKENS * _KV_HEADS * size
-    repeated = 2 * _GROUPS * _HEADS * _keys_read(row) * size
-    return _work(head_dim, dtype, queries + keys, queries + repeated, 2)
-
-
-def _dq_work(head_dim: int, dtype: torch.dtype, row: Launch) -> Work:
-    size = head_dim * dtype.itemsize
-    queries = 3 * _TOKENS * _HEADS * size + 8 * _HEADS * _TOKENS
-    keys = 2 * _TOKENS * _KV_HEADS * size
-    repeated = 2 * _GROUPS * _HEADS * _keys_read(row) * size
-    return _work(head_dim, dtype, queries + keys, queries + repeated, 3)
-
-
-def _dkdv_work(head_dim: int, dtype: torch.dtype, row: Launch) -> Work:
-    size = head_dim * dtype.itemsize
-    queries = 2 * _TOKENS * _HEADS * size + 8 * _HEADS * _TOKENS
-    keys = 4 * _TOKENS * _KV_HEADS * size
-    repeated = _GROUPS * _HEADS * _queries_read(row) * (2 * size + 8)
-    return _work(head_dim, dtype, queries + keys, keys + repeated, 4)
+    queries = _TOKENS * _HEADS * (query_rows * size + 4 * statistics)
+    keys = key_rows * _TOKENS * _KV_HEADS * size
+    if by_keys:
+        moved = keys + _GROUPS * _HEADS * _queries_read(row) * (2 * size + 8)
+    else:
+        moved = queries + 2 * _GROUPS * _HEADS * _keys_read(row) * size
+    operations = 2 * products * _PAIRS * _HEADS * head_dim
+    unit: Literal["tensor", "fp32"] = "tensor" if dtype.itemsize == 2 else "fp32"
+    return Work(f"{_SHAPE} D={head_dim}", queries + keys, moved, operations, unit)
 
 
 def _delta_work(head_dim: int, dtype: torch.dtype, _: Launch) -> Work:
@@ -285,17 +279,13 @@ def _delta_work(head_dim: int, dtype: torch.dtype, _: Launch) -> Work:
     return Work(f"{_SHAPE} D={head_dim}", moved, moved, 2 * _TOKENS * _HEADS * head_dim)
 
 
-def _work(head_dim: int, dtype: torch.dtype, floor: int, moved: int, products: int) -> Work:
-    """The work of ``products`` matrix products over all pairs of a query and a key that it sees."""
-    operations = 2 * products * _PAIRS * _HEADS * head_dim
-    return Work(f"{_SHAPE} D={head_dim}", floor, moved, operations, "tensor" if dtype.itemsize == 2 else "fp32")
-
-
-_WORK = {
-    _shared_prefix_fwd_kernel: _forward_work,
+_WORK: dict[Any, Callable[[int, torch.dtype, Launch], Work]] = {
+    _shared_prefix_fwd_kernel: functools.partial(_work, query_rows=2, statistics=1, key_rows=2, products=2),
     _shared_prefix_delta_kernel: _delta_work,
-    _shared_prefix_dq_kernel: _dq_work,
-    _shared_prefix_dkdv_kernel: _dkdv_work,
+    _shared_prefix_dq_kernel: functools.partial(_work, query_rows=3, statistics=2, key_rows=2, products=3),
+    _shared_prefix_dkdv_kernel: functools.partial(
+        _work, query_rows=2, statistics=2, key_rows=4, products=4, by_keys=True
+    ),
 }
 
 
