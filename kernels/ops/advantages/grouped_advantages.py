@@ -272,7 +272,14 @@ def _grouped_advantages_impl(
     if impl == "native":
         return _grouped_advantages_native(rewards, group_size, weights, *mask, method, eps)
     if impl == "triton":
-        return _grouped_advantages_triton(rewards, group_size, weights, mask, method, eps)
+        from balcaprl.kernels.advantages import triton
+
+        rounding = _ROUNDING * torch.finfo(torch.float64).eps
+        advantages, bad = triton.grouped_advantages(rewards, group_size, weights, mask, method, eps, rounding)
+        for bit, status in enumerate(_VALUE_ERRORS):
+            if bad >> bit & 1:
+                raise ValueError(_VALUE_ERRORS[status])
+        return advantages
     _check_values(rewards, weights, lengths, reference_lengths)
     return grouped_advantages_reference(
         rewards.double(),
@@ -358,25 +365,4 @@ def _grouped_advantages_native(
         raise MemoryError(f"grouped_advantages: no memory for {rewards.shape[0]} rollouts")
     if status != native.OK:
         raise ValueError(_VALUE_ERRORS[status])
-    return advantages
-
-
-def _grouped_advantages_triton(
-    rewards: Tensor,
-    group_size: int,
-    weights: Tensor | None,
-    mask: tuple[Tensor | None, Tensor | None, int | None, tuple[float, float]],
-    method: str,
-    eps: float,
-) -> Tensor:
-    """Runs ``triton.py``: one launch, then one read of a number whose bits flag forbidden values."""
-    from balcaprl.kernels.advantages import triton as triton_grouped_advantages
-
-    rounding = _ROUNDING * torch.finfo(torch.float64).eps
-    advantages, bad = triton_grouped_advantages.grouped_advantages(
-        rewards, group_size, weights, mask, method, eps, rounding
-    )
-    for bit, status in enumerate(_VALUE_ERRORS):
-        if bad >> bit & 1:
-            raise ValueError(_VALUE_ERRORS[status])
     return advantages

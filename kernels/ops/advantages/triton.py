@@ -139,21 +139,9 @@ def _grouped_advantages_kernel(
         for first_group in range(0, num_groups, BLOCK_N):
             _, _, totals, scored, weights_size, bad = _tile_advantages(
                 tl.full((), 0, tl.int64) + first_group,
-                rewards_RK,
-                weights_K,
-                lengths_R,
-                reference_lengths_R,
-                num_groups,
-                group_size,
-                masked_reward,
-                NUM_REWARDS,
-                False,
-                LENGTH_LOW,
-                LENGTH_HIGH,
-                EPS,
-                BLOCK_N,
-                BLOCK_G,
-            )
+                rewards_RK, weights_K, lengths_R, reference_lengths_R, num_groups, group_size, masked_reward,
+                NUM_REWARDS, False, LENGTH_LOW, LENGTH_HIGH, EPS, BLOCK_N, BLOCK_G,
+            )  # fmt: skip
             if bad != 0:
                 tl.atomic_or(status, bad)
             is_scored = scored != 0
@@ -171,41 +159,17 @@ def _grouped_advantages_kernel(
         for first_group in range(0, num_groups, BLOCK_N):
             rollouts, here, totals, _, _, _ = _tile_advantages(
                 tl.full((), 0, tl.int64) + first_group,
-                rewards_RK,
-                weights_K,
-                lengths_R,
-                reference_lengths_R,
-                num_groups,
-                group_size,
-                masked_reward,
-                NUM_REWARDS,
-                False,
-                LENGTH_LOW,
-                LENGTH_HIGH,
-                EPS,
-                BLOCK_N,
-                BLOCK_G,
-            )
+                rewards_RK, weights_K, lengths_R, reference_lengths_R, num_groups, group_size, masked_reward,
+                NUM_REWARDS, False, LENGTH_LOW, LENGTH_HIGH, EPS, BLOCK_N, BLOCK_G,
+            )  # fmt: skip
             whitened = tl.where(varied, totals / tl.where(varied, std + EPS, 1.0), 0.0)
             tl.store(advantages_R + rollouts, whitened.to(tl.float32), mask=here)
     else:
         rollouts, here, totals, _, _, bad = _tile_advantages(
             tl.program_id(0).to(tl.int64) * BLOCK_N,
-            rewards_RK,
-            weights_K,
-            lengths_R,
-            reference_lengths_R,
-            num_groups,
-            group_size,
-            masked_reward,
-            NUM_REWARDS,
-            METHOD == "grpo",
-            LENGTH_LOW,
-            LENGTH_HIGH,
-            EPS,
-            BLOCK_N,
-            BLOCK_G,
-        )
+            rewards_RK, weights_K, lengths_R, reference_lengths_R, num_groups, group_size, masked_reward,
+            NUM_REWARDS, METHOD == "grpo", LENGTH_LOW, LENGTH_HIGH, EPS, BLOCK_N, BLOCK_G,
+        )  # fmt: skip
         if bad != 0:
             tl.atomic_or(status, bad)
         tl.store(advantages_R + rollouts, totals.to(tl.float32), mask=here)

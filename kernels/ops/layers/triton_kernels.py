@@ -142,6 +142,15 @@ def _rotate_kernel(
     tl.store(x + HALF, narrowed(y2, x_THD.dtype.element_ty), mask=here)
 
 
+@triton.jit
+def _gate_and_up(gate_up_TI, row, row_stride, columns, here, SIZE: tl.constexpr, PACK: tl.constexpr):
+    """Loads gate and up of some columns of a row, in float32; ``here`` masks the columns before SIZE."""
+    gate = gate_up_TI + row * row_stride * PACK + columns
+    up = tl.load(gate + SIZE, mask=here, other=0.0).to(tl.float32)
+    gate = tl.load(gate, mask=here, other=0.0).to(tl.float32)
+    return gate, up
+
+
 @triton.jit(do_not_specialize=["row_stride"])
 def _silu_mul_kernel(
     gate_up_TI,
@@ -155,9 +164,7 @@ def _silu_mul_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)
     here = columns < SIZE
-    gate = gate_up_TI + row * row_stride * PACK + columns
-    up = tl.load(gate + SIZE, mask=here, other=0.0).to(tl.float32)
-    gate = tl.load(gate, mask=here, other=0.0).to(tl.float32)
+    gate, up = _gate_and_up(gate_up_TI, row, row_stride, columns, here, SIZE, PACK)
     out = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out_TI + row * SIZE + columns, narrowed(out, out_TI.dtype.element_ty), mask=here)
 
@@ -179,9 +186,7 @@ def _silu_mul_backward_kernel(
     columns = tl.program_id(1) * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)
     here = columns < SIZE
     grad = tl.load(grad_TI + row * grad_stride * PACK + columns, mask=here, other=0.0).to(tl.float32)
-    gate = gate_up_TI + row * row_stride * PACK + columns
-    up = tl.load(gate + SIZE, mask=here, other=0.0).to(tl.float32)
-    gate = tl.load(gate, mask=here, other=0.0).to(tl.float32)
+    gate, up = _gate_and_up(gate_up_TI, row, row_stride, columns, here, SIZE, PACK)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     silu = gate * sigmoid
     grad_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid))

@@ -160,33 +160,32 @@ def _online_softmax(scores, v0, v1, out0, out1, highest, total, D1: tl.constexpr
     return out0, out1, higher, total
 
 
+@triton.jit
+def _attend(
+    key, value, begin, end, key_stride_T, value_stride_T, seen, q0, q1, out0, out1, highest, total, scale_log2,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Updates output, maximum and sum of a tile of queries with the tile of keys from ``begin`` on.
+
+    ``seen`` (BLOCK_M, BLOCK_N) masks which query sees which key; None means a whole tile that all of them see.
+    """
+    CHECK: tl.constexpr = seen is not None
+    k0, k1 = _load_both(key, begin, end, key_stride_T, D0, D1, HEAD_DIM, BLOCK_N, CHECK)
+    scores = _scores(q0, q1, k0, k1, D1) * scale_log2
+    if CHECK:
+        scores = tl.where(seen, scores, float("-inf"))
+    v0, v1 = _load_both(value, begin, end, value_stride_T, D0, D1, HEAD_DIM, BLOCK_N, CHECK)
+    return _online_softmax(scores, v0, v1, out0, out1, highest, total, D1)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
 def _shared_prefix_fwd_kernel(
-    query,
-    key,
-    value,
-    out,
-    lse_HT,
-    starts_T,
-    cu_groups,
-    cu_prompts,
-    query_stride_T,
-    query_stride_H,
-    key_stride_T,
-    key_stride_H,
-    value_stride_T,
-    value_stride_H,
-    num_tokens,
-    num_tiles,
-    num_kv_heads,
-    repeats,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    query, key, value, out, lse_HT,
+    starts_T, cu_groups, cu_prompts,
+    query_stride_T, query_stride_H, key_stride_T, key_stride_H, value_stride_T, value_stride_H,
+    num_tokens, num_tiles, num_kv_heads, repeats, scale,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Writes out (T, H, HEAD_DIM), contiguous, and lse (H, T), natural logarithms, for one tile of queries."""
     head, kv_head, begin, end, first_key, full_end, prompt_end, tails, own_begin, own_end = _query_tile(
         tl.program_id(0), cu_groups, cu_prompts, starts_T, num_tiles, num_kv_heads, repeats, BLOCK_M, BLOCK_N
@@ -204,10 +203,10 @@ def _shared_prefix_fwd_kernel(
     scale_log2 = scale * _LOG2E
 
     for k_begin in range(first_key, full_end, BLOCK_N):
-        k0, k1 = _load_both(key, k_begin, full_end, key_stride_T, D0, D1, HEAD_DIM, BLOCK_N, False)
-        scores = _scores(q0, q1, k0, k1, D1) * scale_log2
-        v0, v1 = _load_both(value, k_begin, full_end, value_stride_T, D0, D1, HEAD_DIM, BLOCK_N, False)
-        out0, out1, highest, total = _online_softmax(scores, v0, v1, out0, out1, highest, total, D1)
+        out0, out1, highest, total = _attend(
+            key, value, k_begin, full_end, key_stride_T, value_stride_T, None, q0, q1, out0, out1, highest, total,
+            scale_log2, HEAD_DIM, D0, D1, BLOCK_N
+        )  # fmt: skip
 
     rows = begin + tl.arange(0, BLOCK_M)
     row_starts = tl.load(starts_T + rows, mask=rows < end, other=0)
@@ -215,10 +214,10 @@ def _shared_prefix_fwd_kernel(
         k_begin, k_end, seen = _masked_keys(
             index, tails, full_end, prompt_end, own_begin, own_end, rows, row_starts, BLOCK_N
         )
-        k0, k1 = _load_both(key, k_begin, k_end, key_stride_T, D0, D1, HEAD_DIM, BLOCK_N, True)
-        scores = tl.where(seen, _scores(q0, q1, k0, k1, D1) * scale_log2, float("-inf"))
-        v0, v1 = _load_both(value, k_begin, k_end, value_stride_T, D0, D1, HEAD_DIM, BLOCK_N, True)
-        out0, out1, highest, total = _online_softmax(scores, v0, v1, out0, out1, highest, total, D1)
+        out0, out1, highest, total = _attend(
+            key, value, k_begin, k_end, key_stride_T, value_stride_T, seen, q0, q1, out0, out1, highest, total,
+            scale_log2, HEAD_DIM, D0, D1, BLOCK_N
+        )  # fmt: skip
 
     num_heads = num_kv_heads * repeats
     stride = num_heads * HEAD_DIM
@@ -258,37 +257,32 @@ def _shared_prefix_delta_kernel(
     tl.store(delta_HT + head.to(tl.int64) * num_tokens + rows, delta, mask=rows < num_tokens)
 
 
+@triton.jit
+def _add_query_gradient(
+    key, value, begin, end, key_stride_T, value_stride_T, seen, q0, q1, g0, g1, lse_log2, delta, sum0, sum1, scale_log2,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Adds what a tile of keys gives to the gradient of a tile of queries; ``seen`` is as in ``_attend``."""
+    CHECK: tl.constexpr = seen is not None
+    k0, k1 = _load_both(key, begin, end, key_stride_T, D0, D1, HEAD_DIM, BLOCK_N, CHECK)
+    v0, v1 = _load_both(value, begin, end, value_stride_T, D0, D1, HEAD_DIM, BLOCK_N, CHECK)
+    scores = _scores(q0, q1, k0, k1, D1) * scale_log2
+    if CHECK:
+        scores = tl.where(seen, scores, float("-inf"))
+    weights = tl.exp2(scores - lse_log2[:, None])
+    grad_scores = weights * (_scores(g0, g1, v0, v1, D1) - delta[:, None])
+    return _add_products(sum0, sum1, grad_scores, k0, k1, D1)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
 def _shared_prefix_dq_kernel(
-    query,
-    key,
-    value,
-    grad_out,
-    lse_HT,
-    delta_HT,
-    grad_query,
-    starts_T,
-    cu_groups,
-    cu_prompts,
-    query_stride_T,
-    query_stride_H,
-    key_stride_T,
-    key_stride_H,
-    value_stride_T,
-    value_stride_H,
-    grad_stride_T,
-    grad_stride_H,
-    num_tokens,
-    num_tiles,
-    num_kv_heads,
-    repeats,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    query, key, value, grad_out, lse_HT, delta_HT, grad_query,
+    starts_T, cu_groups, cu_prompts,
+    query_stride_T, query_stride_H, key_stride_T, key_stride_H, value_stride_T, value_stride_H,
+    grad_stride_T, grad_stride_H,
+    num_tokens, num_tiles, num_kv_heads, repeats, scale,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Writes grad_query (T, H, HEAD_DIM), contiguous, for one tile of queries; the tiles are those of the forward."""
     head, kv_head, begin, end, first_key, full_end, prompt_end, tails, own_begin, own_end = _query_tile(
         tl.program_id(0), cu_groups, cu_prompts, starts_T, num_tiles, num_kv_heads, repeats, BLOCK_M, BLOCK_N
@@ -310,22 +304,19 @@ def _shared_prefix_dq_kernel(
     scale_log2 = scale * _LOG2E
 
     for k_begin in range(first_key, full_end, BLOCK_N):
-        k0, k1 = _load_both(key, k_begin, full_end, key_stride_T, D0, D1, HEAD_DIM, BLOCK_N, False)
-        v0, v1 = _load_both(value, k_begin, full_end, value_stride_T, D0, D1, HEAD_DIM, BLOCK_N, False)
-        weights = tl.exp2(_scores(q0, q1, k0, k1, D1) * scale_log2 - lse_log2[:, None])
-        grad_scores = weights * (_scores(g0, g1, v0, v1, D1) - delta[:, None])
-        sum0, sum1 = _add_products(sum0, sum1, grad_scores, k0, k1, D1)
+        sum0, sum1 = _add_query_gradient(
+            key, value, k_begin, full_end, key_stride_T, value_stride_T, None, q0, q1, g0, g1, lse_log2, delta, sum0, sum1,
+            scale_log2, HEAD_DIM, D0, D1, BLOCK_N
+        )  # fmt: skip
 
     for index in range(tails + tl.cdiv(own_end - own_begin, BLOCK_N)):
         k_begin, k_end, seen = _masked_keys(
             index, tails, full_end, prompt_end, own_begin, own_end, rows, row_starts, BLOCK_N
         )
-        k0, k1 = _load_both(key, k_begin, k_end, key_stride_T, D0, D1, HEAD_DIM, BLOCK_N, True)
-        v0, v1 = _load_both(value, k_begin, k_end, value_stride_T, D0, D1, HEAD_DIM, BLOCK_N, True)
-        scores = tl.where(seen, _scores(q0, q1, k0, k1, D1) * scale_log2, float("-inf"))
-        weights = tl.exp2(scores - lse_log2[:, None])
-        grad_scores = weights * (_scores(g0, g1, v0, v1, D1) - delta[:, None])
-        sum0, sum1 = _add_products(sum0, sum1, grad_scores, k0, k1, D1)
+        sum0, sum1 = _add_query_gradient(
+            key, value, k_begin, k_end, key_stride_T, value_stride_T, seen, q0, q1, g0, g1, lse_log2, delta, sum0, sum1,
+            scale_log2, HEAD_DIM, D0, D1, BLOCK_N
+        )  # fmt: skip
 
     stride = num_kv_heads * repeats * HEAD_DIM
     grad_query += head.to(tl.int64) * HEAD_DIM
@@ -359,38 +350,13 @@ def _key_tile(pid, cu_groups, cu_prompts, ends_T, num_tiles, num_kv_heads, BLOCK
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
 def _shared_prefix_dkdv_kernel(
-    query,
-    key,
-    value,
-    grad_out,
-    lse_HT,
-    delta_HT,
-    grad_key,
-    grad_value,
-    ends_T,
-    cu_groups,
-    cu_prompts,
-    query_stride_T,
-    query_stride_H,
-    key_stride_T,
-    key_stride_H,
-    value_stride_T,
-    value_stride_H,
-    grad_stride_T,
-    grad_stride_H,
-    part_stride,
-    num_tokens,
-    num_tiles,
-    num_kv_heads,
-    repeats,
-    heads_per_part,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    query, key, value, grad_out, lse_HT, delta_HT, grad_key, grad_value,
+    ends_T, cu_groups, cu_prompts,
+    query_stride_T, query_stride_H, key_stride_T, key_stride_H, value_stride_T, value_stride_H,
+    grad_stride_T, grad_stride_H, part_stride,
+    num_tokens, num_tiles, num_kv_heads, repeats, heads_per_part, scale,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Writes grad_key and grad_value (parts, T, H_kv, HEAD_DIM), contiguous, for one tile of keys and one part of the
     query heads."""
     part = tl.program_id(1)
