@@ -15,7 +15,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -49,9 +50,6 @@ _EXTRA_OF = {
     "aiohttp": "judge",
     "tenacity": "judge",
 }
-_PREFERRED = {"cuda": ("triton", "flash", "reference"), "cpu": ("native", "sdpa", "reference")}
-"""Order in which ``impl="auto"`` of an op chooses. It takes the first implementation that the op has and that is
-installed."""
 _STYLES = {"ok": "green", "info": "dim", "warning": "yellow", "error": "bold red"}
 _SIGNS = {"ok": "ok", "info": "-", "warning": "warn", "error": "FAIL"}
 
@@ -346,21 +344,27 @@ def check_choices() -> Iterator[Finding]:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield Finding("model.device=auto", "ok", device)
-    found = {
-        "triton": installed_version("triton"),
-        "flash": installed_version("flash-attn"),
-        "native": native.is_available(),
-        "sdpa": True,
-        "reference": True,
-    }
-    order = [impl for impl in _PREFERRED[device] if found[impl]]
     layers = {
         "cuda": installed_version("liger-kernel") and "Liger's kernels",
-        "cpu": found["native"] and "native, in float32",
+        "cpu": native.is_available() and "native, in float32",
     }
     yield Finding("model.fused_layers", "ok", layers[device] or "stock layers")
     for name in kernels.__all__:
         op = getattr(kernels, name)
-        implementations = getattr(sys.modules.get(getattr(op, "__module__", "")), "IMPLS", ())
-        if inspect.isfunction(op) and implementations:
-            yield Finding(f"{name} impl=auto", "ok", next(impl for impl in order if impl in implementations))
+        if inspect.isfunction(op):
+            yield Finding(f"{name} impl=auto", "ok", _automatic_impl(op, device))
+
+
+def _automatic_impl(op: Callable[..., object], device: str) -> str:
+    """The implementation that an op chooses for float32 tensors on a device."""
+    import torch
+
+    tensor = torch.empty(1, 1, 64, device=device)
+    example: object = tensor
+    if op.__name__ == "adamw_update":
+        records = importlib.import_module("balcaprl.kernels.adamw.records")
+        example = [records.AdamWTensors(tensor, tensor, None, None, None, 0)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # check_native says that the compiled library is missing
+        impl: str = sys.modules[op.__module__].resolve_impl("auto", example)
+    return impl

@@ -41,6 +41,7 @@ from torch import Tensor
 
 from balcaprl.kernels.support import launch, native
 from balcaprl.kernels.support.checks import check_choice, check_impl, check_number, check_tensor
+from balcaprl.kernels.support.dispatch import fastest_impl
 
 METHODS = ("c-gdpo", "gdpo", "grpo")
 IMPLS = ("reference", "native", "triton")
@@ -108,12 +109,8 @@ def grouped_advantages(
         raise ValueError(f"group_size: expected an integer >= 1, got {group_size!r}")
     if num_rollouts % group_size:
         raise ValueError(f"group_size: {group_size} does not divide the {num_rollouts} rollouts")
-    if impl == "native" and rewards.device.type != "cpu":
-        raise ValueError(f"impl: 'native' runs on the CPU, rewards are on {rewards.device}")
-    if impl == "triton":
-        launch.check_triton(rewards.device)
-        if group_size > _MAX_TRITON_GROUP:
-            raise ValueError(f"group_size: impl='triton' takes at most {_MAX_TRITON_GROUP}, got {group_size}")
+    if impl != "auto":
+        resolve_impl(impl, rewards, group_size)
     column = _check_mask(rewards, lengths, reference_lengths, masked_reward)
     low, high = _check_bounds(length_bounds)
     return _grouped_advantages_op(
@@ -266,8 +263,7 @@ def _grouped_advantages_impl(
     rewards, group_size, weights, lengths, reference_lengths, masked_reward, length_low, length_high, method, eps, impl
 ):
     """Chooses the implementation and checks values; a tracer does not see this body."""
-    if impl == "auto":
-        impl = _choose(rewards, group_size)
+    impl = resolve_impl(impl, rewards, group_size)
     mask = (lengths, reference_lengths, masked_reward, (length_low, length_high))
     if impl == "native":
         return _grouped_advantages_native(rewards, group_size, weights, *mask, method, eps)
@@ -302,16 +298,21 @@ def _grouped_advantages_fake(rewards, *_):
 _grouped_advantages_op = torch.ops.balcaprl.grouped_advantages.default
 
 
-def _choose(rewards: Tensor, group_size: int) -> str:
-    """Returns the fastest implementation that can run on these tensors."""
-    if rewards.device.type == "cuda" and launch.has_triton() and group_size <= _MAX_TRITON_GROUP:
-        return "triton"
-    if rewards.device.type != "cpu":
-        return "reference"
-    if native.is_available():
-        return "native"
-    native.warn_unavailable()
-    return "reference"
+def resolve_impl(impl: str, rewards: Tensor, group_size: int = 1) -> str:
+    """Returns the implementation to run for ``rewards``; ``auto`` becomes the fastest one that can run.
+
+    Raises:
+        ValueError: ``impl`` cannot run on such groups; the message starts with ``impl`` or ``group_size``.
+    """
+    if impl == "auto":
+        return fastest_impl(rewards.device, triton_fits=group_size <= _MAX_TRITON_GROUP)
+    if impl == "native" and rewards.device.type != "cpu":
+        raise ValueError(f"impl: 'native' runs on the CPU, rewards are on {rewards.device}")
+    if impl == "triton":
+        launch.check_triton(rewards.device)
+        if group_size > _MAX_TRITON_GROUP:
+            raise ValueError(f"group_size: impl='triton' takes at most {_MAX_TRITON_GROUP}, got {group_size}")
+    return impl
 
 
 def _check_values(

@@ -34,9 +34,9 @@ from torch.utils.checkpoint import checkpoint
 
 from balcaprl.kernels.head import native as native_head
 from balcaprl.kernels.head.records import FILTER_BLOCK, Head, HeadGradients
-from balcaprl.kernels.support import deferred, launch, native
+from balcaprl.kernels.support import deferred, launch
 from balcaprl.kernels.support.checks import check_impl, check_number, check_tensor
-from balcaprl.kernels.support.dispatch import compute_dtype
+from balcaprl.kernels.support.dispatch import compute_dtype, fastest_impl
 from balcaprl.kernels.support.native_softmax import SoftmaxRows
 from balcaprl.kernels.support.products import gapless
 
@@ -105,14 +105,7 @@ def resolve_impl(impl: str, hidden: Tensor) -> str:
     """
     has_dtype = hidden.dtype != torch.float64
     if impl == "auto":
-        if hidden.device.type == "cuda" and has_dtype and launch.has_triton():
-            return "triton"
-        if hidden.device.type != "cpu" or not has_dtype:
-            return "reference"
-        if native.is_available():
-            return "native"
-        native.warn_unavailable()
-        return "reference"
+        return fastest_impl(hidden.device, native_fits=has_dtype, triton_fits=has_dtype)
     if impl == "native" and hidden.device.type != "cpu":
         raise ValueError(f"impl: 'native' runs on the CPU, hidden is on {hidden.device}")
     if impl != "reference" and not has_dtype:

@@ -43,7 +43,7 @@ from balcaprl.kernels.loss.token_loss import (
 )
 from balcaprl.kernels.support import launch, native
 from balcaprl.kernels.support.checks import check_impl, check_number, check_tensor
-from balcaprl.kernels.support.dispatch import compute_dtype
+from balcaprl.kernels.support.dispatch import compute_dtype, fastest_impl
 from balcaprl.kernels.support.native_softmax import DTYPES, SoftmaxRows, write_stats
 
 IMPLS = ("reference", "native", "triton")
@@ -156,22 +156,15 @@ def _rows_stand_apart(logits: Tensor) -> bool:
     return (logits.stride(1) == 1 or vocabulary <= 1) and (logits.stride(0) >= vocabulary or num_tokens <= 1)
 
 
-def _resolve(impl: str, logits: Tensor) -> str:
-    """Returns the implementation to run; ``auto`` becomes the fastest one that can run.
+def resolve_impl(impl: str, logits: Tensor) -> str:
+    """Returns the implementation to run for ``logits``; ``auto`` becomes the fastest one that can run.
 
     Raises:
-        ValueError: ``impl`` cannot run on such logits.
+        ValueError: ``impl`` cannot run on such tensors; the message starts with ``impl``.
     """
     has_dtype = logits.dtype != torch.float64
     if impl == "auto":
-        if logits.device.type == "cuda" and has_dtype and launch.has_triton():
-            return "triton"
-        if logits.device.type != "cpu" or not has_dtype:
-            return "reference"
-        if native.is_available():
-            return "native"
-        native.warn_unavailable()
-        return "reference"
+        return fastest_impl(logits.device, native_fits=has_dtype, triton_fits=has_dtype)
     if impl != "reference" and not has_dtype:
         raise ValueError(f"impl: {impl!r} has no float64; use 'reference' or 'auto'")
     if impl == "native" and logits.device.type != "cpu":
@@ -193,7 +186,7 @@ def _logits_policy_loss_op(logits, targets, *rest):
     Returns the loss, the (5,) metrics, and four (T,) tensors for the backward.
     """
     arguments, (temperature, _, impl) = LossArguments(*rest[:-3]), rest[-3:]
-    impl, dtype = _resolve(impl, logits), compute_dtype(logits.dtype)
+    impl, dtype = resolve_impl(impl, logits), compute_dtype(logits.dtype)
     batch = token_batch(arguments, logits.shape[0], dtype, impl)
     rows = _row_stats(_with_rows(logits), targets.contiguous(), temperature, impl)
     if impl != "triton":
@@ -324,7 +317,7 @@ def _write_gradient(
     temperature: float,
     impl: str,
 ) -> None:
-    impl, scale, targets = _resolve(impl, logits), 1.0 / temperature, targets.contiguous()
+    impl, scale, targets = resolve_impl(impl, logits), 1.0 / temperature, targets.contiguous()
     rows = SoftmaxRows(*(values.contiguous() for values in (row_max, row_sum, logprobs)))
     if impl == "triton":
         from balcaprl.kernels.loss import triton_logits

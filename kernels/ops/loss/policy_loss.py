@@ -48,9 +48,9 @@ from balcaprl.kernels.loss.token_loss import (
     token_losses,
     token_terms,
 )
-from balcaprl.kernels.support import launch, native
+from balcaprl.kernels.support import launch
 from balcaprl.kernels.support.checks import check_impl, check_tensor
-from balcaprl.kernels.support.dispatch import compute_dtype
+from balcaprl.kernels.support.dispatch import compute_dtype, fastest_impl
 
 IMPLS = ("reference", "native", "triton")
 
@@ -115,28 +115,28 @@ def policy_loss(
     )
     check_arguments(arguments, logprobs.shape[0], logprobs.device)
     check_impl("policy_loss", impl, IMPLS)
-    if impl == "native" and (logprobs.device.type != "cpu" or logprobs.dtype == torch.float64):
-        raise ValueError(f"impl: 'native' is for CPU tensors below float64, got {logprobs.dtype} on {logprobs.device}")
-    if impl == "triton":
-        launch.check_triton(logprobs.device)
-        if logprobs.dtype == torch.float64:
-            raise ValueError("impl: 'triton' is for tensors below float64, got torch.float64; use 'reference'")
+    if impl != "auto":
+        resolve_impl(impl, logprobs)
     loss, metrics, _ = _policy_loss_op(logprobs, *arguments.plain(), impl)
     return arguments.result(loss, metrics)
 
 
-def _choose(logprobs: Tensor) -> str:
-    """Returns the fastest implementation that can run on these log-probabilities."""
-    if logprobs.dtype == torch.float64:
-        return "reference"
-    if logprobs.device.type == "cuda" and launch.has_triton():
-        return "triton"
-    if logprobs.device.type != "cpu":
-        return "reference"
-    if native.is_available():
-        return "native"
-    native.warn_unavailable()
-    return "reference"
+def resolve_impl(impl: str, logprobs: Tensor) -> str:
+    """Returns the implementation to run for ``logprobs``; ``auto`` becomes the fastest one that can run.
+
+    Raises:
+        ValueError: ``impl`` cannot run on such tensors; the message starts with ``impl``.
+    """
+    has_dtype = logprobs.dtype != torch.float64
+    if impl == "auto":
+        return fastest_impl(logprobs.device, native_fits=has_dtype, triton_fits=has_dtype)
+    if impl == "native" and (logprobs.device.type != "cpu" or not has_dtype):
+        raise ValueError(f"impl: 'native' is for CPU tensors below float64, got {logprobs.dtype} on {logprobs.device}")
+    if impl == "triton":
+        launch.check_triton(logprobs.device)
+        if not has_dtype:
+            raise ValueError("impl: 'triton' is for tensors below float64, got torch.float64; use 'reference'")
+    return impl
 
 
 def policy_loss_reference(
@@ -165,8 +165,7 @@ def _policy_loss_op(logprobs, *rest):
     Returns the loss, the (5,) metrics, and d loss / d logprobs.
     """
     arguments, impl = LossArguments(*rest[:-1]), rest[-1]
-    impl = _choose(logprobs) if impl == "auto" else impl
-    dtype = compute_dtype(logprobs.dtype)
+    impl, dtype = resolve_impl(impl, logprobs), compute_dtype(logprobs.dtype)
     batch = token_batch(arguments, logprobs.shape[0], dtype, impl, logprobs=logprobs)
     part = token_loss(logprobs.to(dtype).contiguous(), batch, arguments.settings, impl)
     check_parts([part], partial(raise_invalid, arguments, logprobs.shape[0], logprobs.detach()))
