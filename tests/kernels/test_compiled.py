@@ -211,9 +211,6 @@ def test_launch_takes_the_row_of_the_newest_architecture_not_above(monkeypatch: 
     assert options == {"BLOCK": 2, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
     with pytest.raises(ValueError, match=r"^kernel: no launch table row for _kernel on sm_90 with torch.float32"):
         launch.launch("_kernel", 90, torch.float32)
-    with launch.overridden("_kernel", BLOCK=16):
-        assert launch.launch("_kernel", 90, torch.bfloat16).blocks == {"BLOCK": 16}
-    assert launch.launch("_kernel", 90, torch.bfloat16).blocks == {"BLOCK": 2}
 
 
 def test_triton_refuses_cpu_tensors_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 This module does not import triton, so that ``balcaprl.kernels`` can be imported without triton. It has three parts:
 
 - ``TABLES``: tile sizes, warps and pipeline stages of each kernel, per architecture and storage width. ``launch`` looks
-  them up; a launcher writes ``kernel[grid](..., **launch("_op_fwd_kernel", x.device, x.dtype).kwargs())``.
+  them up; a launcher writes ``kernel[grid](..., **launch("_logits_stats_kernel", x.device, x.dtype).kwargs())``.
 - ``KernelSpec``: one compiled variant of a kernel, with the requirements on its machine code. A module that has kernels
   lists their specs in ``KERNEL_SPECS``; ``bench/compile_report.py`` and ``tests/kernels/test_compiled.py`` read them.
 - ``check_triton``: checks that Triton kernels can run on a device at all.
@@ -21,7 +21,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -133,8 +133,6 @@ TABLES: dict[str, Table] = {
 }
 """Launch table of each kernel, by kernel name; a table's rows are keyed by (architecture, bytes per element)."""
 
-_overrides: dict[str, dict[str, int]] = {}
-
 
 def launch(kernel: str, device: torch.device | int, dtype: torch.dtype) -> Launch:
     """Looks up the row of the launch table that applies to a kernel.
@@ -153,24 +151,7 @@ def launch(kernel: str, device: torch.device | int, dtype: torch.dtype) -> Launc
     fits = [key for key in table if key[0] <= arch and key[1] == dtype.itemsize]
     if not fits:
         raise ValueError(f"kernel: no launch table row for {kernel} on sm_{arch} with {dtype}")
-    row = table[max(fits)]
-    changed = _overrides.get(kernel)
-    if not changed:
-        return row
-    return Launch({**row.blocks, **changed}, row.num_warps, row.num_stages)
-
-
-@contextlib.contextmanager
-def overridden(kernel: str, **blocks: int) -> Iterator[None]:
-    """Replaces a kernel's tile sizes within the context.
-
-    Tests use it so that small tensors need many tiles under the interpreter.
-    """
-    _overrides[kernel] = blocks
-    try:
-        yield
-    finally:
-        del _overrides[kernel]
+    return table[max(fits)]
 
 
 def table_architecture(device: torch.device) -> int:

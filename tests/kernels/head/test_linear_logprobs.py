@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tile_sizes import overridden
 from torch import Tensor
 
 from balcaprl.kernels import LogProbs, linear_logprobs
 from balcaprl.kernels.head.linear_logprobs import chunk_ranges, linear_logprobs_reference
-from balcaprl.kernels.support import launch
 from balcaprl.kernels.support.testing import Compared, assert_as_accurate_over
 
 
@@ -115,7 +115,7 @@ def test_triton_is_as_accurate(
     with contextlib.ExitStack() as stack:
         for name in ("stats", "grad_logits", "grad_hidden", "grad_weight"):
             tiles = {"BLOCK_T": 16, "BLOCK_V": 16, "BLOCK_D": 16}
-            stack.enter_context(launch.overridden(f"_head_{name}_kernel", **tiles))
+            stack.enter_context(overridden(f"_head_{name}_kernel", **tiles))
         check_accuracy("triton", dtype, shape, num_problems=4 if shape[0] < 10 or shape[1] == 1 else 1)
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from tile_sizes import overridden
 from torch import Tensor
 
 from balcaprl.kernels import linear_logprobs, linear_policy_loss, policy_loss
 from balcaprl.kernels.head import native as native_head
 from balcaprl.kernels.head import native_weight_sum
 from balcaprl.kernels.head.linear_policy_loss import linear_policy_loss_reference
-from balcaprl.kernels.support import launch
 from balcaprl.kernels.support.testing import Compared, assert_as_accurate_over
 
 
@@ -483,7 +483,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, (tokens, columns, dims) in tiles.items():
             blocks = {"BLOCK_T": tokens, "BLOCK_V": columns, "BLOCK_D": dims}
-            stack.enter_context(launch.overridden(f"_head_{name}_kernel", **blocks))
+            stack.enter_context(overridden(f"_head_{name}_kernel", **blocks))
         yield
 
 
@@ -600,7 +600,7 @@ def test_triton_scales_a_gradient_as_a_number_does(dtype: torch.dtype, factor: f
     triton_head = importlib.import_module("balcaprl.kernels.head.triton")
     values = torch.randn(37, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = values.float().mul(torch.tensor(factor)).to(dtype)
-    with launch.overridden("_head_scale_kernel", BLOCK=16):
+    with overridden("_head_scale_kernel", BLOCK=16):
         actual = triton_head.scale_(values, torch.tensor(factor))
     assert actual is values
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0, equal_nan=True)

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tile_sizes import overridden
 from torch import Tensor
 
 from balcaprl.kernels import logits_policy_loss
 from balcaprl.kernels.loss.logits_policy_loss import logits_policy_loss_reference
 from balcaprl.kernels.loss.policy_loss import policy_loss_reference
 from balcaprl.kernels.loss.records import PolicyLoss
-from balcaprl.kernels.support import launch, native
+from balcaprl.kernels.support import native
 from balcaprl.kernels.support.testing import Compared, assert_as_accurate_over
 
 IMPLS = [
@@ -77,8 +78,8 @@ def small_tiles(request: pytest.FixtureRequest) -> Iterator[None]:
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     tile = 64 if parameters.get("vocabulary", 0) < 700 else 512
     with (
-        launch.overridden("_logits_stats_kernel", BLOCK_V=tile),
-        launch.overridden("_logits_gradient_kernel", BLOCK_V=2 * tile),
+        overridden("_logits_stats_kernel", BLOCK_V=tile),
+        overridden("_logits_gradient_kernel", BLOCK_V=2 * tile),
     ):
         yield
 

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tile_sizes import overridden
 from torch import Tensor
 
 from balcaprl.kernels import PolicyLoss, policy_loss
 from balcaprl.kernels.loss.policy_loss import policy_loss_reference
 from balcaprl.kernels.loss.token_loss import REDUCTIONS
-from balcaprl.kernels.support import launch, native
+from balcaprl.kernels.support import native
 from balcaprl.kernels.support.testing import Compared, assert_as_accurate_over
 
 LENGTHS = (3, 0, 5, 1, 4)
@@ -179,7 +180,7 @@ def test_native_is_as_accurate_as_the_reference(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_triton_is_as_accurate_as_the_reference(dtype: torch.dtype) -> None:
     """48 ragged shapes, of one tile and of several, partial sums in one tile and in several."""
-    with launch.overridden("_token_loss_kernel", BLOCK_T=32), launch.overridden("_token_sums_kernel", BLOCK_P=4):
+    with overridden("_token_loss_kernel", BLOCK_T=32), overridden("_token_sums_kernel", BLOCK_P=4):
         for longest in (2, 9, 40, 90):
             assert_as_accurate_over(
                 lambda seed, longest=longest: compared("triton", dtype, ragged_lengths(seed, longest), seed),

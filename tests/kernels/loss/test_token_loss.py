@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from tile_sizes import overridden
 from torch import Tensor
 
 from balcaprl.kernels.loss.records import LossArguments, LossSettings, TokenBatch, TokenLoss
@@ -20,7 +21,7 @@ from balcaprl.kernels.loss.token_loss import (
     token_batch,
     token_loss,
 )
-from balcaprl.kernels.support import launch, native
+from balcaprl.kernels.support import native
 
 SETTINGS = LossSettings(clip_low=0.2, clip_high=0.28, sampling_ratio_cap=1.1, kl_coef=0.3)
 IMPLS = ("reference", "native", pytest.param("triton", marks=pytest.mark.interpreter))
@@ -92,7 +93,7 @@ def ragged(seed: int) -> tuple[LossArguments, int]:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("normalizer", [None, 7.5])
 def test_batch_is_checked_and_spread_as_by_plain_ops(impl: str, reduction: str, normalizer: float | None) -> None:
-    with launch.overridden("_token_batch_kernel", BLOCK_T=16):
+    with overridden("_token_batch_kernel", BLOCK_T=16):
         for seed in range(42):
             arguments, num_tokens = ragged(seed)
             arguments = arguments._replace(reduction=reduction, normalizer=normalizer)
@@ -131,7 +132,7 @@ def test_batch_with_a_bad_value_names_it(impl: str, name: str, changed: dict[str
         assert part.grad_logprobs.isnan().all()
         check_parts([part], partial(raise_invalid, arguments, 40))
 
-    with launch.overridden("_token_batch_kernel", BLOCK_T=16), pytest.raises(ValueError, match=f"^{name}"):
+    with overridden("_token_batch_kernel", BLOCK_T=16), pytest.raises(ValueError, match=f"^{name}"):
         checked()
 
 

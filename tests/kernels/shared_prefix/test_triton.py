@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from tile_sizes import overridden
 from torch import Tensor
 
 from balcaprl.kernels import SharedPrefixLayout, shared_prefix_attention
 from balcaprl.kernels.shared_prefix.reference import shared_prefix_attention_reference
-from balcaprl.kernels.support import launch
 from balcaprl.kernels.support.testing import Compared, assert_as_accurate_over
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
@@ -51,7 +51,7 @@ def small_tiles(block_m: int = 16, block_n: int = 32) -> Iterator[None]:
     """So that few tokens take many tiles."""
     with contextlib.ExitStack() as stack:
         for name in KERNELS:
-            stack.enter_context(launch.overridden(f"_shared_prefix_{name}_kernel", BLOCK_M=block_m, BLOCK_N=block_n))
+            stack.enter_context(overridden(f"_shared_prefix_{name}_kernel", BLOCK_M=block_m, BLOCK_N=block_n))
         yield
 
 
