@@ -34,9 +34,9 @@ from torch.utils.checkpoint import checkpoint
 
 from balcaprl.kernels.head import native as native_head
 from balcaprl.kernels.head.records import FILTER_BLOCK, Head, HeadGradients
-from balcaprl.kernels.support import deferred, launch
+from balcaprl.kernels.support import deferred
 from balcaprl.kernels.support.checks import check_impl, check_number, check_tensor
-from balcaprl.kernels.support.dispatch import compute_dtype, fastest_impl
+from balcaprl.kernels.support.dispatch import compute_dtype, resolve_below_float64
 from balcaprl.kernels.support.native_softmax import SoftmaxRows
 from balcaprl.kernels.support.products import gapless
 
@@ -103,16 +103,7 @@ def resolve_impl(impl: str, hidden: Tensor) -> str:
     Raises:
         ValueError: ``impl`` cannot run on such tensors; the message starts with ``impl``.
     """
-    has_dtype = hidden.dtype != torch.float64
-    if impl == "auto":
-        return fastest_impl(hidden.device, native_fits=has_dtype, triton_fits=has_dtype)
-    if impl == "native" and hidden.device.type != "cpu":
-        raise ValueError(f"impl: 'native' runs on the CPU, hidden is on {hidden.device}")
-    if impl != "reference" and not has_dtype:
-        raise ValueError(f"impl: {impl!r} has no float64; use 'reference' or 'auto'")
-    if impl == "triton":
-        launch.check_triton(hidden.device)
-    return impl
+    return resolve_below_float64(impl, hidden, "hidden is")
 
 
 def linear_logprobs_reference(

@@ -41,9 +41,9 @@ from balcaprl.kernels.loss.token_loss import (
     token_batch,
     token_loss,
 )
-from balcaprl.kernels.support import launch, native
+from balcaprl.kernels.support import native
 from balcaprl.kernels.support.checks import check_impl, check_number, check_tensor
-from balcaprl.kernels.support.dispatch import compute_dtype, fastest_impl
+from balcaprl.kernels.support.dispatch import compute_dtype, resolve_below_float64
 from balcaprl.kernels.support.native_softmax import DTYPES, SoftmaxRows, write_stats
 
 IMPLS = ("reference", "native", "triton")
@@ -162,16 +162,7 @@ def resolve_impl(impl: str, logits: Tensor) -> str:
     Raises:
         ValueError: ``impl`` cannot run on such tensors; the message starts with ``impl``.
     """
-    has_dtype = logits.dtype != torch.float64
-    if impl == "auto":
-        return fastest_impl(logits.device, native_fits=has_dtype, triton_fits=has_dtype)
-    if impl != "reference" and not has_dtype:
-        raise ValueError(f"impl: {impl!r} has no float64; use 'reference' or 'auto'")
-    if impl == "native" and logits.device.type != "cpu":
-        raise ValueError(f"impl: 'native' runs on the CPU, logits are on {logits.device}")
-    if impl == "triton":
-        launch.check_triton(logits.device)
-    return impl
+    return resolve_below_float64(impl, logits, "logits are")
 
 
 @torch.library.custom_op(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from balcaprl.kernels.support import launch, native
 
@@ -30,3 +31,26 @@ def fastest_impl(device: torch.device, *, native_fits: bool = True, triton_fits:
         return "native"
     native.warn_unavailable()
     return "reference"
+
+
+def resolve_below_float64(impl: str, tensor: Tensor, subject: str) -> str:
+    """Returns the implementation to run for ``tensor`` where only ``reference`` has float64.
+
+    Args:
+        impl: ``native``, ``triton``, ``reference``, or ``auto`` for the fastest that can run.
+        tensor: the input whose device and dtype decide.
+        subject: its name with the verb, such as ``logits are``, for the message.
+
+    Raises:
+        ValueError: ``impl`` cannot run on such tensors; the message starts with ``impl``.
+    """
+    has_dtype = tensor.dtype != torch.float64
+    if impl == "auto":
+        return fastest_impl(tensor.device, native_fits=has_dtype, triton_fits=has_dtype)
+    if impl == "native" and tensor.device.type != "cpu":
+        raise ValueError(f"impl: 'native' runs on the CPU, {subject} on {tensor.device}")
+    if impl != "reference" and not has_dtype:
+        raise ValueError(f"impl: {impl!r} has no float64; use 'reference' or 'auto'")
+    if impl == "triton":
+        launch.check_triton(tensor.device)
+    return impl
