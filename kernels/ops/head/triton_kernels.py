@@ -62,26 +62,12 @@ def _logits_tile(
 
 @triton.jit(do_not_specialize=["num_tokens", "share"])
 def _head_stats_kernel(
-    hidden_TD,
-    weight_VD,
-    targets_T,
-    max_ST,
-    sum_ST,
-    weighted_ST,
-    chosen_T,
-    hidden_stride,
-    weight_stride,
-    num_tokens,
-    hidden_size,
-    vocabulary,
-    share,
-    scale,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
-):
+    hidden_TD, weight_VD, targets_T, max_ST, sum_ST, weighted_ST, chosen_T,
+    hidden_stride, weight_stride,
+    num_tokens, hidden_size, vocabulary, share, scale,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+):  # fmt: skip
     """One program per tile of tokens and share of the vocabulary: writes that share's online softmax statistics."""
     # Programs take all shares of one group of token tiles before the next group, so few tokens are read at a time.
     token_tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
@@ -134,31 +120,12 @@ def _head_stats_kernel(
 
 @triton.jit
 def _head_grad_logits_kernel(
-    hidden_ND,
-    weight_VD,
-    targets_N,
-    max_N,
-    sum_N,
-    logprobs_N,
-    grad_logprobs_N,
-    grad_logits_NV,
-    active_tiles,
-    hidden_stride,
-    weight_stride,
-    num_rows,
-    hidden_size,
-    first_column,
-    num_columns,
-    out_stride,
-    scale,
-    filter_eps,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    FILTER: tl.constexpr,
-):
+    hidden_ND, weight_VD, targets_N, max_N, sum_N, logprobs_N, grad_logprobs_N, grad_logits_NV, active_tiles,
+    hidden_stride, weight_stride,
+    num_rows, hidden_size, first_column, num_columns, out_stride, scale, filter_eps,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr, GROUP: tl.constexpr, FILTER: tl.constexpr,
+):  # fmt: skip
     """Writes the gradient of the logits for one tile of tokens and of the slice's columns. Programs go through the
     columns for ``GROUP`` tiles of tokens at a time."""
     number = tl.program_id(0)
@@ -198,24 +165,12 @@ def _head_grad_logits_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _head_grad_hidden_kernel(
-    grad_logits_NV,
-    weight_VD,
-    grad_hidden_ND,
-    active_tiles,
-    grad_stride,
-    weight_stride,
-    num_rows,
-    hidden_size,
-    first_column,
-    num_columns,
-    tiles_per_row,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILE_T: tl.constexpr,
-    TILE_V: tl.constexpr,
-    ADD: tl.constexpr,
-):
+    grad_logits_NV, weight_VD, grad_hidden_ND, active_tiles,
+    grad_stride, weight_stride,
+    num_rows, hidden_size, first_column, num_columns, tiles_per_row,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE_T: tl.constexpr, TILE_V: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
     """Computes grad_hidden = grad_logits @ weight[slice], or += with ADD, from active tiles only. One program per tile
     of tokens and hidden columns."""
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -243,23 +198,12 @@ def _head_grad_hidden_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _head_grad_weight_kernel(
-    grad_logits_NV,
-    hidden_ND,
-    grad_weight_VD,
-    active_tiles,
-    grad_stride,
-    hidden_stride,
-    num_rows,
-    hidden_size,
-    first_column,
-    num_columns,
-    tiles_per_row,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILE_T: tl.constexpr,
-    TILE_V: tl.constexpr,
-):
+    grad_logits_NV, hidden_ND, grad_weight_VD, active_tiles,
+    grad_stride, hidden_stride,
+    num_rows, hidden_size, first_column, num_columns, tiles_per_row,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE_T: tl.constexpr, TILE_V: tl.constexpr,
+):  # fmt: skip
     """Computes grad_weight[slice] = grad_logits.T @ hidden from active tiles only. One program per tile of vocabulary
     and hidden columns."""
     local = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)

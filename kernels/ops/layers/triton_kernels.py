@@ -143,6 +143,13 @@ def _rotate_kernel(
 
 
 @triton.jit
+def _tile_of_row(SIZE: tl.constexpr, BLOCK_VALUES: tl.constexpr):
+    """The row and the columns that a program takes, and a mask of the columns before SIZE."""
+    columns = tl.program_id(1) * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)
+    return tl.program_id(0).to(tl.int64), columns, columns < SIZE
+
+
+@triton.jit
 def _gate_and_up(gate_up_TI, row, row_stride, columns, here, SIZE: tl.constexpr, PACK: tl.constexpr):
     """Loads gate and up of some columns of a row, in float32; ``here`` masks the columns before SIZE."""
     gate = gate_up_TI + row * row_stride * PACK + columns
@@ -161,9 +168,7 @@ def _silu_mul_kernel(
     BLOCK_VALUES: tl.constexpr,
 ):
     """One program per tile of a row: silu(gate) * up."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)
-    here = columns < SIZE
+    row, columns, here = _tile_of_row(SIZE, BLOCK_VALUES)
     gate, up = _gate_and_up(gate_up_TI, row, row_stride, columns, here, SIZE, PACK)
     out = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out_TI + row * SIZE + columns, narrowed(out, out_TI.dtype.element_ty), mask=here)
@@ -182,9 +187,7 @@ def _silu_mul_backward_kernel(
     BLOCK_VALUES: tl.constexpr,
 ):
     """One program per tile of a row: silu(gate) * up again, and the gradients of gate and up."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)
-    here = columns < SIZE
+    row, columns, here = _tile_of_row(SIZE, BLOCK_VALUES)
     grad = tl.load(grad_TI + row * grad_stride * PACK + columns, mask=here, other=0.0).to(tl.float32)
     gate, up = _gate_and_up(gate_up_TI, row, row_stride, columns, here, SIZE, PACK)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))

@@ -40,23 +40,12 @@ def _is_bad(values_T, tokens, mask):
 
 @triton.jit(do_not_specialize=["num_rollouts", "search_steps"])
 def _token_batch_kernel(
-    offsets_R1,
-    advantages_R,
-    logprobs_T,
-    old_logprobs_T,
-    sampling_logprobs_T,
-    reference_logprobs_T,
-    advantages_T,
-    scale_T,
-    status,
-    num_tokens,
-    num_rollouts,
-    search_steps,
-    denominator,
-    PER_SEQUENCE: tl.constexpr,
-    BY_LONGEST: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
+    offsets_R1, advantages_R,
+    logprobs_T, old_logprobs_T, sampling_logprobs_T, reference_logprobs_T,
+    advantages_T, scale_T, status,
+    num_tokens, num_rollouts, search_steps, denominator,
+    PER_SEQUENCE: tl.constexpr, BY_LONGEST: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """One program per block of tokens and of rollouts: checks all values, and writes each token's advantage and scale.
 
     This kernel checks the offsets, so it does not rely on them: whatever their values, reads stay within R + 1 offsets.

@@ -231,18 +231,11 @@ def _shared_prefix_fwd_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _shared_prefix_delta_kernel(
-    out,
-    grad_out,
-    delta_HT,
-    grad_stride_T,
-    grad_stride_H,
-    num_tokens,
-    num_heads,
-    HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
+    out, grad_out, delta_HT,
+    grad_stride_T, grad_stride_H,
+    num_tokens, num_heads,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """Writes delta (H, T) = sum of grad_out * out over a head's columns, for a tile of tokens of one head."""
     head = tl.program_id(0) % num_heads
     begin = tl.program_id(0) // num_heads * BLOCK_T
