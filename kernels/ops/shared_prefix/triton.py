@@ -5,7 +5,7 @@ compile suite what their machine code must show. This module is imported only wh
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,32 +30,11 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         ValueError: ``head_dim`` is above ``TRITON_MAX_HEAD_DIM``, or the dtype is float64.
     """
     _check(inputs.query)
-    query, key, value = (_addressable(x) for x in inputs[:3])
-    layout = inputs.layout
-    num_tokens, num_heads, _ = query.shape
-    out = query.new_empty(query.shape)
-    lse = query.new_empty((num_heads, num_tokens), dtype=torch.float32)
-    row = launch("_shared_prefix_fwd_kernel", query.device, query.dtype)
-    num_tiles = layout.most_tiles(row.blocks["BLOCK_M"])
-    _run(
-        _shared_prefix_fwd_kernel,
-        (layout.num_groups * num_tiles * num_heads,),
-        row,
-        query,
-        key,
-        value,
-        out,
-        lse,
-        layout.starts,
-        layout.cu_groups,
-        layout.cu_prompts,
-        *_strides(query, key, value),
-        num_tokens,
-        num_tiles,
-        key.shape[1],
-        num_heads // key.shape[1],
-        inputs.scale,
-    )
+    strided = [_addressable(x) for x in inputs[:3]]
+    num_tokens, num_heads, _ = inputs.query.shape
+    out = inputs.query.new_empty(inputs.query.shape)
+    lse = inputs.query.new_empty((num_heads, num_tokens), dtype=torch.float32)
+    _run_over_queries(_shared_prefix_fwd_kernel, strided, (out, lse), inputs.layout, inputs.scale)
     return out, lse
 
 
@@ -71,7 +50,10 @@ def backward_in_parts(grad_out: Tensor, inputs: AttentionInputs, out: Tensor, ls
     parts are float32 if there is more than one."""
     query, key, value, grad_out = (_addressable(x) for x in (*inputs[:3], grad_out))
     saved = _Saved(query, key, value, grad_out, lse.contiguous(), _delta(out.contiguous(), grad_out))
-    return _grad_query(saved, inputs.layout, inputs.scale), *_grad_key_value(saved, inputs.layout, inputs.scale)
+    grad_query = query.new_empty(query.shape)
+    others = (saved.lse, saved.delta, grad_query)
+    _run_over_queries(_shared_prefix_dq_kernel, saved[:4], others, inputs.layout, inputs.scale)
+    return grad_query, *_grad_key_value(saved, inputs.layout, inputs.scale)
 
 
 class _Saved(NamedTuple):
@@ -95,29 +77,22 @@ def _delta(out: Tensor, grad_out: Tensor) -> Tensor:
     return delta
 
 
-def _grad_query(saved: _Saved, layout: SharedPrefixLayout, scale: float) -> Tensor:
-    query, num_kv_heads = saved.query, saved.key.shape[1]
+def _run_over_queries(
+    kernel: Any, strided: Sequence[Tensor], others: Sequence[Tensor], layout: SharedPrefixLayout, scale: float
+) -> None:
+    """Launches a kernel whose programs own tiles of queries.
+
+    ``strided`` are the first tensors it takes, query and key before all, of which it takes the strides too; ``others``
+    are contiguous.
+    """
+    query, num_kv_heads = strided[0], strided[1].shape[1]
     num_tokens, num_heads, _ = query.shape
-    gradient = query.new_empty(query.shape)
-    row = launch("_shared_prefix_dq_kernel", query.device, query.dtype)
+    row = launch(kernel.__name__, query.device, query.dtype)
     num_tiles = layout.most_tiles(row.blocks["BLOCK_M"])
-    _run(
-        _shared_prefix_dq_kernel,
-        (layout.num_groups * num_tiles * num_heads,),
-        row,
-        *saved,
-        gradient,
-        layout.starts,
-        layout.cu_groups,
-        layout.cu_prompts,
-        *_strides(*saved[:4]),
-        num_tokens,
-        num_tiles,
-        num_kv_heads,
-        num_heads // num_kv_heads,
-        scale,
-    )
-    return gradient
+    grid = (layout.num_groups * num_tiles * num_heads,)
+    lengths = (layout.starts, layout.cu_groups, layout.cu_prompts)
+    counts = (num_tokens, num_tiles, num_kv_heads, num_heads // num_kv_heads)
+    _run(kernel, grid, row, *strided, *others, *lengths, *_strides(*strided), *counts, scale)
 
 
 def _grad_key_value(saved: _Saved, layout: SharedPrefixLayout, scale: float) -> tuple[Tensor, Tensor]:
