@@ -18,12 +18,12 @@ from balcaprl.config import SamplingConfig
 from balcaprl.policy import Policy
 from balcaprl.policy.forward import text_inputs
 from balcaprl.policy.packing import merge_image_inputs
-from balcaprl.rollout.sampler import Draw, check_context, check_request, first_stop, gather, make_rollouts
-from balcaprl.types import DivergedError, Prompt, RolloutGroup, SyncReport
+from balcaprl.rollout.sampler import Draw, Sampler, check_context, check_request, first_stop, make_rollouts
+from balcaprl.types import DivergedError, Prompt, SyncReport
 
 
-class HFRollout:
-    """A ``Sampler`` that needs only transformers, and reads the trainer's weights in place."""
+class HFRollout(Sampler):
+    """A sampler that needs only transformers, and reads the trainer's weights in place."""
 
     name = "hf"
 
@@ -37,27 +37,8 @@ class HFRollout:
         """The policy that is sampled from. See ``Sampler.policy``."""
         return self._policy
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        group_size: int,
-        sampling: SamplingConfig,
-        *,
-        seed: int,
-        greedy: bool = False,
-    ) -> list[RolloutGroup]:
-        """Sample a group of completions for each prompt. See ``Sampler.generate``."""
-        draws = self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy)
-        return gather(prompts, draws, self.policy_version)
-
     def stream(
-        self,
-        prompts: Sequence[Prompt],
-        group_size: int,
-        sampling: SamplingConfig,
-        *,
-        seed: int,
-        greedy: bool = False,
+        self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False
     ) -> Iterator[Draw]:
         """Sample completions, and yield each as soon as it ends. See ``Sampler.stream``."""
         check_request(prompts, group_size)

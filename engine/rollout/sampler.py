@@ -27,7 +27,7 @@ class Draw:
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Draws completions from the policy."""
+    """Draws completions from the policy. A class that inherits from it gets ``generate`` from its ``stream``."""
 
     name: str
     """The sampler's name in ``rollout.sampler``."""
@@ -40,25 +40,14 @@ class Sampler(Protocol):
         ...
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        group_size: int,
-        sampling: SamplingConfig,
-        *,
-        seed: int,
-        greedy: bool = False,
+        self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False
     ) -> list[RolloutGroup]:
-        """Collect all of ``stream`` into one group for each prompt, in order; see ``gather``."""
-        ...
+        """Sample as ``stream`` does, and return one group for each prompt, in order; the errors are the same."""
+        draws = self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy)
+        return gather(prompts, draws, self.policy_version)
 
     def stream(
-        self,
-        prompts: Sequence[Prompt],
-        group_size: int,
-        sampling: SamplingConfig,
-        *,
-        seed: int,
-        greedy: bool = False,
+        self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False
     ) -> Iterator[Draw]:
         """Sample ``group_size`` completions of each prompt.
 

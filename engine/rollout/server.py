@@ -35,9 +35,9 @@ from balcaprl.policy import Policy
 from balcaprl.rollout.adapters import has_split_head, merged_tensors
 from balcaprl.rollout.images import collapsed
 from balcaprl.rollout.probe import NUM_PROBE_TOKENS, Probe
-from balcaprl.rollout.sampler import Draw, check_prompt, check_request, gather, make_rollouts, prompt_seed
+from balcaprl.rollout.sampler import Draw, Sampler, check_prompt, check_request, make_rollouts, prompt_seed
 from balcaprl.rollout.weights import StaleWeightsError
-from balcaprl.types import Prompt, RolloutGroup, SyncReport
+from balcaprl.types import Prompt, SyncReport
 
 _ATTEMPTS = 4
 _FIRST_PAUSE_S = 0.5
@@ -59,8 +59,8 @@ class RefusedError(ServerError):
         self.status = status
 
 
-class ServerRollout:
-    """The ``Sampler`` that sends its requests to a vLLM server.
+class ServerRollout(Sampler):
+    """The sampler that sends its requests to a vLLM server.
 
     The policy's weights are pushed before the first request. This replaces any other weights that the server may still
     have, for example because a trainer died during a sync.
@@ -118,13 +118,6 @@ class ServerRollout:
     def policy(self) -> Policy:
         """The policy that is sampled from. See ``Sampler.policy``."""
         return self._policy
-
-    def generate(
-        self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False
-    ) -> list[RolloutGroup]:
-        """Sample a group of completions for each prompt. See ``Sampler.generate``; errors are those of ``stream``."""
-        draws = self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy)
-        return gather(prompts, draws, self.policy_version)
 
     def stream(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False

@@ -15,7 +15,7 @@ from balcaprl.extras import install_extra
 from balcaprl.policy import Policy
 from balcaprl.rollout.adapters import AdapterMerge, adapted_modules, has_split_head
 from balcaprl.rollout.probe import NUM_PROBE_TOKENS, Probe
-from balcaprl.rollout.sampler import Draw, check_prompt, check_request, gather, make_rollouts, prompt_seed
+from balcaprl.rollout.sampler import Draw, Sampler, check_prompt, check_request, make_rollouts, prompt_seed
 from balcaprl.rollout.vllm.memory import kv_cache_budget
 from balcaprl.rollout.weights import (
     InplaceCopy,
@@ -26,7 +26,7 @@ from balcaprl.rollout.weights import (
     why_not_inplace,
     why_not_shared,
 )
-from balcaprl.types import Prompt, RolloutGroup, SyncReport
+from balcaprl.types import Prompt, SyncReport
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ _LENGTH_MULTIPLE = 128
 """``max_model_len`` is rounded up to a multiple of this, so that a slightly longer prompt needs no new engine."""
 
 
-class VLLMRollout:
-    """The ``Sampler`` that runs vLLM beside the trainer, on the policy's own weights.
+class VLLMRollout(Sampler):
+    """The sampler that runs vLLM beside the trainer, on the policy's own weights.
 
     The engine is made at the first ``generate``, because lengths and image sizes are not known earlier. It is replaced
     if a request exceeds its limits or if it fails. An engine always starts from the policy's present weights. vLLM
@@ -113,27 +113,8 @@ class VLLMRollout:
         """The policy that is sampled from. See ``Sampler.policy``."""
         return self._policy
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        group_size: int,
-        sampling: SamplingConfig,
-        *,
-        seed: int,
-        greedy: bool = False,
-    ) -> list[RolloutGroup]:
-        """Sample a group of completions for each prompt. See ``Sampler.generate``; errors are those of ``stream``."""
-        draws = self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy)
-        return gather(prompts, draws, self.policy_version)
-
     def stream(
-        self,
-        prompts: Sequence[Prompt],
-        group_size: int,
-        sampling: SamplingConfig,
-        *,
-        seed: int,
-        greedy: bool = False,
+        self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False
     ) -> Iterator[Draw]:
         """Sample completions, one engine request per completion. See ``Sampler.stream``.
 
