@@ -6,14 +6,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jsonargparse import ActionConfigFile, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from balcaprl.cli.parser import CommandParser, user_path
+from balcaprl.cli.parser import Command, CommandParser, to_config, user_path
 from balcaprl.config import EndpointConfig, TrainConfig
 from balcaprl.files.ownership import claim_file, refuse_foreign_file, write_atomically
 
@@ -22,19 +21,6 @@ if TYPE_CHECKING:
 
 _AUDIT_MARK = {"written_by": "balcaprl judge-audit"}
 """First entry of an audit report. A file that begins with this entry may be replaced by a new report."""
-ToConfig = Callable[[dict[str, Any]], TrainConfig]
-
-
-def add_judge_commands(commands: Any) -> None:
-    """Add the parsers of all four commands."""
-    commands.add_subcommand(
-        "prepare", _prepare_parser(), help="take the references of a data set apart, once, by the judge model"
-    )
-    commands.add_subcommand("recaption", _recaption_parser(), help="rewrite a data set's references by the judge model")
-    commands.add_subcommand(
-        "judge-audit", _audit_parser(), help="measure a judge where the truth is known: quality, cost, latency"
-    )
-    commands.add_subcommand("judge-cache", _cache_parser(), help="show and prune the judge model's reply cache")
 
 
 def _run_parser(description: str) -> CommandParser:
@@ -77,7 +63,7 @@ def _cache_parser() -> CommandParser:
     return parser
 
 
-def prepare(options: Namespace, to_config: ToConfig) -> int:
+def _prepare(options: Namespace) -> int:
     """Run ``prepare``; return 0 if every reference was taken apart, otherwise 1."""
     from balcaprl.rewards.endpoint.prepare import prepare_units
 
@@ -86,18 +72,18 @@ def prepare(options: Namespace, to_config: ToConfig) -> int:
     return 1 if report.errors else 0
 
 
-def recaption(options: Namespace, to_config: ToConfig) -> int:
+def _recaption(options: Namespace) -> int:
     """Run ``recaption``; return 0 if every reference was rewritten, otherwise 1."""
-    from balcaprl.rewards.endpoint.prepare import recaption as rewrite
+    from balcaprl.rewards.endpoint.prepare import recaption
 
     plain = options.as_dict()
     out = plain.pop("out")
-    report = rewrite(to_config(plain), out)
+    report = recaption(to_config(plain), out)
     print(report)
     return 1 if report.errors else 0
 
 
-def judge_audit(options: Namespace, to_config: ToConfig) -> int:
+def _audit(options: Namespace) -> int:
     """Run ``judge-audit`` and print its tables."""
     from balcaprl.rewards.audit import audit_config
 
@@ -162,7 +148,7 @@ def _shown(interval: Interval) -> str:
     return "-" if math.isnan(value) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def judge_cache(options: Namespace) -> int:
+def _cache(options: Namespace) -> int:
     """Print what the cache holds, after pruning it if the options ask for that."""
     from balcaprl.rewards.endpoint.server.cache import ReplyCache
 
@@ -183,3 +169,20 @@ def judge_cache(options: Namespace) -> int:
     if report.num_entries:
         print(f"  longest unused: {(time.time() - report.oldest) / 86_400:.1f} days")
     return 0
+
+
+JUDGE_COMMANDS = {
+    "prepare": Command(
+        "take the references of a data set apart, once, by the judge model",
+        _prepare_parser,
+        _prepare,
+        takes_config=True,
+    ),
+    "recaption": Command(
+        "rewrite a data set's references by the judge model", _recaption_parser, _recaption, takes_config=True
+    ),
+    "judge-audit": Command(
+        "measure a judge where the truth is known: quality, cost, latency", _audit_parser, _audit, takes_config=True
+    ),
+    "judge-cache": Command("show and prune the judge model's reply cache", _cache_parser, _cache),
+}

@@ -9,14 +9,13 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings
 
 from balcaprl import __version__
 from balcaprl.cli.checkpoint_settings import read_checkpoint_settings
-from balcaprl.cli.judge import add_judge_commands, judge_audit, judge_cache, prepare, recaption
-from balcaprl.cli.parser import CommandParser, refuse, user_path
+from balcaprl.cli.judge import JUDGE_COMMANDS
+from balcaprl.cli.parser import Command, CommandParser, refuse, to_config, user_path
 from balcaprl.config import TrainConfig
 from balcaprl.config.base import expand_home
 from balcaprl.config.recipe import RecipeError, check_recipe, take_options
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("balcaprl").setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return _COMMANDS[command](options[command])
+        return _COMMANDS[command].run(options[command])
     except _USER_ERRORS as error:
         return _tell(command, error)
 
@@ -75,21 +74,13 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog="balcaprl", description="Balanced reinforcement learning for image captioners.")
     parser.add_argument("--version", action="version", version=f"balcaprl {__version__}")
     commands = parser.add_subcommands(dest="command")
-    commands.add_subcommand(
-        "train", _train_parser(), help="train as a recipe says: balcaprl train recipe.yaml [--steps 100 ...]"
-    )
-    commands.add_subcommand(
-        "demo", _demo_parser(), help="train the small captioner that ships with the package, in minutes"
-    )
-    commands.add_subcommand("evaluate", _evaluate_parser(), help="score a checkpoint on held-out images")
-    commands.add_subcommand(
-        "merge", _merge_parser(), help="write an adapter's checkpoint and its model as one stock transformers folder"
-    )
-    commands.add_subcommand("report", _report_parser(), help="write report.html of a run folder anew")
-    add_judge_commands(commands)
-    commands.add_subcommand("warmstart", _warmstart_parser(), help="rebuild the demo's warm start from scratch")
-    commands.add_subcommand("doctor", CommandParser(), help="what is installed, what will be used, what is wrong")
+    for name, command in _COMMANDS.items():
+        commands.add_subcommand(name, command.make_parser(), help=command.help)
     return parser
+
+
+def _takes_config(command: str) -> bool:
+    return command in _COMMANDS and _COMMANDS[command].takes_config
 
 
 def _spread_recipe(arguments: list[str]) -> list[str]:
@@ -101,7 +92,7 @@ def _spread_recipe(arguments: list[str]) -> list[str]:
     if len(arguments) < 2 or arguments[1].startswith("-"):
         return arguments
     command, name, *rest = arguments
-    if command in ("train", "prepare", "recaption", "judge-audit"):
+    if command != "evaluate" and _takes_config(command):
         shipped = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
         if not expand_home(name).exists():
             if name not in shipped:
@@ -136,7 +127,7 @@ def _settings_of_checkpoint(checkpoint: Path, overrides: list[str]) -> list[str]
 def _checked(arguments: list[str]) -> list[str]:
     """Check recipes and options by the rules of ``balcaprl.config.recipe``, and pass them on as one ``--config``."""
     command, *rest = arguments
-    if command not in _CONFIGURED or {"-h", "--help"} & set(rest):
+    if not _takes_config(command) or {"-h", "--help"} & set(rest):
         return arguments
     plain, rest = take_options(rest)
     config = check_recipe(plain).model_dump(mode="json", exclude_unset=True)
@@ -204,11 +195,6 @@ def _warmstart_parser() -> CommandParser:
     return parser
 
 
-def _to_config(plain: dict[str, Any]) -> TrainConfig:
-    plain.pop("config", None)
-    return check_recipe(plain)
-
-
 def _run_training(config: TrainConfig) -> int:
     from balcaprl.cli.places import check_places
     from balcaprl.training.prospects import refuse_hopeless
@@ -248,7 +234,7 @@ def _without_bars() -> None:
 
 
 def _train(options: Namespace) -> int:
-    return _run_training(_to_config(options.as_dict()))
+    return _run_training(to_config(options.as_dict()))
 
 
 def _demo(options: Namespace) -> int:
@@ -259,7 +245,7 @@ def _demo(options: Namespace) -> int:
     if options.steps is not None:
         plain["steps"] = options.steps
     plain["rollout"]["sampler"] = options.sampler
-    return _run_training(_to_config(plain))
+    return _run_training(to_config(plain))
 
 
 def _evaluate(options: Namespace) -> int:
@@ -267,7 +253,7 @@ def _evaluate(options: Namespace) -> int:
 
     plain = options.as_dict()
     folder, out = plain.pop("folder"), plain.pop("out")
-    config = _to_config(plain)
+    config = to_config(plain)
     check_data_path(config.data)  # before torch is imported
     from balcaprl.evaluation.standalone import evaluate_checkpoint
 
@@ -311,21 +297,19 @@ def _doctor(_: Namespace) -> int:
 
 
 _COMMANDS = {
-    "train": _train,
-    "demo": _demo,
-    "evaluate": _evaluate,
-    "merge": _merge,
-    "report": _report,
-    "prepare": lambda options: prepare(options, _to_config),
-    "recaption": lambda options: recaption(options, _to_config),
-    "judge-audit": lambda options: judge_audit(options, _to_config),
-    "judge-cache": judge_cache,
-    "warmstart": _warmstart,
-    "doctor": _doctor,
+    "train": Command(
+        "train as a recipe says: balcaprl train recipe.yaml [--steps 100 ...]", _train_parser, _train, takes_config=True
+    ),
+    "demo": Command("train the small captioner that ships with the package, in minutes", _demo_parser, _demo),
+    "evaluate": Command("score a checkpoint on held-out images", _evaluate_parser, _evaluate, takes_config=True),
+    "merge": Command(
+        "write an adapter's checkpoint and its model as one stock transformers folder", _merge_parser, _merge
+    ),
+    "report": Command("write report.html of a run folder anew", _report_parser, _report),
+    **JUDGE_COMMANDS,
+    "warmstart": Command("rebuild the demo's warm start from scratch", _warmstart_parser, _warmstart),
+    "doctor": Command("what is installed, what will be used, what is wrong", CommandParser, _doctor),
 }
-
-_CONFIGURED = ("train", "evaluate", "prepare", "recaption", "judge-audit")
-"""Commands that take a whole configuration."""
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)

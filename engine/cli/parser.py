@@ -1,18 +1,38 @@
-"""The parser of every command. It answers a usage error with three lines, not with the usage of a hundred options."""
+"""What a command is, and its parser, which answers a usage error with three lines, not with a hundred options."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
+from balcaprl.config import TrainConfig
 from balcaprl.config.base import expand_home
-from balcaprl.config.recipe import did_you_mean
+from balcaprl.config.recipe import check_recipe, did_you_mean
 from balcaprl.logtext import printable_lines
+
+
+class Command(NamedTuple):
+    """One command of the command line."""
+
+    help: str
+    """What the command does, in the list of all commands."""
+    make_parser: Callable[[], CommandParser]
+    run: Callable[[Namespace], int]
+    """Runs the command with its options, and returns the exit status."""
+    takes_config: bool = False
+    """Whether the command takes a whole configuration."""
+
+
+def to_config(plain: dict[str, Any]) -> TrainConfig:
+    """Make the configuration from the parsed options of a command that takes one."""
+    plain.pop("config", None)
+    return check_recipe(plain)
 
 
 def user_path(text: str) -> Path:

@@ -46,6 +46,8 @@ _TEMPLATE_WORD_COUNT = 1000
 """Number of times that the tokenizer's training text repeats the words of the chat templates, whatever the corpus."""
 _VOCAB_MULTIPLE = 64
 """The number of embedding rows is rounded up to a multiple of this, as in published checkpoints."""
+_ModelParts = tuple[Any, Any, Any]
+"""The class of a transformers model, its configuration and its generation configuration."""
 
 
 def build_tiny_qwen(
@@ -100,7 +102,7 @@ def build_tiny_qwen(
         "window_size": 112,
         "fullatt_block_indexes": list(range(vision_depth)) if full_attention else [vision_depth - 1],
     }
-    _save_qwen_model(Path(folder), tokenizer, text, vision, tie_word_embeddings, dtype, seed)
+    _save_random_model(Path(folder), *_qwen_parts(tokenizer, text, vision, tie_word_embeddings), dtype, seed)
     _save_qwen_processor(Path(folder), tokenizer, max_pixels)
     return Path(folder)
 
@@ -150,7 +152,7 @@ def build_tiny_llava(
         "image_size": image_size,
         "patch_size": _PATCH,
     }
-    _save_llava_model(Path(folder), tokenizer, text, vision, tie_word_embeddings, dtype, seed)
+    _save_random_model(Path(folder), *_llava_parts(tokenizer, text, vision, tie_word_embeddings), dtype, seed)
     _save_llava_processor(Path(folder), tokenizer, image_size)
     return Path(folder)
 
@@ -176,15 +178,7 @@ def _text_config(
     }
 
 
-def _save_qwen_model(
-    folder: Path,
-    tokenizer: Tokenizer,
-    text: dict[str, Any],
-    vision: dict[str, Any],
-    tied: bool,
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
+def _qwen_parts(tokenizer: Tokenizer, text: dict[str, Any], vision: dict[str, Any], tied: bool) -> _ModelParts:
     ensure_importable()
     from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -211,18 +205,10 @@ def _save_qwen_model(
     generation_config = GenerationConfig(
         eos_token_id=[special["<|im_end|>"], special["<|endoftext|>"]], pad_token_id=special["<|endoftext|>"]
     )
-    _save_random_model(Qwen2_5_VLForConditionalGeneration, config, generation_config, folder, dtype, seed)
+    return Qwen2_5_VLForConditionalGeneration, config, generation_config
 
 
-def _save_llava_model(
-    folder: Path,
-    tokenizer: Tokenizer,
-    text: dict[str, Any],
-    vision: dict[str, Any],
-    tied: bool,
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
+def _llava_parts(tokenizer: Tokenizer, text: dict[str, Any], vision: dict[str, Any], tied: bool) -> _ModelParts:
     ensure_importable()
     from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -237,7 +223,7 @@ def _save_llava_model(
         vision_feature_select_strategy="default",
         tie_word_embeddings=tied,
     )
-    _save_random_model(LlavaForConditionalGeneration, config, GenerationConfig(**ids), folder, dtype, seed)
+    return LlavaForConditionalGeneration, config, GenerationConfig(**ids)
 
 
 def _special_ids(tokenizer: Tokenizer, names: list[str]) -> dict[str, Any]:
@@ -245,7 +231,7 @@ def _special_ids(tokenizer: Tokenizer, names: list[str]) -> dict[str, Any]:
 
 
 def _save_random_model(
-    model_class: Any, config: Any, generation_config: Any, folder: Path, dtype: torch.dtype, seed: int
+    folder: Path, model_class: Any, config: Any, generation_config: Any, dtype: torch.dtype, seed: int
 ) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

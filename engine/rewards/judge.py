@@ -1,4 +1,4 @@
-"""The interface of a judge, and the checks that turn its answers into valid breakdowns and errors without secrets."""
+"""The interface of a judge, the three rewards by its verdicts, and the checks that let only valid answers pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from balcaprl.rewards.endpoint.server.redaction import redact
-from balcaprl.types import REWARD_NAMES, JudgeStoppedError, RewardBreakdown, Sample
+from balcaprl.types import REWARD_NAMES, Assertion, JudgeStoppedError, ReferenceUnit, RewardBreakdown, Sample
 
 _ROUNDING = 1e-6  # rounding errors may lift a mean of exact ones this far above 1
 
@@ -99,6 +99,35 @@ class ScoreStats:
         if self.num_outside_bounds is not None and self.num_captions:
             metrics["masked_fraction"] = self.num_outside_bounds / self.num_captions
         return metrics
+
+
+def precision_of(assertions: Sequence[Assertion]) -> float:
+    """Return the share of the assertions that are verified and pointable; 0 without assertions."""
+    return sum(a.counted for a in assertions) / len(assertions) if assertions else 0.0
+
+
+def recall_of(units: Sequence[ReferenceUnit]) -> float:
+    """Return the share of the reference units that are covered; 0 without units."""
+    return sum(u.covered for u in units) / len(units) if units else 0.0
+
+
+def linguistic_of(clarity: float, fluency: float, coherence: float) -> float:
+    """Return the mean of the three grades, mapped from [1, 5] to [0, 1]."""
+    return ((clarity + fluency + coherence) / 3 - 1) / 4
+
+
+def full_breakdown(
+    assertions: tuple[Assertion, ...], units: tuple[ReferenceUnit, ...], grades: tuple[float, float, float]
+) -> RewardBreakdown:
+    """Return the breakdown of a caption whose assertions, units and grades (clarity, fluency, coherence) are known."""
+    return RewardBreakdown(
+        precision_of(assertions),
+        recall_of(units),
+        linguistic_of(*grades),
+        *grades,
+        assertions=assertions,
+        reference_units=units,
+    )
 
 
 def score_safely(judge: Judge, sample: Sample, captions: list[str]) -> list[RewardBreakdown]:

@@ -1,10 +1,11 @@
 """Scores one step: captions are handed over as they are sampled, judged in the background if possible, and never lost.
 
     scorer = GroupScorer(judge, config.reward)
-    for number, rollout in draws:     # as they come from the sampler; this loop is optional
-        scorer.add(number, samples[number], rollout)
-    for number, group in enumerate(groups):
-        scorer.submit(group, number)
+    handles = [scorer.open_group(sample) for sample in samples]
+    for number, position, rollout in draws:     # as they come from the sampler
+        handles[number].add(position, rollout)
+    for group, handle in zip(groups, handles):
+        scorer.submit(group, handle)            # or only scorer.submit(group), without any of the lines above
     stats = scorer.finish()
 
 A completion that cannot be scored (the judge raises, gives a wrong number of answers, or scores outside [0, 1]) gets a
@@ -42,29 +43,38 @@ from balcaprl.types import RewardBreakdown, Rollout, RolloutGroup, Sample
 logger = logging.getLogger(__name__)
 
 
-class _Handed:
-    """A group of a judge's batch, and its rollouts in the order in which they were handed over."""
+class GroupHandle:
+    """One group that is still being sampled, as ``GroupScorer.open_group`` opens it.
 
-    def __init__(self, judged: JudgeGroup) -> None:
+    Only a background judge gets the rollouts before the group is submitted.
+    """
+
+    def __init__(self, judged: JudgeGroup | None) -> None:
         self._judged = judged
-        self.rollouts: list[Rollout] = []
+        self._positions: list[int] = []
+        """The rollouts' positions in their group, in the order in which they were handed over."""
 
-    def add(self, rollout: Rollout) -> None:
-        """Hand over the next rollout."""
-        self._judged.add(rollout.completion.text)
-        self.rollouts.append(rollout)
+    def add(self, position: int, rollout: Rollout) -> None:
+        """Hand over the rollout that will stand at ``position`` in the group; return at once."""
+        if self._judged is not None:
+            self._judged.add(rollout.completion.text)
+            self._positions.append(position)
 
     def complete(self, group: RolloutGroup) -> None:
-        """Hand over those rollouts of the group that were not added yet, and close the group."""
-        known = set(map(id, self.rollouts))
-        for rollout in group.rollouts:
-            if id(rollout) not in known:
-                self.add(rollout)
-        self._judged.close()
+        """Hand over those rollouts of the group that were not added yet, and close the judge's group."""
+        if self._judged is not None:
+            for position in sorted(set(range(len(group.rollouts))) - set(self._positions)):
+                self.add(position, group.rollouts[position])
+            self._judged.close()
+
+    def in_order(self, breakdowns: list[RewardBreakdown]) -> list[RewardBreakdown]:
+        """Bring the judge's answers from the order in which the rollouts were handed over into that of the group."""
+        by_position = dict(zip(self._positions, breakdowns, strict=True))
+        return [by_position[position] for position in sorted(by_position)]
 
 
 class GroupScorer:
-    """Scores the groups of one step; ``add`` and ``submit`` return at once, and ``finish`` waits for the scores.
+    """Scores the groups of one step; all methods but ``finish``, which waits for the scores, return at once.
 
     Args:
         judge: the judge. A background judge gets each rollout as it comes; ``finish`` asks any other judge group by
@@ -83,10 +93,11 @@ class GroupScorer:
     ) -> None:
         self._judge, self._config, self._count_tokens = judge, config, count_tokens
         self._groups: list[RolloutGroup] = []
+        self._handles: list[GroupHandle] = []
+        """One handle for each of ``_groups``."""
         self._batch: JudgeBatch | None = judge.open_batch() if isinstance(judge, BackgroundJudge) else None
-        self._handed: list[_Handed] = []
-        """The groups of the judge's batch, in the order in which they were opened."""
-        self._unsubmitted: dict[int, _Handed] = {}
+        self._opened: list[GroupHandle] = []
+        """All handles, in the order in which the judge's batch answers."""
         self._custom = custom or CustomRewards(config.custom)
         self._pool = DaemonThread("custom-rewards") if self._custom.names else None
         self._extra: list[Future[list[dict[str, float]]]] = []
@@ -96,23 +107,21 @@ class GroupScorer:
         """Whether scores are computed while the caller does something else."""
         return self._batch is not None or self._pool is not None
 
-    def add(self, number: int, sample: Sample, rollout: Rollout) -> None:
-        """Hand over one rollout of a group that is still being sampled; ``submit`` takes the same ``number``."""
-        if self._batch is None:
-            return
-        if number not in self._unsubmitted:
-            self._unsubmitted[number] = self._open(self._batch, sample)
-        self._unsubmitted[number].add(rollout)
+    def open_group(self, sample: Sample) -> GroupHandle:
+        """Open a group of which the rollouts can be handed over one by one, in any order."""
+        handle = GroupHandle(None if self._batch is None else self._batch.open_group(sample))
+        self._opened.append(handle)
+        return handle
 
-    def submit(self, group: RolloutGroup, number: int | None = None) -> None:
-        """Hand over one sampled group, or the rest of one that was added in part; ``finish`` fills in its scores."""
+    def submit(self, group: RolloutGroup, handle: GroupHandle | None = None) -> None:
+        """Hand over one sampled group, or what ``handle`` does not have of it; ``finish`` fills in its scores."""
         sample, captions = group.prompt.sample, _captions(group)
-        if self._batch is not None:
-            added = None if number is None else self._unsubmitted.pop(number, None)
-            (added or self._open(self._batch, sample)).complete(group)
+        handle = handle or self.open_group(sample)
+        handle.complete(group)
         if self._pool is not None:
             self._extra.append(self._pool.submit(partial(self._custom.score, sample, captions)))
         self._groups.append(group)
+        self._handles.append(handle)
 
     def finish(self) -> ScoreStats:
         """Wait for the scores, and fill in ``breakdown``, ``length`` and ``reference_length`` of every rollout.
@@ -140,22 +149,16 @@ class GroupScorer:
         stats.judge_metrics = {**(take_metrics() if callable(take_metrics) else {}), **self._custom.take_metrics()}
         return stats
 
-    def _open(self, batch: JudgeBatch, sample: Sample) -> _Handed:
-        self._handed.append(_Handed(batch.open_group(sample)))
-        return self._handed[-1]
-
     def _judged(self) -> list[list[RewardBreakdown]]:
         if isinstance(self._judge, NoJudge):
             return [[RewardBreakdown() for _ in group.rollouts] for group in self._groups]
         if self._batch is None:
             return [score_safely(self._judge, group.prompt.sample, _captions(group)) for group in self._groups]
-        answers: dict[int, RewardBreakdown] = {}
-        for handed, breakdowns in zip(self._handed, self._batch.results(), strict=True):
-            answers |= zip(map(id, handed.rollouts), breakdowns, strict=True)
+        answers = dict(zip(self._opened, self._batch.results(), strict=True))
         checked = []
-        for group in self._groups:
+        for group, handle in zip(self._groups, self._handles, strict=True):
             private = [*_captions(group), group.prompt.sample.reference]
-            checked.append([validated(answers[id(rollout)], private) for rollout in group.rollouts])
+            checked.append([validated(answer, private) for answer in handle.in_order(answers[handle])])
         return checked
 
     def _fill_in(self, group: RolloutGroup, breakdowns: list[RewardBreakdown], stats: ScoreStats) -> None:

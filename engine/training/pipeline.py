@@ -17,6 +17,7 @@ import torch
 from balcaprl.config import RolloutConfig
 from balcaprl.reporting.metrics import PhaseTimer
 from balcaprl.rewards import GroupScorer
+from balcaprl.rewards.scoring import GroupHandle
 from balcaprl.rollout import Sampler
 from balcaprl.rollout.prompts import PromptStream
 from balcaprl.rollout.sampler import Draw, gather
@@ -102,14 +103,15 @@ class RolloutPipeline:
         started = time.perf_counter()
         scorer = self._make_scorer()
         config, seed = self._config, self._step_seed(step)
+        handles = [scorer.open_group(prompt.sample) for prompt in prompts]
         draws = self._sampler.stream(prompts, config.group_size, config.sampling, seed=seed)
-        groups = gather(prompts, self._handed_over(draws, prompts, scorer), self._sampler.policy_version)
-        for number, group in enumerate(groups):
-            scorer.submit(group, number)
+        groups = gather(prompts, self._handed_over(draws, handles), self._sampler.policy_version)
+        for group, handle in zip(groups, handles, strict=True):
+            scorer.submit(group, handle)
         return SampledStep(groups, scorer, time.perf_counter() - started)
 
     @staticmethod
-    def _handed_over(draws: Iterator[Draw], prompts: list[Prompt], scorer: GroupScorer) -> Iterator[Draw]:
+    def _handed_over(draws: Iterator[Draw], handles: list[GroupHandle]) -> Iterator[Draw]:
         for draw in draws:
-            scorer.add(draw.prompt, prompts[draw.prompt].sample, draw.rollout)
+            handles[draw.prompt].add(draw.position, draw.rollout)
             yield draw

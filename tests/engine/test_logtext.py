@@ -50,8 +50,8 @@ def test_the_formatter_keeps_line_ends_alone():
 def test_the_command_line_logs_through_it():
     script = (
         "import logging, balcaprl.cli.main as c\n"
-        "c._COMMANDS['doctor'] = lambda _: logging.getLogger('balcaprl.x').warning('%s', "
-        "'\\x1b[2J') or 0; c.main(['doctor'])"
+        "run = lambda _: logging.getLogger('balcaprl.x').warning('%s', '\\x1b[2J') or 0\n"
+        "c._COMMANDS['doctor'] = c._COMMANDS['doctor']._replace(run=run); c.main(['doctor'])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, timeout=600)
     assert b"\x1b" not in done.stderr

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from balcaprl.rewards.endpoint.protocol import (
@@ -24,6 +25,7 @@ from balcaprl.rewards.endpoint.protocol import (
     numbered,
 )
 from balcaprl.rewards.endpoint.reply_checks import locate_quote
+from balcaprl.rewards.judge import full_breakdown, linguistic_of, precision_of, recall_of
 from balcaprl.rewards.unicode_text import comparable
 from balcaprl.types import Assertion, ReferenceUnit, RewardBreakdown, Sample
 
@@ -35,16 +37,8 @@ def is_wordless(caption: str) -> bool:
 
 def wordless_breakdown(units: Sequence[str], extra: Sequence[str]) -> RewardBreakdown:
     """The breakdown of a caption without a letter or digit."""
-    return RewardBreakdown(
-        precision=0.0,
-        recall=0.0,
-        linguistic=0.0,
-        clarity=1.0,
-        fluency=1.0,
-        coherence=1.0,
-        reference_units=tuple(ReferenceUnit(unit, False) for unit in units),
-        extra=dict.fromkeys(extra, 0.0),
-    )
+    nothing = full_breakdown((), tuple(ReferenceUnit(unit, False) for unit in units), (1.0, 1.0, 1.0))
+    return replace(nothing, extra=dict.fromkeys(extra, 0.0))
 
 
 def breakdown_of(
@@ -63,15 +57,16 @@ def breakdown_of(
     for reply in replies.values():
         if isinstance(reply, VerifyReply):
             scores["assertions"] = assertions = merged_assertions(caption, reply.assertions)
-            scores["precision"] = sum(a.counted for a in assertions) / len(assertions) if assertions else 0.0
+            scores["precision"] = precision_of(assertions)
         if isinstance(reply, MatchReply):
             covered = [reply.units[number] for number in numbered(units)]
-            scores["reference_units"] = tuple(ReferenceUnit(*pair) for pair in zip(units, covered, strict=True))
-            scores["recall"] = sum(covered) / len(covered) if covered else 0.0
+            pairs = zip(units, covered, strict=True)
+            scores["reference_units"] = judged_units = tuple(ReferenceUnit(*pair) for pair in pairs)
+            scores["recall"] = recall_of(judged_units)
         if isinstance(reply, StyleReply):
             grades = (reply.clarity, reply.fluency, reply.coherence)
             scores |= zip(("clarity", "fluency", "coherence"), grades, strict=True)
-            scores["linguistic"] = (sum(grades) / 3 - 1) / 4
+            scores["linguistic"] = linguistic_of(*grades)
     breakdown = RewardBreakdown(**scores, extra=extra)
     if all(math.isnan(reward) for reward in (*breakdown.rewards, *extra.values())):
         return RewardBreakdown(error="; ".join(sorted(set(errors))) or "no reply in time")

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from balcaprl.rewards.judge import full_breakdown
 from balcaprl.rewards.lexical.language import why_not_english
 from balcaprl.rewards.lexical.style import linguistic_scores
 from balcaprl.rewards.lexical.words import COMMENTARY, FRAME_WORDS, FUNCTION_WORDS, LINKING_VERBS, Word, split_words
@@ -74,17 +75,7 @@ def _score(caption: str, reference: _Reference) -> RewardBreakdown:
     )
     covered = said.keys() | {(word.stem,) for word in words}
     units = tuple(ReferenceUnit(" ".join(unit), unit in covered) for unit in reference.units)
-    clarity, fluency, coherence = linguistic_scores(caption, words)
-    return RewardBreakdown(
-        precision=sum(a.counted for a in assertions) / len(assertions) if assertions else 0.0,
-        recall=sum(u.covered for u in units) / len(units),
-        linguistic=((clarity + fluency + coherence) / 3 - 1) / 4,
-        clarity=clarity,
-        fluency=fluency,
-        coherence=coherence,
-        assertions=assertions,
-        reference_units=units,
-    )
+    return full_breakdown(assertions, units, linguistic_scores(caption, words))
 
 
 _why_not_english = lru_cache(maxsize=4096)(why_not_english)

@@ -16,6 +16,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from balcaprl.data.scenes.world import INVERSE, Scene, SceneObject
+from balcaprl.rewards.judge import full_breakdown
 from balcaprl.rewards.scenes.parser import Mention, ParsedCaption, Span, attribute_values, parse_caption
 from balcaprl.types import Assertion, ReferenceUnit, RewardBreakdown, Sample
 
@@ -100,17 +101,7 @@ class SceneJudge:
         assertions = claims.assertions()
         covered = claims.covered
         reference_units = tuple(ReferenceUnit(c.text, key in covered) for key, c in units.by_key.items())
-        clarity, fluency, coherence = linguistic_scores(parsed, claims)
-        return RewardBreakdown(
-            precision=sum(a.counted for a in assertions) / len(assertions) if assertions else 0.0,
-            recall=sum(u.covered for u in reference_units) / len(reference_units) if reference_units else 0.0,
-            linguistic=((clarity + fluency + coherence) / 3 - 1) / 4,
-            clarity=clarity,
-            fluency=fluency,
-            coherence=coherence,
-            assertions=assertions,
-            reference_units=reference_units,
-        )
+        return full_breakdown(assertions, reference_units, linguistic_scores(parsed, claims))
 
 
 def collect_claims(scene: Scene, parsed: ParsedCaption) -> Claims:

@@ -35,11 +35,20 @@ class RecordingScorer:
     def __init__(self, events):
         self.events = events
 
-    def add(self, number, sample, rollout):
-        self.events.append(f"judge {sample.sample_id}: {rollout.completion.text}")
+    def open_group(self, sample):
+        return RecordingHandle(sample.sample_id, self.events)
 
-    def submit(self, group, number):
-        self.events.append(f"whole {number} {group.prompt.sample.sample_id}")
+    def submit(self, group, handle):
+        self.events.append(f"whole {handle.sample_id} {group.prompt.sample.sample_id}")
+
+
+class RecordingHandle:
+    def __init__(self, sample_id, events):
+        self.sample_id, self.events = sample_id, events
+
+    def add(self, position, rollout):
+        assert rollout.completion.text == f"text {position}"
+        self.events.append(f"judge {self.sample_id}: {rollout.completion.text}")
 
 
 class BackwardsSampler:
@@ -80,7 +89,7 @@ def test_completions_are_judged_as_they_finish_and_returned_in_order():
     sampled = pipeline.take(0)
     second = ["sampled 1-1", "judge 1-1: text 1", "judge 1-1: text 0"]
     first = ["sampled 1-0", "judge 1-0: text 1", "judge 1-0: text 0"]
-    assert events == [*second, *first, "whole 0 1-0", "whole 1 1-1"]
+    assert events == [*second, *first, "whole 1-0 1-0", "whole 1-1 1-1"]
     assert [g.prompt.sample.sample_id for g in sampled.groups] == ["1-0", "1-1"]
     assert [r.completion.text for g in sampled.groups for r in g.rollouts] == ["text 0", "text 1"] * 2
     assert sampled.seconds > 0

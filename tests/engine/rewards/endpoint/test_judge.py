@@ -505,15 +505,16 @@ def test_captions_are_scored_while_others_of_their_group_are_sampled(judges):
         score_groups(judge, [whole], RewardConfig(judge="endpoint"))
         asked = server.counts["requests"]
         scorer = GroupScorer(judge, RewardConfig(judge="endpoint"))
+        handle = scorer.open_group(sample(1))
         for position in (3, 0, 2):
-            scorer.add(7, sample(1), parts.rollouts[position])
+            handle.add(position, parts.rollouts[position])
             deadline = time.monotonic() + 120  # only a hang takes so long
             before = server.counts["requests"]
             while position != 2 and server.counts["requests"] < before + 3 and time.monotonic() < deadline:
                 time.sleep(0.01)
         early = server.counts["requests"] - asked
         assert 6 <= early < asked, "two of the three distinct captions are being judged"
-        scorer.submit(parts, 7)
+        scorer.submit(parts, handle)
         stats = scorer.finish()
         assert server.counts["requests"] == 2 * asked
     assert stats.num_unscorable == 0
