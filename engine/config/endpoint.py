@@ -7,9 +7,22 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from balcaprl.config.base import Section
+
+_FORMS = {
+    "url": (
+        r"https?://[^\s/?#@]+(/[^\s?#@]*)?",
+        "http://host:port/v1 or https://..., without user, password, query or fragment",
+    ),
+    "api_key_env": (
+        r"([A-Z_][A-Z0-9_]{0,63})?",
+        "the name of an environment variable, such as JUDGE_API_KEY; never a key itself",
+    ),
+}
+"""Forms of two fields, and what an error says of each. They are not patterns of the fields, because the error of a
+pattern repeats what was given, which may be a password or a key."""
 
 
 class RequestOptions(Section):
@@ -63,21 +76,13 @@ class ServerConfig(Section):
     """Reach the server through the proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name; if false, these are
     ignored."""
 
-    # These checks are not patterns of the fields, because the error of a pattern repeats what was given, which may be a
-    # password or a key.
-    @field_validator("url")
+    @field_validator(*_FORMS)
     @classmethod
-    def _url_is_plain(cls, url: str) -> str:
-        if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", url):
-            raise ValueError("expected http://host:port/v1 or https://..., without user, password, query or fragment")
-        return url
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _names_a_variable(cls, name: str) -> str:
-        if not re.fullmatch(r"([A-Z_][A-Z0-9_]{0,63})?", name):
-            raise ValueError("expected the name of an environment variable, such as JUDGE_API_KEY; never a key itself")
-        return name
+    def _has_its_form(cls, text: str, info: ValidationInfo) -> str:
+        pattern, expected = _FORMS[info.field_name or ""]
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"expected {expected}")
+        return text
 
 
 class EndpointConfig(Section):
