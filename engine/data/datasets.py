@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 
 from balcaprl.config import DataConfig
-from balcaprl.data.records.images import RecordImages
 from balcaprl.data.records.readers import ImageColumn, read_json
+from balcaprl.data.records.record_images import RecordImages
 from balcaprl.data.records.records import DatasetError, LoadReport, Record
 from balcaprl.data.split import split_records
 from balcaprl.data.stream import SampleSource, SampleStream

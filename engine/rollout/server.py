@@ -33,7 +33,7 @@ from balcaprl.config import SamplingConfig
 from balcaprl.files.ownership import PathInUseError, claim_folder, has_mark
 from balcaprl.policy import Policy
 from balcaprl.rollout.adapters import has_split_head, merged_tensors
-from balcaprl.rollout.images import collapsed
+from balcaprl.rollout.placeholders import collapsed
 from balcaprl.rollout.probe import NUM_PROBE_TOKENS, Probe
 from balcaprl.rollout.sampler import Draw, Sampler, check_prompt, check_request, make_rollouts, prompt_seed
 from balcaprl.rollout.weights import StaleWeightsError

@@ -18,7 +18,7 @@ from balcaprl.reporting.metrics import RunLog
 from balcaprl.reporting.progress import ProgressLine
 from balcaprl.reporting.report import write_report
 from balcaprl.reporting.summary import write_summary
-from balcaprl.rewards.balance import within_group_correlations
+from balcaprl.rewards.correlations import within_group_correlations
 from balcaprl.types import Prompt, RolloutGroup
 
 NUM_REPORT_IMAGES = 12

@@ -22,7 +22,7 @@ from balcaprl.kernels.support.products import gapless
 from balcaprl.policy import Policy
 from balcaprl.policy.packing import is_per_token
 from balcaprl.rollout.adapters import has_split_head, merged_tensors, served_name
-from balcaprl.rollout.images import collapsed, image_spans, inputs_hash
+from balcaprl.rollout.placeholders import collapsed, image_spans, inputs_hash
 from balcaprl.rollout.sampler import instead_of_vllm
 from balcaprl.rollout.vllm.cpu_ops import use_norms, use_rotation
 from balcaprl.rollout.vllm.process import (

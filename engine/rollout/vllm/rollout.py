@@ -16,7 +16,7 @@ from balcaprl.policy import Policy
 from balcaprl.rollout.adapters import AdapterMerge, adapted_modules, has_split_head
 from balcaprl.rollout.probe import NUM_PROBE_TOKENS, Probe
 from balcaprl.rollout.sampler import Draw, Sampler, check_prompt, check_request, make_rollouts, prompt_seed
-from balcaprl.rollout.vllm.memory import kv_cache_budget
+from balcaprl.rollout.vllm.kv_cache import kv_cache_budget
 from balcaprl.rollout.weights import (
     InplaceCopy,
     Reload,

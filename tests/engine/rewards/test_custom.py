@@ -13,7 +13,7 @@ from scripted_judge import ScriptedServer
 from balcaprl.config import CustomReward, EndpointConfig, RewardConfig
 from balcaprl.kernels import grouped_advantages
 from balcaprl.rewards import LexicalJudge, advantage_inputs, make_judge, score_groups
-from balcaprl.rewards.balance import within_group_correlations
+from balcaprl.rewards.correlations import within_group_correlations
 from balcaprl.rewards.custom import CustomRewards, load_reward
 from balcaprl.rewards.judge import NoJudge
 from balcaprl.types import Completion, Prompt, RewardBreakdown, Rollout, RolloutGroup, Sample

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from balcaprl.rewards.balance import within_group_correlations
+from balcaprl.rewards.correlations import within_group_correlations
 from balcaprl.types import Completion, RewardBreakdown, Rollout, RolloutGroup
 
 
