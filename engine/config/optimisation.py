@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -80,3 +81,13 @@ class OptimConfig(Section):
     """``shared``: the prompt and images of a group go through the model once. ``repeated``: the prompt goes through
     once per completion, padded. ``auto``: shared if the model supports it and it saves enough tokens to be faster. The
     result is the same."""
+
+    def learning_rate(self, step: int, num_steps: int) -> float:
+        """Learning rate of the update that comes after ``step`` updates, in a run of ``num_steps`` updates."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        progress = min(1.0, (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps))
+        falling = 1 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * falling)

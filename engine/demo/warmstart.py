@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +28,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from balcaprl.assets import DEMO_TOKENIZER
+from balcaprl.config import OptimConfig
 from balcaprl.data.scenes.corpus import CaptionStyle, FlawRates, training_caption
 from balcaprl.data.scenes.render import render
 from balcaprl.data.scenes.world import COLOURS, FILLS, SHAPES, SIZES, Scene, SceneConfig, make_scene
@@ -154,8 +154,11 @@ def _make_optimizer(parameters: Any, config: WarmstartConfig) -> torch.optim.Ada
 
 
 def _update(optimizer: torch.optim.AdamW, phase: Phase, step: int, loss: Any, config: WarmstartConfig) -> None:
+    schedule = OptimConfig(
+        lr=phase.lr, schedule="cosine", warmup_steps=phase.warmup_steps, min_lr_ratio=phase.final_lr_ratio
+    )
     for group in optimizer.param_groups:
-        group["lr"] = _learning_rate(phase, step)
+        group["lr"] = schedule.learning_rate(step, phase.steps)
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.max_grad_norm)
     optimizer.step()
@@ -213,13 +216,6 @@ def _encode(processor: Any, images: list[Any], captions: list[str]) -> dict[str,
     is_caption = (positions < ends[:, None]) & (positions >= (ends - torch.tensor(lengths))[:, None])
     batch["labels"] = batch["input_ids"].where(is_caption, -100)
     return batch
-
-
-def _learning_rate(phase: Phase, step: int) -> float:
-    if step < phase.warmup_steps:
-        return phase.lr * (step + 1) / phase.warmup_steps
-    progress = (step - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
-    return phase.lr * (phase.final_lr_ratio + (1 - phase.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def train_phase(

@@ -27,8 +27,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import psutil
-
 from balcaprl.extras import pip_install
 from balcaprl.files import rotation
 from balcaprl.files.jsonl import (
@@ -63,19 +61,6 @@ def nanmean(values: Iterable[float | None]) -> float:
 def is_reproducible(key: str) -> bool:
     """Whether two runs of the same seed must agree on this metric: all but times, rates, memory and device load."""
     return not (key.startswith(("time/", "memory/", "device/")) or key.endswith("_per_second"))
-
-
-def memory_metrics() -> dict[str, float]:
-    """Memory of this process in GiB.
-
-    The metrics are its resident size and, if CUDA is in use, the peak of PyTorch's CUDA allocator.
-    """
-    metrics = {"memory/rss_gib": psutil.Process().memory_info().rss / 2**30}
-    import torch  # imported here, so that reading a run folder does not need torch
-
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        metrics["memory/cuda_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return metrics
 
 
 # ---------------------------------------------------------------------------------------------------- records

@@ -27,13 +27,13 @@ import numpy as np
 
 from balcaprl.config import TrainConfig
 from balcaprl.data.scenes import flawed_caption, scene_sample
+from balcaprl.data.scenes.world import ATTRIBUTES
 from balcaprl.rewards.judge import BackgroundJudge, Judge, score_safely, validated
 from balcaprl.rewards.registry import close_judge, make_judge
 from balcaprl.rewards.scenes.judge import SceneJudge
 from balcaprl.types import REWARD_NAMES, Assertion, RewardBreakdown, Sample
 
 GRADES = ("clarity", "fluency", "coherence")
-_ATTRIBUTES = ("shape", "colour", "size", "fill", "place")
 Interval = tuple[float, float, float]
 """Value, lower end and upper end; NaN where they cannot be computed."""
 
@@ -192,7 +192,7 @@ def _score(judge: Judge, samples: Sequence[Sample], captions: Sequence[Sequence[
 def assertion_type(assertion: Assertion) -> str:
     """Return what an assertion of the exact judge is about, such as ``colour``, ``count`` or ``relation``."""
     text = assertion.text
-    for attribute in _ATTRIBUTES:
+    for attribute in ATTRIBUTES:
         if f": {attribute} = " in text:
             return attribute
     for beginning, name in (("count of", "count"), ("background", "background"), ("unattached", "stray")):

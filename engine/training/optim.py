@@ -33,17 +33,6 @@ _CHUNK = 1 << 24
 """Number of elements of a parameter for which the check computes the update at once; this bounds the check's memory."""
 
 
-def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """Learning rate of the update that comes after ``step`` updates, in a run of ``num_steps`` updates."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    progress = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
-    falling = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * falling)
-
-
 class PolicyOptimizer:
     """AdamW with the run's learning rate schedule.
 
@@ -101,7 +90,7 @@ class PolicyOptimizer:
         Raises:
             DivergedError: ``optim.max_refused_updates`` updates in a row were refused.
         """
-        lr = learning_rate(self.config, self.num_updates, self.num_steps)
+        lr = self.config.learning_rate(self.num_updates, self.num_steps)
         update = self._measured(lr)
         norms, objection = update.norms, self._objection(update.norms)
         if objection is None:

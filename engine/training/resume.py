@@ -17,7 +17,6 @@ from pydantic import ValidationError
 
 from balcaprl.checkpoints.checkpoint import TrainerState, list_checkpoints, newest_whole
 from balcaprl.config import TrainConfig
-from balcaprl.training.optim import learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +87,9 @@ def tell_learning_rate(saved: dict[str, Any], current: TrainConfig, num_updates:
     before = TrainConfig.model_validate(saved)
     totals = [config.steps * config.optim.epochs_per_batch for config in (before, current)]
     old, new = (
-        learning_rate(config.optim, num_updates, total) for config, total in zip((before, current), totals, strict=True)
+        config.optim.learning_rate(num_updates, total) for config, total in zip((before, current), totals, strict=True)
     )
-    last = learning_rate(current.optim, max(0, totals[1] - 1), totals[1])
+    last = current.optim.learning_rate(max(0, totals[1] - 1), totals[1])
     scheduled = current.optim.schedule != "constant" and totals[0] != totals[1]
     if old == new and not scheduled:
         return

@@ -1,4 +1,4 @@
-"""Metrics of a step: how far sampler and trainer are apart, how fast both are, and how busy the machine is.
+"""Metrics of a step: how far sampler and trainer are apart, their speed, the memory, and how busy the machine is.
 
 This is the only module that imports NVIDIA's management library.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -92,6 +94,47 @@ def speed_metrics(groups: list[RolloutGroup], sampling_seconds: float, update_se
 def sync_metrics(report: SyncReport) -> dict[str, float]:
     """What a weight sync moved; the time that it took is ``time/sync``."""
     return {"sync/bytes": float(report.bytes_copied), "sync/tensors": float(report.num_tensors)}
+
+
+def memory_metrics() -> dict[str, float]:
+    """Memory of this process in GiB.
+
+    The metrics are its resident size and, if CUDA is in use, the peak of PyTorch's CUDA allocator.
+    """
+    metrics = {"memory/rss_gib": _resident_gib()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        metrics["memory/cuda_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return metrics
+
+
+class PeakMemory:
+    """Peak of the memory in use since the object was made: PyTorch's allocator on CUDA, otherwise this process.
+
+    Linux keeps the peak of a process, and resets it on request. On other systems, the present memory is given instead.
+    """
+
+    _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            with suppress(OSError):
+                self._CLEAR.write_text("5")
+
+    def gib(self) -> float:
+        """The peak in GiB."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 2**30
+        with suppress(OSError, StopIteration):
+            line = next(x for x in self._STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
+            return int(line.split()[1]) / 2**20
+        return _resident_gib()
+
+
+def _resident_gib() -> float:
+    return float(psutil.Process().memory_info().rss / 2**30)
 
 
 def device_metrics(device: torch.device) -> dict[str, float]:

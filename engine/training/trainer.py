@@ -21,7 +21,7 @@ from balcaprl.files.ownership import Claim
 from balcaprl.policy import Policy
 from balcaprl.policy.stock import load_into, unsaved_parameters
 from balcaprl.policy.weight_digest import digest_of
-from balcaprl.reporting.metrics import PhaseTimer, memory_metrics, nanmean
+from balcaprl.reporting.metrics import PhaseTimer, nanmean
 from balcaprl.rewards import (
     GroupScorer,
     Judge,
@@ -43,7 +43,14 @@ from balcaprl.training.record import RunRecord, claim_run_folder, reward_metrics
 from balcaprl.training.reference import Reference, make_reference
 from balcaprl.training.resume import checkpoint_to_resume, refuse_other_origin, tell_learning_rate
 from balcaprl.training.signals import first_signal
-from balcaprl.training.telemetry import SamplingAlarm, SamplingGap, device_metrics, speed_metrics, sync_metrics
+from balcaprl.training.telemetry import (
+    SamplingAlarm,
+    SamplingGap,
+    device_metrics,
+    memory_metrics,
+    speed_metrics,
+    sync_metrics,
+)
 from balcaprl.training.update import PolicyUpdate
 from balcaprl.types import DivergedError, RewardBreakdown, RolloutGroup, SyncReport
 

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -28,6 +25,7 @@ from balcaprl.policy.parts import GroupLengths, Plan, plan_repeated, plan_shared
 from balcaprl.policy.policy import Sharing
 from balcaprl.training.optim import PolicyOptimizer
 from balcaprl.training.reference import Reference
+from balcaprl.training.telemetry import PeakMemory
 from balcaprl.types import Prompt, Rollout, RolloutGroup, RunStoppedError
 
 _MEANS = ("clip_fraction", "ratio_mean", "kl", "sampling_kl")
@@ -295,29 +293,3 @@ def to_policy_group(prompt: Prompt, rollouts: Sequence[Rollout]) -> Group:
     """The given rollouts of one prompt, in the form that the policy takes."""
     completions = [torch.tensor(r.completion.token_ids, dtype=torch.long) for r in rollouts]
     return Group(prompt.prompt_ids, completions, prompt.image_inputs, prompt.sample.sample_id)
-
-
-class PeakMemory:
-    """Peak of the memory in use since the object was made: PyTorch's allocator on CUDA, otherwise this process.
-
-    Linux keeps the peak of a process, and resets it on request. On other systems, the present memory is given instead.
-    """
-
-    _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            with suppress(OSError):
-                self._CLEAR.write_text("5")
-
-    def gib(self) -> float:
-        """The peak in GiB."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) / 2**30
-        with suppress(OSError, StopIteration):
-            line = next(x for x in self._STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
-            return int(line.split()[1]) / 2**20
-        return psutil.Process().memory_info().rss / 2**30

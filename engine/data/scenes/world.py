@@ -47,7 +47,6 @@ PLACES = (
     "bottom right",
 )
 """Cells of the 3 x 3 grid in reading order."""
-RELATIONS = ("left of", "right of", "above", "below")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 ATTRIBUTES = ("shape", "colour", "size", "fill", "place")
 

@@ -20,7 +20,6 @@ from balcaprl.reporting.metrics import (
     RunLog,
     encode_line,
     is_reproducible,
-    memory_metrics,
     nanmean,
     read_jsonl,
     truncate_jsonl,
@@ -264,9 +263,7 @@ def test_phase_timer_synchronizes_at_both_ends_and_keeps_failed_phases():
     assert set(timer.finish_step()) == {"time/update", "time/score", "time/step"}
 
 
-def test_memory_is_measured_and_not_reproducible():
-    metrics = memory_metrics()
-    assert 0.01 < metrics["memory/rss_gib"] < 1000
+def test_times_memory_and_rates_are_not_reproducible():
     assert [is_reproducible(k) for k in ("memory/rss_gib", "time/step", "tokens_per_second", "loss")] == [
         False,
         False,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from balcaprl.config import OptimConfig
-from balcaprl.training.optim import PolicyOptimizer, learning_rate
+from balcaprl.training.optim import PolicyOptimizer
 from balcaprl.types import DivergedError
 
 
@@ -27,7 +27,7 @@ def take_steps(model, optimizer, count, seed):
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_schedule_warms_up_and_ends_where_it_should(schedule):
     config = OptimConfig(lr=1.0, warmup_steps=4, schedule=schedule, min_lr_ratio=0.1)
-    rates = [learning_rate(config, step, 100) for step in range(101)]
+    rates = [config.learning_rate(step, 100) for step in range(101)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates[4:]))
