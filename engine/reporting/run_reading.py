@@ -18,13 +18,17 @@ from balcaprl.reporting.metrics import EVALUATIONS, METRICS
 
 RUN_FILES = ("config.yaml", "summary.json", METRICS, EVALUATIONS, EVAL_CAPTIONS)
 _MAX_CONFIG_BYTES = 1 << 18
+"""Longest configuration or summary that is read."""
 _MAX_LOG_BYTES = 128 << 20
 """Most bytes read from a log. Of a longer log, only the first and the last half of this amount are read."""
 _MAX_RECORDS = 200_000
+"""Most records kept of a log."""
 _MAX_TEXT = 20_000
 """Most characters kept of a caption, a reference or another text."""
 _MAX_KEYS = 512
+"""Most entries kept of one record."""
 _MAX_ASSERTIONS = 128
+"""Most assertions kept of a caption, and most reference units."""
 _MAX_SPANS = 4
 """Most spans kept of one assertion."""
 _MAX_VALUE = 1e30

@@ -18,24 +18,14 @@ from balcaprl.config import SamplingConfig
 from balcaprl.policy import Policy
 from balcaprl.policy.forward import text_inputs
 from balcaprl.policy.packing import merge_image_inputs
-from balcaprl.rollout.sampler import Draw, Sampler, check_context, check_request, first_stop, make_rollouts
+from balcaprl.rollout.sampler import Draw, PolicySampler, check_context, check_request, first_stop, make_rollouts
 from balcaprl.types import DivergedError, Prompt, SyncReport
 
 
-class HFRollout(Sampler):
+class HFRollout(PolicySampler):
     """A sampler that needs only transformers, and reads the trainer's weights in place."""
 
     name = "hf"
-
-    def __init__(self, policy: Policy) -> None:
-        """Sample from ``policy``."""
-        self._policy = policy
-        self.policy_version = 0
-
-    @property
-    def policy(self) -> Policy:
-        """The policy that is sampled from. See ``Sampler.policy``."""
-        return self._policy
 
     def stream(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False

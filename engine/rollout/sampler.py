@@ -27,7 +27,7 @@ class Draw:
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Draws completions from the policy. A class that inherits from it gets ``generate`` from its ``stream``."""
+    """Draws completions from the policy."""
 
     name: str
     """The sampler's name in ``rollout.sampler``."""
@@ -43,8 +43,7 @@ class Sampler(Protocol):
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False
     ) -> list[RolloutGroup]:
         """Sample as ``stream`` does, and return one group for each prompt, in order; the errors are the same."""
-        draws = self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy)
-        return gather(prompts, draws, self.policy_version)
+        ...
 
     def stream(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False
@@ -76,6 +75,27 @@ class Sampler(Protocol):
     def close(self) -> None:
         """Free the sampler's resources. A closed sampler cannot generate."""
         ...
+
+
+class PolicySampler(Sampler):
+    """What the samplers of this package share: the policy, the version of its weights, and ``generate``."""
+
+    def __init__(self, policy: Policy) -> None:
+        """Sample from ``policy``."""
+        self._policy = policy
+        self.policy_version = 0
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that is sampled from. See ``Sampler.policy``."""
+        return self._policy
+
+    def generate(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False
+    ) -> list[RolloutGroup]:
+        """Collect all of ``stream`` into one group for each prompt, in order. See ``Sampler.generate``."""
+        draws = self.stream(prompts, group_size, sampling, seed=seed, greedy=greedy)
+        return gather(prompts, draws, self.policy_version)
 
 
 def check_request(prompts: Sequence[Prompt], group_size: int) -> None:

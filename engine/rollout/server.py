@@ -35,7 +35,7 @@ from balcaprl.policy import Policy
 from balcaprl.rollout.adapters import has_split_head, merged_tensors
 from balcaprl.rollout.placeholders import collapsed
 from balcaprl.rollout.probe import NUM_PROBE_TOKENS, Probe
-from balcaprl.rollout.sampler import Draw, Sampler, check_prompt, check_request, make_rollouts, prompt_seed
+from balcaprl.rollout.sampler import Draw, PolicySampler, check_prompt, check_request, make_rollouts, prompt_seed
 from balcaprl.rollout.weights import StaleWeightsError
 from balcaprl.types import Prompt, SyncReport
 
@@ -59,7 +59,7 @@ class RefusedError(ServerError):
         self.status = status
 
 
-class ServerRollout(Sampler):
+class ServerRollout(PolicySampler):
     """The sampler that sends its requests to a vLLM server.
 
     The policy's weights are pushed before the first request. This replaces any other weights that the server may still
@@ -100,7 +100,8 @@ class ServerRollout(Sampler):
         parsed = urllib.parse.urlsplit(url)
         if parsed.scheme not in ("http", "https") or not parsed.hostname or parsed.username or parsed.query:
             raise ValueError("url: expected http://host:port, without user, password or query")
-        self._policy, self._url, self._timeout_s = policy, parsed, timeout_s
+        super().__init__(policy)
+        self._url, self._timeout_s = parsed, timeout_s
         self._weights_dir = None if weights_dir is None else Path(weights_dir).absolute()
         self._made_weights_dir = False
         self._headers = {"Content-Type": "application/json"}
@@ -112,12 +113,6 @@ class ServerRollout(Sampler):
         self._probe = Probe(policy, self._ask, same_precision=False)
         self._pushed = False
         self._closed = False
-        self.policy_version = 0
-
-    @property
-    def policy(self) -> Policy:
-        """The policy that is sampled from. See ``Sampler.policy``."""
-        return self._policy
 
     def stream(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False

@@ -15,7 +15,7 @@ from balcaprl.extras import install_extra
 from balcaprl.policy import Policy
 from balcaprl.rollout.adapters import AdapterMerge, adapted_modules, has_split_head
 from balcaprl.rollout.probe import NUM_PROBE_TOKENS, Probe
-from balcaprl.rollout.sampler import Draw, Sampler, check_prompt, check_request, make_rollouts, prompt_seed
+from balcaprl.rollout.sampler import Draw, PolicySampler, check_prompt, check_request, make_rollouts, prompt_seed
 from balcaprl.rollout.vllm.kv_cache import kv_cache_budget
 from balcaprl.rollout.weights import (
     InplaceCopy,
@@ -34,7 +34,7 @@ _LENGTH_MULTIPLE = 128
 """``max_model_len`` is rounded up to a multiple of this, so that a slightly longer prompt needs no new engine."""
 
 
-class VLLMRollout(Sampler):
+class VLLMRollout(PolicySampler):
     """The sampler that runs vLLM beside the trainer, on the policy's own weights.
 
     The engine is made at the first ``generate``, because lengths and image sizes are not known earlier. It is replaced
@@ -88,7 +88,7 @@ class VLLMRollout(Sampler):
             )
         if independent and sync == "shared":
             raise ValueError("sync: shared would change the weights while the engine samples; use inplace or auto")
-        self._policy = policy
+        super().__init__(policy)
         self._max_completion_tokens = max_completion_tokens
         self._max_prompt_tokens = max_prompt_tokens
         self._memory_gib = memory_gib
@@ -104,14 +104,8 @@ class VLLMRollout(Sampler):
         self._asleep = False
         self._closed = False
         self._served_writes = 0
-        self.policy_version = 0
         self.num_restarts = 0
         """Number of engines that failed and were replaced."""
-
-    @property
-    def policy(self) -> Policy:
-        """The policy that is sampled from. See ``Sampler.policy``."""
-        return self._policy
 
     def stream(
         self, prompts: Sequence[Prompt], group_size: int, sampling: SamplingConfig, *, seed: int, greedy: bool = False

@@ -31,18 +31,26 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _BUSY_S = 30.0
+"""Longest wait for a database that another process writes to, in seconds."""
 _PAGE = 4096
 _LEAST_BYTES = 1 << 20
 """Smallest bound for the files; a smaller ``max_bytes`` limits only the values, because SQLite itself needs room."""
 _INDEX_BYTES = 1 << 16
+"""Room for the file that indexes the log."""
 _MOST_LOG_BYTES = 8 << 20
+"""Largest write-ahead log."""
 _CHECKPOINT_MS = 100
+"""Longest wait for other processes while the log is written back, in milliseconds."""
 _TOUCH_BATCH = 256
+"""Most entries whose times of use are written, or which are dropped as unused, at once."""
 _EVICT_BATCH = 8
+"""Most entries dropped at once for want of room."""
 _VACUUM_PAGES = 64
+"""Most pages given back to the file system at once."""
 _SPARE_PAGES = 12
 """Pages kept free for an insertion; more than it needs beside its value."""
 _MOST_REPAIRS = 3
+"""Number of times that a damaged file is replaced before the cache is given up."""
 _ENTRY_OVERHEAD = 100
 """Bytes that are counted for a row beside its value."""
 _MAGIC = b"SQLite format 3\0"
