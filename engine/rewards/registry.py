@@ -51,6 +51,8 @@ def make_judge(
         from balcaprl.rewards.scenes.judge import SceneJudge
 
         return SceneJudge()
+    # A judge that is new to the configuration must not become the lexical one for lack of a case above.
+    assert config.judge in ("auto", "lexical"), config.judge
     from balcaprl.rewards.lexical.judge import LexicalJudge
     from balcaprl.rewards.lexical.language import check_references
 
