@@ -44,7 +44,7 @@ class Dataset:
         return SampleStream(self.train, seed=seed, shuffle=self.shuffle)
 
     def some_references(self, most: int = 256) -> list[str]:
-        """Return up to ``most`` reference captions, spread over the training samples, to detect their language."""
+        """Return up to ``most`` reference captions, spread over the training samples, to check language and length."""
         step = max(1, len(self.train) // most)
         return [self.train[index].reference for index in range(0, len(self.train), step)[:most]]
 

@@ -15,9 +15,10 @@ _NUM_SAMPLES = 64
 def data_digest(config: DataConfig) -> str | None:
     """Return a digest of the content of ``data.path``; None for drawn scenes.
 
-    A single file is read whole. In a folder, all names and sizes count; files of up to 64 MiB are read whole, and of
-    larger files 64 pieces of 1 MiB are read, because a data set that holds its images in its tables has too many bytes
-    to read at each start. Files whose names begin with ``cache-`` or a dot, and image files elsewhere, are not read.
+    A single file is read whole. In a folder, files whose names begin with ``cache-`` or a dot are left out; of all
+    others, path and size count. Files of up to 64 MiB are read whole. Of larger files, 64 pieces of 1 MiB are read,
+    because a data set that holds its images in its tables has too many bytes to read at each start. Image files outside
+    ``data.path`` do not count.
 
     Raises:
         OSError: a file cannot be read.

@@ -1,4 +1,4 @@
-"""Splits records into training and held-out ones by whole images, each with all of its records."""
+"""Splits records into training and held-out ones; all records of an image are on the same side."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from balcaprl.data.records.records import Record
 logger = logging.getLogger(__name__)
 
 DEFAULT_NUM_EVAL = 128
-"""The default of ``data.num_eval``. A default is not a request, so this value holds out at most half of the images."""
+"""The default of ``data.num_eval``. Users who keep it did not ask for this number, so at most half of the images are
+held out."""
 
 
 def split_records(records: list[Record], num_eval: int, seed: int) -> tuple[list[Record], list[Record]]:
-    """Return the training records in the file's order, and those of the held-out images; no image is on both sides.
+    """Return the training records in the file's order, and the records of the held-out images; no image is in both.
 
     The images, in the order of their first records, are shuffled by ``seed``, and the last ones are held out.
     """

@@ -16,7 +16,7 @@ from balcaprl.types import Sample
 logger = logging.getLogger(__name__)
 
 MAX_PERMUTED = 10_000_000
-"""Larger sources are drawn in order: a permutation would take too much memory, and no run finishes an epoch of them."""
+"""Larger sources are drawn in order: a permutation would take too much memory, and no run reaches the epoch's end."""
 
 
 class SampleSource(Protocol):
@@ -30,8 +30,9 @@ class SampleSource(Protocol):
 class SampleStream:
     """Draws samples epoch after epoch; the same source, seed and state give the same samples.
 
-    Each epoch is a permutation that seed and epoch determine; without ``shuffle`` it is the source's order. A source of
-    more than ``MAX_PERMUTED`` samples is drawn in order; with ``shuffle`` it starts at a place that the seed chooses.
+    The order of an epoch is a permutation that seed and epoch determine; without ``shuffle`` it is the source's order.
+    A source of more than ``MAX_PERMUTED`` samples is always drawn in order; with ``shuffle``, each epoch starts at a
+    place that the seed determines.
 
     Args:
         source: the samples to draw from, at least one.
@@ -60,10 +61,10 @@ class SampleStream:
     def next_decodable(self, count: int) -> list[Sample]:
         """Return the next ``count`` samples whose images decode; each is decoded here, once, and kept with its sample.
 
-        An image that does not decode is skipped, logged once, and counted in ``num_undecodable``.
+        A sample whose image does not decode is skipped and counted in ``num_undecodable``; the first few are logged.
 
         Raises:
-            DatasetError: the number of successive images that do not decode reaches the number of samples in an epoch.
+            DatasetError: the number of samples in a row that do not decode reaches the length of an epoch.
         """
         samples: list[Sample] = []
         failures_in_a_row = 0
@@ -90,7 +91,7 @@ class SampleStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the place at which ``state`` was taken.
+        """Continue from the place in the order at which ``state`` was taken.
 
         Raises:
             DatasetError: the state belongs to another seed, order or number of samples, or is damaged.

@@ -1,1 +1,1 @@
-"""Where the demo starts: tiny models and the warm start."""
+"""What the demo starts from: tiny models and the warm start."""

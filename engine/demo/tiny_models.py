@@ -1,8 +1,8 @@
-"""Builds tiny stock checkpoints from configuration only; nothing is downloaded.
+"""Builds tiny stock checkpoints from their configuration; nothing is downloaded.
 
 Each builder writes a folder that plain ``AutoModelForImageTextToText``, ``AutoProcessor`` and vLLM load like any
-published checkpoint. It holds random weights, a byte-level BPE tokenizer trained on the caller's corpus, a processor
-and a chat template.
+published checkpoint. The folder holds random weights, a byte-level BPE tokenizer trained on the caller's corpus, a
+processor and a chat template.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _LLAVA_TEMPLATE = (
 _PATCH = 14
 """Edge length of a patch, in pixels."""
 _TEMPLATE_WORD_COUNT = 1000
-"""Number of times that the tokenizer's training text repeats the words of the chat templates, whatever the corpus."""
+"""How many times the words of the chat templates are added to the tokenizer's training text, whatever the corpus."""
 _VOCAB_MULTIPLE = 64
 """The number of embedding rows is rounded up to a multiple of this, as in published checkpoints."""
 _ModelParts = tuple[Any, Any, Any]
@@ -74,11 +74,11 @@ def build_tiny_qwen(
     """Write a Qwen2.5-VL with a few million random parameters, and return its folder.
 
     Patches are 14 x 14 px, and 2 x 2 patches make one token: an image of 112 x 112 px becomes 16 image tokens. A word
-    that the corpus contains twice after a space becomes one token with its space, as long as ``max_vocab_size`` has
-    room. The number of embedding rows is rounded up to a multiple of 64. With ``full_attention`` every block of the
-    tower sees the whole image; otherwise only the last block does, and the others see windows of 112 px. The processor
-    shrinks images with more than ``max_pixels`` pixels. ``seed`` determines the weights, and the global random state
-    stays unchanged.
+    that the corpus contains at least twice after a space becomes one token together with the space, as long as
+    ``max_vocab_size`` has room. The number of embedding rows is rounded up to a multiple of 64. With
+    ``full_attention`` every block of the tower sees the whole image; otherwise only the last block does, and the others
+    see windows of 112 px. The processor shrinks images with more than ``max_pixels`` pixels. ``seed`` determines the
+    weights, and the global random state stays unchanged.
 
     Raises:
         ValueError: A size is not a multiple of the size that must divide it.

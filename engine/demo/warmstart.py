@@ -1,4 +1,4 @@
-"""The demo's warm start: a tiny captioner that sees well and writes badly, made from scratch.
+"""The demo's warm start: trains from scratch a tiny captioner that sees well and writes badly.
 
 It is trained on drawn scenes in four supervised phases:
 
@@ -69,7 +69,7 @@ class WarmstartConfig:
     batch_size: int = 32
     """Number of images, or of images with captions, per step."""
     bucket: int = 8
-    """Number of batches whose captions are sorted by length together, so that there is little padding."""
+    """Number of batches made from captions that are sorted by length together, so that there is little padding."""
     weight_decay: float = 0.01
     beta2: float = 0.98
     max_grad_norm: float = 1.0
@@ -88,7 +88,7 @@ class WarmstartConfig:
 
 
 def grid_targets(scene: Scene, tokens: int) -> torch.Tensor:
-    """What each image token shows: presence, row, column and the four attributes, as (tokens * tokens, 7).
+    """What each image token shows, as (tokens * tokens, 7): presence of an object, row, column and its four attributes.
 
     An object belongs to the token that holds its centre; the attributes of empty tokens are -100.
     """
@@ -204,7 +204,7 @@ def _load_processor(folder: Path) -> Any:
 
 
 def _encode(processor: Any, images: list[Any], captions: list[str]) -> dict[str, torch.Tensor]:
-    """Processor output with ``labels`` (B, T): the ids of the caption and its end token, -100 elsewhere."""
+    """Return the processor's output and ``labels`` (B, T): the ids of the caption and its end token, -100 elsewhere."""
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": INSTRUCTION}]}
     prompt = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     end = processor.tokenizer.eos_token
@@ -248,9 +248,8 @@ def build_warmstart(folder: Path, config: WarmstartConfig, report: Callable[[str
     """Build the warm start's checkpoint folder from nothing but its configuration.
 
     Writes a stock transformers folder (bfloat16 weights) and ``warmstart.json``, which holds the configuration and the
-    SHA-256 of the weights. The model after each phase is kept in ``<folder>.phases`` and not trained twice: a build
-    that was interrupted continues with the phase that it was in. On another kind of processor, the bits of the weights
-    may differ.
+    SHA-256 of the weights. The model after each phase is kept in ``<folder>.phases``, so a build that was interrupted
+    starts again with the phase that it was in. On another kind of processor, the bits of the weights may differ.
 
     Raises:
         ForeignPathError: one of the two folders holds files that no warm start wrote.
@@ -300,9 +299,9 @@ def _load_model(folder: Path) -> Any:
 
 
 def _fingerprint(config: WarmstartConfig, index: int) -> str:
-    """Hash of everything that determines the state after phase ``index``.
+    """Hash of everything that determines the model after phase ``index``.
 
-    Flaw rates are included only from the phase with flawed captions on.
+    The flaw rates are part of it only from the first phase with flawed captions on.
     """
     plain = asdict(replace(config, phases=config.phases[:index]))
     if not any(phase.style == "flawed" for phase in config.phases[:index]):

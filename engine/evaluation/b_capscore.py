@@ -24,7 +24,8 @@ class Evaluation:
 
     scores: dict[str, float]
     """Means over images: the rewards, ``b_capscore``, ``length_ratio``. Counts: ``num_images``, ``num_samples`` (more
-    if an image has several references), ``num_unscorable``, and ``num_excluded`` (samples that became no prompt)."""
+    than images if an image has several references), ``num_unscorable`` (samples whose caption could not be scored) and
+    ``num_excluded`` (samples from which no prompt could be made)."""
     groups: list[RolloutGroup]
     """The captions, as groups of one rollout each."""
 
@@ -44,8 +45,8 @@ def evaluate_captions(
 ) -> Evaluation:
     """Caption each prompt once and score the captions.
 
-    ``num_excluded`` is the number of held-out samples that became no prompt; it is only reported. ``greedy=False``
-    samples from the policy's own distribution, which shows flaws that greedy decoding hides.
+    ``num_excluded`` is the number of held-out samples from which no prompt could be made; it is only reported.
+    ``greedy=False`` samples from the policy's own distribution, which shows flaws that greedy decoding hides.
     """
     groups: list[RolloutGroup] = []
     for start in range(0, len(prompts), batch_size):
@@ -70,7 +71,7 @@ def summarise(groups: Sequence[RolloutGroup], names: Sequence[str] = REWARD_NAME
 
 
 def summarise_images(groups: Sequence[RolloutGroup], names: Sequence[str] = REWARD_NAMES) -> dict[str, float]:
-    """Like ``summarise``, but average over each image's samples first: an image with five references counts once."""
+    """Like ``summarise``, but average over each image's samples first, so an image with five references counts once."""
     by_image: dict[str, list[RolloutGroup]] = {}
     for group in groups:
         by_image.setdefault(group.prompt.sample.image_identity, []).append(group)

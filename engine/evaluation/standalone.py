@@ -23,14 +23,15 @@ def evaluate_checkpoint(checkpoint: Path, config: TrainConfig, out: Path | None)
 
     Args:
         checkpoint: a stock transformers folder or an adapter folder.
-        config: the configuration, of which the seed and the data, rollout, reward, endpoint, evaluation and model
-            sections are used (``model.path`` only for an adapter: it names the model that the adapter belongs to).
+        config: the configuration. Its seed and the sections data, rollout, reward, endpoint, evaluation and model are
+            used; ``model.path`` only for an adapter, as the model that the adapter belongs to.
         out: a folder for the scores and captions, empty or of an earlier evaluation; None: only return the scores.
 
     Raises:
         ModelFilesError: the checkpoint cannot be loaded, or is an adapter of another model.
         ForeignPathError: ``out`` holds something else, such as a run.
         PathInUseError: another process writes to ``out``.
+        ValueError: there are no held-out images.
     """
     if out is None:
         return _evaluate(checkpoint, config, None)

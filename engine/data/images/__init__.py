@@ -1,1 +1,1 @@
-"""From what a record says of its image to RGB pixels."""
+"""Turns what a record says of its image into RGB pixels."""

@@ -33,9 +33,9 @@ MAX_ASPECT_RATIO = 200
 """Largest ratio of longer to shorter side; image processors (Qwen2.5-VL's) refuse images beyond it."""
 BYTES_PER_PIXEL = 12
 """Decoding takes at most this many bytes for each of ``max_source_pixels``, whatever the file contains: three quarters
-of a gigabyte by default. Most pictures take less; a progressive JPEG of four colours takes this much."""
+of a gigabyte by default. Most pictures take less; a progressive JPEG with four colour channels takes this much."""
 _COSTS = {"WEBP": 16}
-"""Bytes per pixel of formats whose decoders take more, so that fewer pixels are allowed."""
+"""Bytes per pixel of the formats whose decoders take more; for these, fewer pixels are allowed."""
 _TIFF_TILE = (322, 323)
 """Tags of a tile's width and length in TIFF files; a tile is decoded whole, however small the image is."""
 
@@ -49,7 +49,7 @@ _TURNS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # what undoes each EXIF orientation
+}  # the operation that undoes each EXIF orientation
 
 
 def load_image(
@@ -60,7 +60,7 @@ def load_image(
     Args:
         path: relative to ``root``, or absolute and below it; no ``..``, no link that leaves ``root``.
         root: the folder that the path may not leave.
-        max_pixels: a larger image is shrunk to at most this many pixels, keeping its shape.
+        max_pixels: a larger image is shrunk to at most this many pixels; its aspect ratio stays.
         max_source_pixels: an image whose header announces more is refused before anything is decoded.
         max_file_bytes: a larger file is refused unread.
 
@@ -84,7 +84,7 @@ def decode_image(
 def check_image(
     path: str | os.PathLike[str], root: Path, *, max_pixels: int, max_source_pixels: int, max_file_bytes: int
 ) -> str:
-    """Raise the ``ImageError`` that ``load_image`` would, as far as path, size and header show it; decode nothing.
+    """Raise the ``ImageError`` that ``load_image`` would, if path, size or header show the fault; decode nothing.
 
     Returns:
         a digest of the file's length, beginning and end: equal for equal files, and seldom equal for different ones.
@@ -95,7 +95,7 @@ def check_image(
 
 
 def check_image_bytes(data: bytes, name: str, *, max_pixels: int, max_source_pixels: int, max_file_bytes: int) -> None:
-    """Raise the ``ImageError`` that ``decode_image`` would, as far as size and header show it; decode nothing."""
+    """Raise the ``ImageError`` that ``decode_image`` would, if size or header show the fault; decode nothing."""
     _open_header(_open_bytes(data, name, max_file_bytes), name, max_pixels, max_source_pixels)
 
 
@@ -130,7 +130,7 @@ def _open_bytes(data: bytes, name: str, max_file_bytes: int) -> BinaryIO:
 
 
 def _open_header(file: BinaryIO, name: str, max_pixels: int, max_source_pixels: int) -> Image.Image:
-    """Read the header and check it against the limits; the pixels stay unread."""
+    """Read the header and check it against the limits; do not read the pixels."""
     try:
         image = _open(file)
     except Image.DecompressionBombError as error:  # Pillow's own limit, about 179 million pixels
@@ -182,7 +182,7 @@ def _decode(file: BinaryIO, name: str, max_pixels: int, max_source_pixels: int) 
     try:
         return _decode_pixels(file, name, max_pixels, max_source_pixels)
     except ImageError as error:
-        # Texts that Pillow refuses may follow the pixels, so that they are found only while decoding.
+        # Texts that Pillow refuses may come after the pixels; they are then found only while decoding.
         bare = without_text(file) if error.reason == "broken image" else None
         if bare is None:
             raise
@@ -230,7 +230,7 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def shrunk_size(size: tuple[int, int], max_pixels: int, name: str) -> tuple[int, int]:
-    """Return the largest size of the same shape with at most ``max_pixels`` pixels, never larger than ``size``.
+    """Return ``size``, shrunk to at most ``max_pixels`` pixels if it has more; the aspect ratio stays, up to rounding.
 
     Raises:
         ImageError: the image is too thin, before or after shrinking; ``name`` appears in the message.

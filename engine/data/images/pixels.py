@@ -1,4 +1,4 @@
-"""Converts decoded pixels of any mode to RGB of a given size, in bands: no second copy of a large image is made."""
+"""Converts decoded pixels of any mode to RGB of a given size, in bands, so that a large image is not copied whole."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from PIL import Image
 
 _BAND_PIXELS = 1 << 20
 _REDUCING_GAP = 3.0
-"""Images at least twice this many times the target size are averaged in whole blocks before the final filter, as in
-``PIL.Image.resize``."""
+"""A dimension that is at least 2 x this factor (6 times) the target's is first averaged in whole blocks, then filtered,
+as with ``reducing_gap`` in ``PIL.Image.resize``."""
 _LOW_DEPTH = {"L;2": 85, "L;4": 17}
-"""Factors by which Pillow multiplies the pixels of PNG files of 2 and 4 bits, but not their transparent value."""
+"""Factors by which Pillow multiplies the pixels of PNG files of 2 and 4 bits, but not the value that is transparent."""
 
 
 def shrunk_rgb(image: Image.Image, size: tuple[int, int], rawmode: str = "") -> Image.Image:
-    """Return an RGB image of ``size``, with transparency laid on white; a filter is applied if the image shrinks.
+    """Return an RGB image of ``size``, laid on white where it is transparent; shrinking is filtered.
 
     Args:
         image: a loaded image of any mode.
@@ -52,7 +52,7 @@ def _bands(image: Image.Image, multiple: int = 1) -> Iterator[tuple[int, Image.I
 
 
 def _mend_transparency(image: Image.Image, rawmode: str) -> None:
-    """Convert the transparent value of a PNG file to the bit depth in which Pillow gives the pixels."""
+    """Convert the value that a PNG file marks as transparent to the bit depth in which Pillow gives the pixels."""
     value = image.info.get("transparency")
     if isinstance(value, int) and rawmode in _LOW_DEPTH:
         image.info["transparency"] = value * _LOW_DEPTH[rawmode]
@@ -61,7 +61,7 @@ def _mend_transparency(image: Image.Image, rawmode: str) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode of eight bits to RGB, with transparency laid on white."""
+    """Convert an image of any mode with eight bits to RGB, laid on white where it is transparent."""
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")

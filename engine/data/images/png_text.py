@@ -1,4 +1,4 @@
-"""Removes texts and profiles from PNG files: any amount of them is valid, but Pillow refuses more than a few."""
+"""Removes texts and profiles from PNG files: they are valid at any size, but Pillow refuses large ones."""
 
 from __future__ import annotations
 

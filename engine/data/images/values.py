@@ -1,4 +1,4 @@
-"""Reads what a data set gives for an image: a path, or the bytes of an image file that is embedded in some form."""
+"""Reads what a data set gives for an image: a path, or an embedded image file in one of several forms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ _MAX_DEPTH = 4
 
 
 def image_source(value: Any, depth: int = _MAX_DEPTH) -> str | bytes:
-    """Return the path or bytes that ``value`` gives: directly, in a list of one, in an object, as data URL or Base64.
+    """Return the path of an image file, or its bytes.
+
+    ``value`` may be the path, the bytes, a data URL or Base64 text; or a list of one of these, or an object with one.
 
     Raises:
         ImageError: ``value`` gives no image, a broken one, or several.

@@ -1,1 +1,1 @@
-"""From data files to records."""
+"""Reads data files into records."""

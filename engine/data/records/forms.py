@@ -1,4 +1,4 @@
-"""The forms that records come in: which key holds what. The message about an unclear entry names the keys sought."""
+"""The forms in which records come: which key holds what. Errors name the keys that were looked for."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ IMAGE_KEYS = ("image", "images", "image_path", "file_name", "image_url")
 REFERENCE_KEYS = ("reference", "references", "caption", "captions", "text")
 """The first of these keys that holds something gives the reference caption, or a list of reference captions."""
 TURN_KEYS = ("conversations", "messages")
-"""Keys of a list of turns with ``from`` / ``value`` or ``role`` / ``content``; lists in ``prompt`` and ``completion``
-together are read in the same way."""
+"""Keys of a list of turns with ``from`` / ``value`` or ``role`` / ``content``. If neither holds a list, the lists in
+``prompt`` and ``completion`` are joined and read in the same way."""
 IMAGE_PLACEHOLDER = "<image>"
 MAX_FACTS_DEPTH = 32
 
@@ -39,7 +39,7 @@ class Fields:
     references: Sequence[Any]
     """At least one reference caption; not all need to be text."""
     instruction: str | None
-    """The instruction, with its image placeholder, or None if the entry has none."""
+    """The instruction, which may contain the image placeholder; None if the entry has no instruction."""
     own_id: Any
     facts: Any
 
@@ -58,7 +58,7 @@ def read_fields(entry: Mapping[str, Any], *, turns_first: bool, image: Any = Non
 
     Args:
         entry: a JSON object, or a row of a table.
-        turns_first: if an entry has both turns and a reference of its own, use the turns.
+        turns_first: if an entry has both an answer in its turns and a reference of its own, use the answer.
         image: the entry's image, if it is already known.
 
     Raises:
@@ -137,7 +137,10 @@ def _first_exchange(turns: list[Any]) -> _Exchange:
 
 
 def _parts(content: Any) -> tuple[str | None, list[Any]]:
-    """Return text and images of a turn: plain text, or a list of ``{"type": "text" | "image" | "image_url", ...}``."""
+    """Return text and images of a turn's content.
+
+    The content may be plain text, or a list of ``{"type": "text" | "image" | "image_url", ...}``.
+    """
     if isinstance(content, str):
         return content, []
     if not isinstance(content, list):

@@ -14,7 +14,7 @@ _BATCH_ROWS = 1000
 
 
 class TableImages:
-    """The undecoded images of a data set by row, taken as they are stored, whatever type the column declares."""
+    """The images of a data set by row, undecoded and as they are stored, whatever type the column declares."""
 
     def __init__(self, table: Any, column: str) -> None:
         self._table, self._column = table.select_columns([column]).with_format("arrow"), column
@@ -27,10 +27,12 @@ class TableImages:
 def read_hf_folder(path: Path, instruction: str, report: LoadReport) -> tuple[list[Record], TableImages]:
     """Read a folder that ``datasets.Dataset.save_to_disk`` wrote; images stay on disk until they are drawn.
 
-    Columns are named like the keys in ``forms.py``. In a folder with splits, ``train`` is read, or the only split.
+    Columns are named like the keys in ``forms.py``. In a folder with splits, ``train`` is read; if there is no such
+    split, the only one is read.
 
     Raises:
-        DatasetError: ``datasets`` is not installed, the folder cannot be read, or a column is missing.
+        DatasetError: ``datasets`` is not installed, the folder cannot be read, a column is missing, or there are
+            several splits and none is ``train``.
     """
     table = _load_table(path)
     columns = table.column_names

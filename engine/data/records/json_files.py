@@ -1,4 +1,4 @@
-"""Reads JSON arrays and JSON Lines, which are told apart by their content and not by their file name."""
+"""Reads JSON arrays and JSON Lines; the content tells which of the two a file is, not its name."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Item:
 
 
 class JsonFile:
-    """Reads the entries of a file, and gives those with an embedded image again when they are asked for.
+    """Reads the entries of a file, and later gives those with an embedded image again.
 
-    Entries of JSON Lines in UTF-8 are read again from the file, so that no image stays in memory. Of other files, the
-    entries that are passed to ``hold`` stay in memory.
+    From JSON Lines in UTF-8, an entry is then read again, so that no image stays in memory. Of other files, the entries
+    that were passed to ``hold`` stay in memory.
 
     Args:
-        path: a JSON array, or one JSON value per line, in UTF-8, or in UTF-16 or UTF-32 if a byte order mark or zero
-            bytes show it.
-        lenient: read a file that begins like an array but is not one as lines, and count the broken lines.
+        path: a JSON array, or one JSON value per line. The encoding is UTF-8, or UTF-16 or UTF-32 if a byte order mark
+            or zero bytes show it.
+        lenient: whether to read a file line by line if it begins like an array but is not valid JSON.
     """
 
     def __init__(self, path: Path, *, lenient: bool) -> None:
@@ -52,7 +52,8 @@ class JsonFile:
         """Yield all entries, without blank lines.
 
         Raises:
-            DatasetError: the file cannot be read, or begins like an array, is not valid JSON, and ``lenient`` is false.
+            DatasetError: the file cannot be read; or it begins like an array but is not valid JSON, and ``lenient`` is
+                false.
         """
         try:
             with open(self.path, "rb") as file:
@@ -76,7 +77,7 @@ class JsonFile:
             raise DatasetError(f"data.path: {self.path} cannot be read: {error.strerror}") from error
 
     def hold(self, item: Item) -> None:
-        """Make sure that ``again`` finds an entry, which stays in memory if the file is not JSON Lines in UTF-8."""
+        """Make sure that ``again`` finds an entry. If the file is not UTF-8 JSON Lines, the entry stays in memory."""
         if self._held is not None:
             self._held[item.key] = item.value
 

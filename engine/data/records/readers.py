@@ -43,7 +43,7 @@ def read_json(
         path: the file.
         instruction: the instruction for records that have none of their own.
         report: the report in which left-out entries are counted.
-        turns_first: see ``read_fields``; true also makes a broken array an error instead of a number of broken lines.
+        turns_first: see ``read_fields``; if true, a broken array is also an error, and is not read as broken lines.
 
     Raises:
         DatasetError: the file cannot be read, or, with ``turns_first``, is a broken array.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from balcaprl.data.records.readers import ImageColumn
 
-# File checks wait for the disk, not the processor, so more threads than cores pay off, above all on network disks.
+# File checks wait for the disk, not the processor, so having more threads than cores pays, above all on network disks.
 _CHECK_THREADS = 16
 _CHUNK = 256
 _BAR_FROM = 5_000
@@ -58,7 +58,7 @@ class RecordImages:
     def check(self, record: Record) -> str:
         """Return an id for a record's image, or raise the ``ImageError`` that can be found without decoding.
 
-        Without ``check_headers`` a file is not opened. Its id then comes from its real path, so that a copy of the file
+        Without ``check_headers`` a file is not opened. Its id is then made from its real path, so a copy of the file
         counts as another image.
         """
         image = self._find(record)
@@ -92,10 +92,10 @@ class RecordImages:
         return kept
 
     def _told_apart(self, found: _Outcomes, pool: ThreadPoolExecutor) -> _Outcomes:
-        """Return whole-content ids for files that share an id: they may be alike only in length, beginning and end.
+        """Return ids made from the whole content for files that share an id.
 
-        If a data set also embeds images, all files get whole-content ids, because embedded images have ids of this
-        kind.
+        Such files may be equal only in length, beginning and end. If a data set also embeds images, all its files get
+        ids of this kind, because embedded images have them.
         """
         if not self._check_headers:
             return {}

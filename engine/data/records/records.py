@@ -14,7 +14,7 @@ from balcaprl.data.records.forms import IMAGE_PLACEHOLDER, Fields
 from balcaprl.logtext import printable
 
 MAX_EXAMPLES = 3
-"""Number of examples that are kept for each reason of exclusion."""
+"""Most examples that are kept for each reason of exclusion."""
 MAX_ID_CHARS = 200
 
 
@@ -87,7 +87,7 @@ class LoadReport:
 
 
 class RecordBuilder:
-    """Makes records from entries, counts the entries that cannot become one, and makes sample ids unique."""
+    """Makes records from entries, counts the entries that cannot become records, and makes sample ids unique."""
 
     def __init__(self, instruction: str, report: LoadReport) -> None:
         self.records: list[Record] = []
@@ -131,7 +131,7 @@ class RecordBuilder:
 
 
 def _why_unusable(reference: Any) -> tuple[str, str]:
-    """The reason for which a reference without text is counted, and what is wrong with it."""
+    """Return the reason under which a reference without text is counted, and what is wrong with it."""
     if reference is None or isinstance(reference, str):
         return "empty caption", "is empty"
     return "caption is not text", f"is {type(reference).__name__}, expected text"
@@ -142,7 +142,10 @@ def _named(where: str, own_id: Any) -> str:
 
 
 def clean_text(value: Any) -> str:
-    """Return the stripped text without NUL and lone surrogates, which no tokenizer takes; "" if it is not text."""
+    """Return the stripped text without NUL, and with ``?`` for each lone surrogate; "" if it is not text.
+
+    No tokenizer takes NUL or lone surrogates.
+    """
     if not isinstance(value, str):
         return ""
     return value.encode("utf-8", "replace").decode().replace("\0", "").strip()

@@ -14,7 +14,7 @@ NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 @dataclass(frozen=True)
 class ObjectWords:
-    """What a caption says about one object; ``None`` leaves an attribute unsaid."""
+    """What a caption says about one object; an attribute that is None is not mentioned."""
 
     shape: str
     colour: str | None
@@ -71,7 +71,7 @@ def object_clause(words: ObjectWords, form: int) -> str:
 
 
 def object_sentences(objects: Sequence[ObjectWords], rng: np.random.Generator) -> list[str]:
-    """Describe the objects in order, one or two per sentence, with no construction more than twice in a row."""
+    """Describe the objects in order, one or two per sentence; no construction is used more than twice in a row."""
     sentences: list[str] = []
     forms: list[int] = []
     rest = list(objects)
@@ -95,7 +95,7 @@ def relation_sentence(first: ObjectWords, relation: str, second: ObjectWords) ->
 
 
 def told_relation(scene: Scene) -> tuple[int, str, int] | None:
-    """Return the relation that references state, of the first object in reading order to the second, or None."""
+    """Return the relation of the first to the second object in reading order that references state, or None."""
     same_row = PLACES.index(scene.objects[0].place) // 3 == PLACES.index(scene.objects[1].place) // 3
     for relation in ("left of", "above") if same_row else ("above", "left of"):
         if (0, relation, 1) in scene.relations:

@@ -1,7 +1,7 @@
-"""The warm-start corpus: captions with flaws at stated rates, so that the policy has something left to learn.
+"""The warm start's corpus: captions with flaws at known rates, so that the policy has something left to learn.
 
 ``flawed_caption`` starts from what a clean caption would say and damages it at the rates of ``FlawRates``; each flaw is
-drawn independently. Nothing else makes the warm start imperfect.
+drawn independently. No other flaws are put into the warm start.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COMMENTARY = (
     "The artist surely wanted to tell a story.",
     "Every detail contributes to the lively atmosphere.",
 )
-"""Sentences that refer to nothing that can be pointed at."""
+"""Sentences about nothing that one could point at in the image."""
 
 CaptionStyle = Literal["labels", "clean", "flawed"]
 
@@ -52,11 +52,11 @@ class FlawRates:
     """Probability of each flaw, per caption unless stated otherwise."""
 
     wrong_attribute: float = 0.10
-    """Per attribute of an object: the value is replaced by another one."""
+    """For each attribute of an object: the value is replaced by another one."""
     unsaid_attribute: float = 0.15
-    """Per size, fill or place of an object: the attribute is left out."""
+    """For each of an object's size, fill and place: the attribute is left out."""
     omission: float = 0.25
-    """Per object after the first: the caption leaves out this object and all that follow."""
+    """For each object after the first: the caption does not describe this object and all that follow."""
     wrong_count_or_background: float = 0.15
     """The opening sentence states another number or background."""
     no_opening: float = 0.30
@@ -96,7 +96,7 @@ def flawed_caption(scene: Scene, rng: np.random.Generator, rates: FlawRates | No
 
 
 def label_list(scene: Scene) -> str:
-    """Return only the attribute words in reading order: the densest text from which to learn to see."""
+    """Return only the attribute words, in reading order; no other text teaches as much about the image per token."""
     items = [f" {o.place} {o.size} {o.fill} {o.colour} {o.shape}" for o in scene.objects]
     return f" {scene.background} background," + ",".join(items) + "."
 
@@ -156,7 +156,7 @@ def _relation(scene: Scene, told: list[ObjectWords], rates: FlawRates, rng: np.r
 
 
 def _pad(sentences: list[str], rates: FlawRates, rng: np.random.Generator) -> list[str]:
-    """Add repetition and commentary: a little at their own rates, or a lot if the caption is to be far too long."""
+    """Add repetition and commentary: a little at their own rates, or a lot if the caption is drawn to be too long."""
     sentences = list(sentences)
     far = rng.uniform() < rates.too_long
     if far or rng.uniform() < rates.repetition:

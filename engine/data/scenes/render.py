@@ -1,4 +1,4 @@
-"""Draws a scene: each object from its signed distance, so that edges are antialiased without supersampling."""
+"""Draws a scene: each object from its signed distance field, so that edges are antialiased without supersampling."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _light(side: int, strength: float) -> np.ndarray:
 
 
 def _draw(canvas: np.ndarray, item: SceneObject, colour: np.ndarray) -> None:
-    """Blend one object into the canvas, touching only the pixels around it."""
+    """Blend one object into the canvas; only the pixels around it are computed."""
     side = canvas.shape[0]
     reach = item.radius * 1.3 + 2
     x0, x1 = max(0, int(item.x - reach)), min(side, int(item.x + reach) + 1)
@@ -47,7 +47,7 @@ def _draw(canvas: np.ndarray, item: SceneObject, colour: np.ndarray) -> None:
 
 
 def _fill_alpha(item: SceneObject, distance: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """Return how much of each pixel the object covers, from 0 to 1, given its fill."""
+    """Return the share of each pixel, from 0 to 1, that the object covers with its fill."""
     inside = np.clip(0.5 - distance, 0, 1)
     if item.fill == "solid":
         return inside

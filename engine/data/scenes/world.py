@@ -66,7 +66,8 @@ class SceneConfig:
     occlusion_rate: float = 0.15
     """Probability that two neighbours are pushed together until one hides part of the other."""
     colour_jitter: int = 10
-    """Largest change of each colour channel of an object, on a scale of 255."""
+    """Largest change of each colour channel of an object, on a scale of 255. A background's brightness changes by half
+    of it at most."""
     light: float = 16.0
     """Strength of the uneven light on the background, on a scale of 255."""
     noise: float = 3.0
@@ -81,9 +82,9 @@ class SceneConfig:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One drawn object, with its centre ``x`` and ``y`` and its half extent ``radius`` in pixels.
+    """One drawn object, with its centre ``x`` and ``y`` and about half its extent, ``radius``, in pixels.
 
-    Objects are drawn in the order of ``depth``.
+    Objects are drawn in the order of ``depth``, the lowest first.
     """
 
     shape: str
@@ -118,7 +119,10 @@ class Scene:
 
     @cached_property
     def relations(self) -> frozenset[tuple[int, str, int]]:
-        """All true (object index, relation, object index); objects that are nearly level on an axis have none on it."""
+        """All true (object index, relation, object index).
+
+        Objects whose centres differ by at most a tenth of the side on an axis have no relation on that axis.
+        """
         margin = 0.1 * self.side
         true: set[tuple[int, str, int]] = set()
         for i, a in enumerate(self.objects):
@@ -191,7 +195,7 @@ def _adjacent(a: int, b: int) -> bool:
 
 
 def _overlap(centres: list[list[float]], i: int, j: int, *, cells: np.ndarray, radii: list[float], cell: float) -> None:
-    """Move objects i and j towards each other along their axis, each staying in its own cell."""
+    """Move objects i and j towards each other along their common axis; each centre stays in its own cell."""
     axis = 0 if int(cells[i]) // 3 == int(cells[j]) // 3 else 1
     first, second = (i, j) if centres[i][axis] < centres[j][axis] else (j, i)
     border = cell * (int(cells[second]) % 3 if axis == 0 else int(cells[second]) // 3)
