@@ -1,6 +1,7 @@
-// Normalisation of one reward in several groups at once; grouped_advantages.cpp calls it for every reward. The code is
-// compiled once per instruction set, in simd/group_columns.cpp. All instruction sets give the same bits, because the
-// code is compiled without contraction to fused multiply-add and each group has its own lane.
+// Normalises one reward in several groups at once; grouped_advantages.cpp calls it for every reward, or for grpo once
+// for the weighted sums. The code is compiled once per instruction set, in simd/group_columns.cpp. All instruction sets
+// give the same bits, because the code is compiled without contraction to fused multiply-add and each group has its own
+// lane.
 #pragma once
 
 #include <cstdint>

@@ -15,10 +15,10 @@ namespace {
 using balcaprl::layer_table;
 using balcaprl::parallel_for;
 
-// Sizes of the blocks of work. Each block of kRows rows has its own sum of the weight's gradient.
-constexpr int64_t kRows = 64;
-constexpr int64_t kColumns = 512;
-constexpr int64_t kNumbers = 8192;
+// Sizes of the blocks of work. In the norm's backward, each block of kRows rows has its own sum of the weight's gradient.
+constexpr int64_t kRows = 64;       // the most rows, or tokens, in a block
+constexpr int64_t kColumns = 512;   // columns in a block that adds up those sums
+constexpr int64_t kNumbers = 8192;  // numbers in a block of all other work
 
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 

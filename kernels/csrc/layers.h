@@ -1,6 +1,6 @@
-// Elementwise layers of a transformer on float32 rows: RMSNorm, SwiGLU's silu(gate) * up, and rotary positions. Each
-// takes one pass; PyTorch runs four to eight operations. The code is compiled once per instruction set, in
-// simd/layers.cpp.
+// Small layers of a transformer on float32 rows: RMSNorm, SwiGLU's silu(gate) * up, and rotary positions. Each reads a
+// row from memory once; PyTorch runs four to eight operations over the whole tensor. The code is compiled once per
+// instruction set, in simd/layers.cpp.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,7 @@ struct LayerTable {
                             float* grad_x, float* weight_sums);
   // Writes out = silu(gate) * up.
   void (*silu_mul)(const float* gate, const float* up, int64_t size, float* out);
+  // Writes the gradients of gate and up from the gradient of out.
   void (*silu_mul_backward)(const float* grad, const float* gate, const float* up, int64_t size, float* grad_gate,
                             float* grad_up);
   // Writes out = x * cos + [-x2, x1] * sin for a head x = [x1, x2]; x, cos and sin have 2 * half numbers each. With

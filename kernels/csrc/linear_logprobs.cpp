@@ -1,11 +1,11 @@
 // The work of the language-model head between its matrix products, on the logits of a chunk of tokens: statistics of
-// the softmax, log-probability of the target, and the gradient, which is written over the logits. linear_logprobs and
-// linear_policy_loss use it.
+// the softmax, log-probability of the target, and the gradient of the logits. linear_logprobs and linear_policy_loss
+// use it.
 //
 // Rows of logits are `row_stride` values apart. `targets`, `row_max`, `row_sum`, `logprobs` and `grad_logprobs` have
 // one value per row of the chunk. `rows` lists the rows that have a gradient, in rising order. The gradient of row
-// rows[i] is written to row i, so that the following matrix products use only rows with a gradient. The blocks of work
-// do not depend on the number of threads.
+// rows[i] is written to row i, over the logits or to another array, so that the following matrix products use only rows
+// with a gradient. The blocks of work do not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -40,7 +40,7 @@ struct Logits {
   char* at(int64_t row, int64_t column) const { return data + (row * row_stride + column) * size_of(type); }
 };
 
-// Statistics, target and gradient of each row, from which the parameters of the row's gradient follow.
+// Scale, targets, statistics and incoming gradients of all rows; row(t) computes the parameters of a row's gradient.
 struct RowValues {
   float scale;
   const int64_t* targets;
@@ -71,8 +71,8 @@ bool valid_targets(const int64_t* targets, int64_t count, int64_t vocabulary) {
 
 }  // namespace
 
-// Writes row_max, row_sum and logprobs, and entropy if `entropy` is not null. A row whose logits are NaN or +inf, or
-// all -inf, or -inf at the target, gets NaN or an infinity in logprobs.
+// Writes row_max, row_sum and logprobs, and entropy if `entropy` is not null. If a logit of a row is NaN or +inf, all
+// logits are -inf, or the target's logit is -inf, then the row's logprob is NaN or infinite.
 BALCAPRL_EXPORT int32_t balcaprl_softmax_stats(int32_t type, const void* logits, int64_t row_stride, int64_t num_rows,
                                                int64_t vocabulary, double scale, const int64_t* targets,
                                                float* row_max, float* row_sum, float* logprobs, float* entropy) {

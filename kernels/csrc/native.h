@@ -15,7 +15,8 @@
 
 namespace balcaprl {
 
-// Increase this version here and in kernels/ops/support/native.py when a signature, a status code or an enumeration changes.
+// Increase this version, here and in kernels/ops/support/native.py, when a signature, a status code or an enumeration
+// changes.
 constexpr int32_t kAbiVersion = 3;
 
 enum Status : int32_t {

@@ -10,7 +10,7 @@
 namespace balcaprl {
 namespace {
 
-// Entry points in GCC's calling convention, which the OpenMP runtime of every compiler on Linux offers.
+// Entry points of GCC's OpenMP runtime, which Intel's and LLVM's runtimes offer too.
 using GompParallel = void (*)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
 using MaxThreads = int (*)();
 
@@ -49,8 +49,8 @@ void run_blocks(int64_t num_blocks, Block body, const void* context) noexcept {
 
 }  // namespace balcaprl
 
-// Sets the addresses of GOMP_parallel and omp_get_max_threads in the runtime that torch uses. With null addresses
-// blocks run on the calling thread.
+// Sets the addresses of GOMP_parallel and omp_get_max_threads in the runtime that torch uses. If one of them is null,
+// all blocks run on the calling thread.
 BALCAPRL_EXPORT void balcaprl_set_thread_runtime(void* parallel, void* maximum) {
   balcaprl::max_threads.store(reinterpret_cast<balcaprl::MaxThreads>(maximum), std::memory_order_release);
   balcaprl::gomp_parallel.store(reinterpret_cast<balcaprl::GompParallel>(parallel), std::memory_order_release);

@@ -1,9 +1,9 @@
 // parallel_for runs blocks of work on the threads that torch's own kernels use.
 //
 // The library does not link OpenMP. A second runtime in the process would keep a second team of threads, and the two
-// teams would compete for the cores. kernels/ops/support/native.py looks up GOMP_parallel in the runtime that torch uses
-// (libgomp, or Intel's or LLVM's runtime, which offer the same entry) and passes its address to the library. Without an
-// address the blocks run one after another.
+// teams would compete for the cores. kernels/ops/support/native.py looks up GOMP_parallel in the runtime that torch
+// uses (libgomp, or Intel's or LLVM's runtime, which offer the same entry point) and passes its address to the library.
+// Without an address the blocks run one after another.
 //
 // Results must not depend on the number of threads. To ensure this, cut the work into blocks of a fixed size, let each
 // block write only its own memory (a partial sum goes to a slot of its own), and add up the slots in order afterwards.

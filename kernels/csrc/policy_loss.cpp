@@ -22,7 +22,7 @@ enum Reduction : int32_t { kTokenMean = 0, kSequenceMean = 1, kConstant = 2 };
 
 int64_t num_blocks(int64_t num_tokens) { return (num_tokens + kBlock - 1) / kBlock; }
 
-// Whether all values are finite, which means that no exponent is all ones. A null array counts as finite.
+// Returns whether all values are finite, which means that no exponent is all ones. A null array counts as finite.
 bool finite(const float* values, int64_t begin, int64_t end) {
   if (values == nullptr) return true;
   uint32_t largest = 0;
@@ -77,7 +77,7 @@ BALCAPRL_EXPORT int32_t balcaprl_token_batch(int64_t num_tokens, int64_t num_rol
 }
 
 // All inputs are (T); old, sampling and reference log-probabilities may be null. A cap of 0 turns importance sampling
-// off. Writes the gradients (T) and 7 sums: the loss, then METRIC_SUMS of kernels/ops/loss/token_loss.py.
+// off. Writes the gradients (T) and 7 numbers: the loss, then METRIC_SUMS of kernels/ops/loss/records.py.
 BALCAPRL_EXPORT int32_t balcaprl_token_loss(int64_t num_tokens, const float* logprobs, const float* old_logprobs,
                                             const float* advantages, const float* scale, const float* sampling_logprobs,
                                             const float* reference_logprobs, double clip_low, double clip_high,

@@ -8,6 +8,7 @@
 //
 // For one level the results are the same on every machine. Results of different levels differ by a few units in the
 // last place, because sums are split over a different number of lanes and only AVX2 and AVX-512 fuse multiply and add.
+// Only group_columns.cpp gives the same bits at every level.
 #pragma once
 
 #include <stdint.h>
@@ -41,6 +42,7 @@ struct Float16 {
 constexpr float kInfinity = __builtin_inff();
 
 BALCAPRL_INLINE Floats splat(float x) { return Floats{} + x; }
+
 // If one operand of max or min is NaN, the result is `b`: an operand whose NaN must not be lost has to be passed as
 // `b`. Compilers do not generate AVX-512's instructions for max, min and powers of two from vector extensions, so
 // builtins are used. The last two operands of these builtins mean "all lanes" and "default rounding".

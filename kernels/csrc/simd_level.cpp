@@ -35,7 +35,7 @@ SimdLevel simd_level() {
 }  // namespace balcaprl
 
 // Sets the highest level to use (0 plain, 1 AVX2, 2 AVX-512); a negative number sets no limit. Returns the level that
-// is used from here on: the best that machine and build support within the limit.
+// is used from now on: the best within the limit that this machine and this build support.
 BALCAPRL_EXPORT int32_t balcaprl_set_simd_level(int32_t wanted) {
   const int32_t best = balcaprl::best_level();
   const int32_t level = wanted < 0 || wanted > best ? best : wanted;

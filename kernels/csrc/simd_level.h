@@ -11,8 +11,8 @@ enum SimdLevel : int32_t { kPlain = 0, kAvx2 = 1, kAvx512 = 2 };
 // Returns the level in use: the best that this machine and this build support, unless a lower one was asked for.
 SimdLevel simd_level();
 
-// Chooses among the tables of functions, one per level. The header of the code that is compiled per level declares
-// `Table`.
+// Returns the table of functions of the level in use, given those of all levels. `Table` is declared by the header of
+// the code that is compiled per level.
 template <typename Table>
 const Table& for_level(const Table& plain, const Table& avx2, const Table& avx512) {
   const SimdLevel level = simd_level();

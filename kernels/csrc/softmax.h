@@ -1,6 +1,6 @@
 // Row-wise softmax of logits in float32, bfloat16 or float16: statistics, gradient, and the search for columns with a
-// large softmax. The code is compiled once per instruction set, in simd/softmax.cpp. Arithmetic is in float32; sums
-// over a row are in float64.
+// large softmax. The code is compiled once per instruction set, in simd/softmax.cpp. Arithmetic is in float32; a row is
+// summed in float32 within blocks of columns, and in float64 over the blocks.
 //
 // A row of logits x with factor `scale` (1 / temperature) has the softmax p_v = exp((x_v - max) * scale) / sum. `max`
 // and `sum` are stored instead of the log-sum-exp, because the rounding of a large log-sum-exp would make p inaccurate.
@@ -22,8 +22,8 @@ struct SoftmaxStats {
   double entropy;  // entropy of p in nats; valid only if it was asked for
 };
 
-// Parameters of the gradient of a row: d x_v = coefficient * exp((x_v - max) * scale), and `target_value` at the
-// target.
+// Parameters of the gradient of a row, which is coefficient * exp((x_v - max) * scale) at column v, and `target_value`
+// at the target.
 struct SoftmaxRow {
   float max;
   float scale;
@@ -37,7 +37,8 @@ struct SoftmaxTable {
   // Writes the gradient of columns [0, count) of a row to `out`, which may be `x` itself. `target` is the target's
   // column, or any number outside [0, count) if the target is not one of these columns.
   void (*gradient[kNumLogitsTypes])(const void* x, void* out, int64_t count, const SoftmaxRow& row, int64_t target);
-  // Writes the gradient of `count` chosen columns next to each other in `out`; `target` is a position in `columns`.
+  // Writes the gradient at the `count` columns listed in `columns` to out[0], ..., out[count - 1]. `target` is the
+  // target's position in `columns`, or any number outside [0, count).
   void (*gather_gradient[kNumLogitsTypes])(const void* x, void* out, const int64_t* columns, int64_t count,
                                            const SoftmaxRow& row, int64_t target);
   // Sets marks[v] to -1 where x_v >= threshold, and leaves the other marks as they are.

@@ -1,6 +1,6 @@
-// Loss, gradient and metric sums of tokens, from one advantage and one scale per token. kernels/ops/loss/token_loss.py has
-// the contract, kernels/ops/loss/policy_loss.py the mathematics. Storage is float32 and all arithmetic is float64. The code
-// is compiled once per instruction set, in simd/token_loss.cpp.
+// Loss, gradient and metric sums of tokens, from one advantage and one scale per token. kernels/ops/loss/token_loss.py
+// has the contract, kernels/ops/loss/policy_loss.py the mathematics. Inputs and gradients are float32; arithmetic and
+// sums are in float64. The code is compiled once per instruction set, in simd/token_loss.cpp.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ struct TokenSettings {
   double kl_coef;
 };
 
-// The order is loss_sum, then METRIC_SUMS of kernels/ops/loss/token_loss.py.
+// The loss, then METRIC_SUMS of kernels/ops/loss/records.py, in that order. `ratio_max` is a maximum, not a sum.
 struct TokenSums {
   double loss = 0.0;
   double clipped = 0.0;

@@ -6,7 +6,7 @@ namespace balcaprl {
 namespace BALCAPRL_SIMD_LEVEL {
 namespace {
 
-// Number of independent running sums: additions to different sums need not wait for each other.
+// Number of independent running sums. Additions to different sums do not have to wait for each other.
 constexpr int kSums = 4;
 
 // Calls use(begin, count, k) for pieces of at most kLanes numbers, in order; k is the index of the piece's running sum.

@@ -1,1 +1,1 @@
-"""Advantages of groups: each reward normalised in its group by itself."""
+"""Advantages of groups of rollouts, from rewards that are normalised within each group."""

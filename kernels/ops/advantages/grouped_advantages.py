@@ -1,4 +1,4 @@
-"""Advantages of the rollouts of a group, from the group's rewards.
+"""Advantages of the rollouts of a group, computed from the group's rewards.
 
 For group i, rollout j, reward k, over the finite entries of the group only (NaN means that the judge gave no score)::
 

@@ -1,9 +1,9 @@
-"""The Triton kernel of ``grouped_advantages``: one launch for every method. The tensor is tiny, so the kernel's
-benefits are this single launch and its handling of the edge cases.
+"""The Triton kernel of ``grouped_advantages``, which is launched once, whatever the method. The tensor is tiny, so the
+kernel's benefits are this single launch and its handling of the edge cases.
 
 A program takes a tile of whole groups and computes in float64. For ``gdpo`` a single program takes all groups, twice:
-the first pass measures the batch, the second computes the same advantages again and divides them by the batch's
-standard deviation. This module is imported only where ``impl="triton"`` runs.
+the first pass computes the batch's standard deviation, the second computes the same advantages again and divides them
+by it. This module is imported only where ``impl="triton"`` runs.
 """
 
 from __future__ import annotations

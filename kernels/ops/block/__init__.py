@@ -1,1 +1,1 @@
-"""A transformer block as one differentiable function, its attention, and its kernels."""
+"""A transformer block as one differentiable function, with its attention and its kernels."""

@@ -1,7 +1,8 @@
 """Which rows of a block attend to which: groups with a shared prompt, or segments such as images and their windows.
 
-Each kind is an object that a block keeps from its forward to its backward. It gets the rotated query (T, H, head_dim), key
-and value (T, H_kv, head_dim), which may be views of one tensor.
+Each kind is a class. A block keeps its attention object from the forward to the backward. Both methods take the rotated
+query (T, H, head_dim), the rotated key (T, H_kv, head_dim) and the value (T, H_kv, head_dim), which may be views of one
+tensor.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ class Attention(Protocol):
     """The attention of a block, without autograd."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The output (T, H, head_dim), contiguous, and what the backward needs beside it."""
+        """Returns the output (T, H, head_dim), contiguous, and the other tensors that the backward needs."""
 
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, kept: tuple[Tensor, ...]
     ) -> Parts:
-        """The gradient of query (T, H, head_dim), and those of key and value as parts (P, T, H_kv, head_dim) to be added;
-        all contiguous."""
+        """Returns the gradient of query (T, H, head_dim), and the gradients of key and value as P parts each
+        (P, T, H_kv, head_dim), which the caller adds up; all contiguous."""
 
 
 class SharedPrefixAttention(NamedTuple):
@@ -55,16 +56,16 @@ class SharedPrefixAttention(NamedTuple):
 
 
 class SegmentAttention(NamedTuple):
-    """Segments within which every row attends to every row, as in image towers; on CUDA one call for all segments.
+    """Segments of rows: every row attends to all rows of its segment, as in image towers.
 
-    The call is PyTorch's own varlen flash attention, which takes half precision. CPU tensors, which only tests have,
-    go segment by segment through plain operations.
+    On CUDA, one call of PyTorch's own varlen flash attention takes all segments; it supports only half precision. On
+    the CPU, which only tests use, plain operations take one segment at a time.
     """
 
     cu_seqlens: Tensor
     """IntTensor (S + 1,) on the rows' device: segment s owns the rows cu_seqlens[s] to cu_seqlens[s + 1]."""
     longest: int
-    """Number of rows of the longest segment, or more."""
+    """Number of rows of the longest segment, or a larger number."""
     scale: float
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -1,4 +1,5 @@
-"""A pre-norm transformer block as one differentiable function on fused kernels: decoder layers, and blocks of image towers.
+"""A pre-norm transformer block as one differentiable function on fused kernels, for decoder layers and for blocks of
+image towers.
 
 For rows x (T, D), with RMSNorm and rotary positions::
 
@@ -6,12 +7,14 @@ For rows x (T, D), with RMSNorm and rotary positions::
     x2 = x + attention(q, k, v) W_out' + b_out
     n2 = rms_norm(x2; norm2)         y  = x2 + (silu(n2 W_gate' + b_gate) * (n2 W_up' + b_up)) W_down' + b_down
 
-Run as modules, such a block takes a GPU's host some 40 operations forward and 80 backward, each with autograd's record of
-it. Here it takes 9 launches forward and about 20 backward, and one record. Saved for the backward are x, the rotated q, k
-and v, the attention's output, x2, and gate and up; norms and the product of gate and up are computed again.
+When such a block runs as PyTorch modules, the host issues some 40 operations in the forward and 80 in the backward, and
+autograd records each of the forward's. Here the host issues 9 launches in the forward and about 20 in the backward, and
+autograd records one operation. The large tensors that are saved for the backward are x, q and k after rotation, v, the
+attention's output, x2, gate and up. The backward computes the norms and silu(gate) * up again.
 
-Weights that lie one after the other in memory, such as vLLM's query, key and value, are used as one matrix; ``adjoined``
-puts others there. Their gradients then lie so too.
+Weights of one ``Linear`` that follow each other in memory, such as vLLM's query, key and value, are used as one matrix;
+``adjoin`` moves other weights so that they do. The gradients that the backward returns for one ``Linear`` always follow
+each other in memory.
 
 The kernels are Triton's (``impl="triton"``); ``transformer_block_reference`` is the specification in plain PyTorch.
 """
@@ -29,16 +32,16 @@ from torch.autograd.function import once_differentiable
 from balcaprl.kernels.block.attention import Attention
 
 Rows = slice | Tensor
-"""Places of rows: a slice up to the last row, or an ascending LongTensor (U,)."""
+"""Indices of rows: a slice that ends at the last row, or an ascending LongTensor (U,)."""
 
 
 class Linear(NamedTuple):
-    """One or more linear layers of the same input, whose outputs follow each other."""
+    """One or more linear layers that take the same input and whose outputs are concatenated."""
 
     weights: tuple[Tensor, ...]
-    """(out features, in features) each."""
+    """Each is (out features, in features)."""
     biases: tuple[Tensor, ...] = ()
-    """(out features,) each; empty if the layers have none."""
+    """Each is (out features,); empty if the layers have none."""
 
 
 class BlockWeights(NamedTuple):
@@ -59,16 +62,16 @@ class BlockWeights(NamedTuple):
 
 
 class BlockShape(NamedTuple):
-    """The numbers of a block that its weights do not tell."""
+    """The numbers of a block that do not follow from its weights."""
 
     num_heads: int
     """H, the number of query heads."""
     num_kv_heads: int
-    """H_kv, the number of key heads, which divides H."""
+    """H_kv, the number of key heads; it divides H."""
     eps1: float
     """Number that the first norm adds to the mean of squares."""
     eps2: float
-    """The same for the second norm."""
+    """Number that the second norm adds to the mean of squares."""
 
 
 def transformer_block(
@@ -83,13 +86,14 @@ def transformer_block(
     """The block's output, in the shape of ``x``, differentiable once with respect to ``x`` and the weights.
 
     Args:
-        x: (T, D) or (1, T, D) float32, bfloat16 or float16 rows, on a CUDA device (or on the CPU under Triton's interpreter).
+        x: (T, D) or (1, T, D) float32, bfloat16 or float16 rows, on a CUDA device, or on the CPU under Triton's
+            interpreter.
         weights: the block's weights, of the dtype of ``x``.
         shape: heads and epsilons.
         cos: (T, head_dim) cosines of the rotary positions, without gradient.
-        sin: (T, head_dim) sines, alike.
+        sin: (T, head_dim) sines of the rotary positions, without gradient.
         attention: which rows attend to which.
-        rows: the rows whose output is read; the output of the others is 0. None means all.
+        rows: the rows whose output the caller reads; the output of all other rows is 0. None means all rows.
     """
     return _Block.apply(x, weights, shape, cos, sin, attention, rows, *_flat(weights))  # type: ignore[no-any-return]
 
@@ -130,7 +134,7 @@ def _linear_reference(x: Tensor, linear: Linear) -> Tensor:
 
 
 def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The tensors (n_i, ...) as one (sum n_i, ...), if they lie one after the other in one storage; None otherwise."""
+    """The tensors (n_i, ...) as one view (sum n_i, ...) if they follow each other in one storage; None otherwise."""
     first = tensors[0]
     if len(tensors) == 1:
         return first
@@ -144,7 +148,7 @@ def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
 
 @torch.no_grad()
 def adjoin(parameters: Sequence[Tensor]) -> None:
-    """Moves parameters (n_i, ...) into one new storage, one after the other, unless they lie so already."""
+    """Moves parameters (n_i, ...) one after the other into one new storage, unless they already follow each other."""
     if adjacent([each.detach() for each in parameters]) is None:
         parts = torch.cat([each.detach() for each in parameters]).split([len(each) for each in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
@@ -216,7 +220,7 @@ class _Block(torch.autograd.Function):
         return grad_x.view(of_x), None, None, None, None, None, None, *_flat(gradients)
 
 
-# Weights as a flat list, which is what autograd sees, and back.
+# Conversion of weights to a flat list, because autograd needs tensors as arguments, and back.
 
 
 def _linears(weights: BlockWeights) -> tuple[Linear, Linear, Linear, Linear]:
@@ -239,7 +243,7 @@ def _nested(flat: Sequence[Any], counts: Sequence[tuple[int, int]]) -> Any:
     return BlockWeights(norm1, qkv, out, norm2, gate_up, down)
 
 
-# Products.
+# Matrix products.
 
 
 def _bias(linear: Linear) -> Tensor | None:
@@ -250,7 +254,7 @@ def _bias(linear: Linear) -> Tensor | None:
 
 
 def _linear(x: Tensor, linear: Linear) -> Tensor:
-    """The outputs of all layers of ``linear``, side by side: (T, sum of out features)."""
+    """The concatenated outputs of all layers of ``linear``: (T, sum of out features)."""
     weight, bias = adjacent(linear.weights), _bias(linear)
     if weight is not None:
         return F.linear(x, weight, bias)
@@ -261,7 +265,7 @@ def _linear(x: Tensor, linear: Linear) -> Tensor:
 
 
 def _added_linear(x: Tensor, y: Tensor, linear: Linear) -> Tensor:
-    """``x`` + the output of one layer for ``y``, rounded once if the layer has no bias."""
+    """``x`` plus the output of the one layer of ``linear`` for ``y``; rounded once if the layer has no bias."""
     (weight,) = linear.weights
     if not linear.biases:
         return torch.addmm(x, y, weight.t())
@@ -269,7 +273,7 @@ def _added_linear(x: Tensor, y: Tensor, linear: Linear) -> Tensor:
 
 
 def _input_gradient(grad: Tensor, linear: Linear) -> Tensor:
-    """The gradient of the layers' input, from that of their outputs."""
+    """The gradient of the layers' input, computed from the gradient of their outputs."""
     weight = adjacent(linear.weights)
     if weight is not None:
         return grad @ weight
@@ -281,7 +285,8 @@ def _input_gradient(grad: Tensor, linear: Linear) -> Tensor:
 
 
 def _linear_gradients(grad: Tensor, x: Tensor, linear: Linear, wanted: Linear) -> Linear:
-    """The gradients of weights and biases, given that of the outputs; ``wanted`` says by bools which, the others are None."""
+    """The gradients of weights and biases, computed from the gradient of the outputs. ``wanted`` has a bool for each of
+    them; where it is False, the gradient is None."""
     sizes = [len(each) for each in linear.weights]
     weights = (grad.t() @ x).split(sizes) if any(wanted.weights) else wanted.weights
     biases = grad.sum(0).split(sizes) if any(wanted.biases) else wanted.biases
@@ -309,7 +314,7 @@ def _take(x: Tensor, rows: Rows) -> Tensor:
 
 
 def _spread(x: Tensor, rows: Rows, num_rows: int) -> Tensor:
-    """``x`` (U, D) at its places among ``num_rows`` rows, zeros elsewhere; differentiable."""
+    """A tensor (num_rows, D) that has ``x`` (U, D) at ``rows`` and zeros elsewhere; differentiable."""
     if isinstance(rows, slice):
         return F.pad(x, (0, 0, rows.start, num_rows - rows.start - len(x)))
     return x.new_zeros(num_rows, x.shape[1]).index_copy(0, rows, x)

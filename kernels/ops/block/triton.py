@@ -1,5 +1,6 @@
-"""The kernel of ``transformer_block`` itself: gradients of rotated heads into one tensor. Its other kernels are those of
-``layers/triton.py`` and ``shared_prefix/triton.py``. This module is imported only where Triton runs.
+"""The only kernel that ``transformer_block`` alone uses: it undoes the rotation of the gradients of query and key, and
+writes them and the gradient of value into one tensor. The block's other kernels are those of ``layers/triton.py`` and
+``shared_prefix/triton.py``. This module is imported only where Triton runs.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from balcaprl.kernels.support.triton_products import narrowed
 
 
 def join_heads(grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient of [query | key | value] before rotation, from those after it.
+    """The gradient of [query | key | value] before rotation, computed from the gradients after rotation.
 
     Args:
         grad_query: (T, H, head_dim), contiguous.
-        grad_key: (P, T, H_kv, head_dim), contiguous: P parts that are added in float32, in order.
-        grad_value: alike.
+        grad_key: (P, T, H_kv, head_dim), contiguous: P parts, which are added in float32, in order.
+        grad_value: (P, T, H_kv, head_dim), contiguous: P parts, as for the key.
         cos: (T, head_dim) cosines, contiguous.
         sin: (T, head_dim) sines, contiguous.
 
@@ -68,8 +69,8 @@ def _join_heads_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Writes BLOCK_T tokens of one head. Rotation takes (x1, x2) to (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2), so its
-    gradients go back to (g1 cos1 + g2 sin2, g2 cos2 - g1 sin1)."""
+    """Writes BLOCK_T tokens of one head. Rotation turns (x1, x2) into (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2), so a
+    gradient (g1, g2) of its result gives the gradient (g1 cos1 + g2 sin2, g2 cos2 - g1 sin1) of (x1, x2)."""
     HALF: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(1)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -104,7 +105,7 @@ def _join_heads_kernel(
     tl.store(target + HALF, narrowed(high * cos2 - low * sin1, out.dtype.element_ty), mask=mask)
 
 
-# The compile suite's shapes: heads of Qwen2.5-VL-3B and 7B, and of its image tower.
+# The compile suite's shapes: the heads of Qwen2.5-VL-3B's decoder, and of its image tower.
 _TOKENS = 8192
 _VARIANTS = {"d128": (16, 2, 128), "d80": (16, 16, 80)}
 

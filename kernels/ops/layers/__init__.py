@@ -1,1 +1,1 @@
-"""Small layers of decoder models on fused kernels, for the CPU and for GPUs."""
+"""Small layers of transformers on fused kernels, for the CPU and for GPUs."""

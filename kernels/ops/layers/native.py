@@ -1,9 +1,10 @@
 """RMSNorm, SwiGLU's ``silu(gate) * up`` and rotary positions on float32 CPU tensors, with ``csrc/layers.cpp``.
 
-Each layer takes one pass forward and one pass backward. PyTorch runs four to eight operations over the whole tensor for
-each of them and keeps intermediate results for the backward; in a small model this costs up to a tenth of an update.
-These layers have no new mathematics and are therefore not in the package's list of public ops. Models use them through
-``balcaprl.policy.layers.fused``; ``balcaprl.policy.layers.kernels`` chooses between them and the kernels of other devices.
+Each layer passes over its tensors once in the forward and once in the backward. PyTorch runs four to eight operations
+over the whole tensor for each layer and keeps intermediate results for the backward; in a small model this takes up to
+a tenth of an update's time. These layers have no new mathematics and are therefore not in the package's list of public
+ops. Models use them through ``balcaprl.policy.layers.fused``; ``balcaprl.policy.layers.kernels`` chooses between these
+kernels and those of other devices.
 """
 
 from __future__ import annotations

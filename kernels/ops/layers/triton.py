@@ -1,10 +1,11 @@
 """RMSNorm, rotary positions and SwiGLU's ``silu(gate) * up`` as Triton kernels, forward and backward, without autograd.
 
-Each function is one launch (``rms_norm_backward``: and the sum of its programs' shares), for fused layers that keep
-their own record of what the backward needs. Tensors are float32, bfloat16 or float16, on a CUDA device, or on the CPU
-under Triton's interpreter. Rows may lie any number of elements apart, a row's own elements one after the other;
-``weight`` is contiguous. Arithmetic is in float32, and results are rounded once, where they are stored. Without a row
-nothing is launched. No function reads a value of a tensor, so the host never waits.
+Each function launches one kernel; ``rms_norm_backward`` also launches the sum of its programs' shares of the weight's
+gradient. The functions are for fused layers that save by themselves what their backward needs. Tensors are float32,
+bfloat16 or float16, on a CUDA device, or on the CPU under Triton's interpreter. Rows may have any stride, but the
+elements of a row must be contiguous; ``weight`` is contiguous. Arithmetic is in float32, and each result is rounded
+once, when it is stored. If there are no rows, no kernel is launched. The host reads no tensor's values, so it never
+waits for the device.
 
 This module is imported only where Triton kernels run; ``triton_specs.py`` describes them to the compile suite.
 """
@@ -29,9 +30,9 @@ from balcaprl.kernels.layers.triton_kernels import (
 from balcaprl.kernels.support.launch import launch, on_device
 
 MOST_COLUMNS = 8192
-"""Largest number of columns of an RMSNorm, whose rows stay in registers, and of half a rotated head."""
+"""Largest number of columns of an RMSNorm, which holds whole rows in registers, and of half a rotated head."""
 _PROGRAMS_ON_CPU = 2
-"""So that programs of the interpreter take several tiles, as on a GPU."""
+"""Value of ``most_programs`` under the interpreter: so small that a program takes several tiles, as on a GPU."""
 
 
 class _Plan(NamedTuple):
@@ -40,9 +41,9 @@ class _Plan(NamedTuple):
     options: dict[str, int | bool]
     """Keyword arguments of the launch that follow from width, device and dtype."""
     tile: int
-    """Rows, or columns where a row has several tiles, of a program's tile."""
+    """Size of a program's tile: the number of rows, or of columns for a kernel that splits rows into tiles."""
     most_programs: int
-    """Number of programs that fill the device."""
+    """Number of programs that fill the device; 0 for a kernel that splits rows, which does not use it."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -64,7 +65,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def rms_norm_again(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    """The out of ``rms_norm``, the same bits, from its ``rstd``: for a backward that did not keep it."""
+    """Computes the ``out`` of ``rms_norm`` again from ``rstd``, with the same bits, for a backward that lacks it."""
     return _normed(x, weight, rstd, 0.0, again=True)
 
 
@@ -92,12 +93,13 @@ def rms_norm_backward(
         x: (T, D) input of the forward.
         weight: (D,) scale.
         rstd: (T,) float32, from the forward.
-        add: (T, D) gradient that reaches ``x`` past the norm, as a residual's does; None is 0.
+        add: (T, D) gradient that reaches ``x`` around the norm, such as by a residual connection; None means 0.
         weight_gradient: whether the weight's gradient is wanted.
 
     Returns:
-        (T, D) gradient of x in its dtype, ``add`` included, contiguous; and (D,) that of the weight in its dtype, or
-        None. The weight's gradient is added up in float32 and in a fixed order: a repetition gives the same bits.
+        (T, D) gradient of x, ``add`` included, contiguous, in the dtype of x; and (D,) gradient of the weight in the
+        weight's dtype, or None. The weight's gradient is summed in float32 in a fixed order, so repetitions give the
+        same bits.
 
     Raises:
         ValueError: as ``rms_norm``.
@@ -125,11 +127,11 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:
     """Applies rotary positions in place: x * cos + [-x2, x1] * sin for every head [x1, x2] of x.
 
     Args:
-        x: (T, H, head_dim) heads, any distance between tokens and between heads, head_dim even. No two elements share
-            their memory.
+        x: (T, H, head_dim) heads, with any strides of tokens and heads, and head_dim even. No two elements may share
+            memory.
         cos: (T, head_dim) cosines, float32 or in x's dtype.
         sin: (T, head_dim) sines, as ``cos``.
-        inverse: applies the transpose instead, which takes the result's gradient to that of x.
+        inverse: whether to apply the transpose instead, which turns the gradient of the result into that of x.
 
     Raises:
         ValueError: head_dim is odd or above 2 ``MOST_COLUMNS``, or columns are not contiguous.
@@ -176,7 +178,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def silu_mul_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of ``silu_mul``, and its result again: for a backward that did not keep it.
+    """Computes the result of ``silu_mul`` again, because the forward need not save it, and the gradient.
 
     Args:
         grad: (T, I) gradient of the result.
@@ -204,7 +206,7 @@ def silu_mul_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _halves(gate_up: Tensor) -> tuple[int, int, int]:
-    """Number of rows, width of gate and up, and row stride."""
+    """Returns the number of rows, the number of columns of gate and of up, and the row stride."""
     num_rows, columns = gate_up.shape
     if columns % 2:
         raise ValueError(f"gate_up: needs an even number of columns, gate and up beside each other, not {columns}")
@@ -212,7 +214,7 @@ def _halves(gate_up: Tensor) -> tuple[int, int, int]:
 
 
 def _row_stride(name: str, x: Tensor) -> int:
-    """The stride of the last axis but one."""
+    """Returns the stride of the last axis but one; checks that columns are contiguous."""
     stride, column_stride = x.stride()[-2:]
     if column_stride != 1 and x.shape[-1] > 1:
         raise ValueError(f"{name}: needs contiguous columns, not columns {column_stride} elements apart")
@@ -220,10 +222,10 @@ def _row_stride(name: str, x: Tensor) -> int:
 
 
 def _pack(dtype: torch.dtype, *distances: int) -> int:
-    """The largest number of elements, up to 16 bytes, of which all distances between rows or their parts are multiples.
+    """The largest number of elements, at most 16 bytes of them, that divides all distances between rows or their parts.
 
-    With the width of a row or part among them, all inputs of a kernel are loaded alike, and no thread has to pass
-    values on to another.
+    One of the distances is the width of a row or part. This makes the kernel load all its inputs in the same pieces, so
+    that no thread has to pass values to another.
     """
     return math.gcd(16 // dtype.itemsize, *distances)
 

@@ -1,9 +1,10 @@
-"""Triton kernels of RMSNorm, rotary positions and SwiGLU; ``triton.py`` launches them and says what they take.
+"""Triton kernels of RMSNorm, rotary positions and SwiGLU; ``triton.py`` launches them and describes their arguments.
 
-All are bound by memory: each reads its inputs once and writes its outputs once, with 16 bytes a thread at a time where
-rows allow it, and computes in float32. The widths of a model (columns, heads) are constexprs. What varies with a batch,
-the number of rows and the strides between them, is never specialised on. So that its accesses are known to be aligned, a
-kernel takes strides in units of ``PACK`` elements, the most up to 16 bytes of which all strides and widths are multiples.
+All are bound by memory: each reads its inputs once and writes its outputs once. A thread accesses 16 bytes at a time
+where the rows' alignment allows it. Arithmetic is in float32. The sizes of a model (columns, heads) are constexprs. The
+number of rows and the strides between them change from batch to batch, so the kernels are not specialised on them. A
+kernel takes strides in units of ``PACK`` elements, which lets the compiler prove that accesses are aligned. ``PACK`` is
+the largest number of elements, at most 16 bytes of them, that divides all strides and widths.
 
 This module is imported only where Triton kernels run.
 """
@@ -31,7 +32,7 @@ def _rms_norm_kernel(
     AGAIN: tl.constexpr,
     BLOCK_VALUES: tl.constexpr,
 ):
-    """One program per tile of whole rows: out = x * rstd * weight. Writes ``rstd_T``, or with AGAIN reads it."""
+    """One program per tile of whole rows: out = x * rstd * weight. Reads ``rstd_T`` with AGAIN, otherwise writes it."""
     ROWS: tl.constexpr = BLOCK_VALUES // BLOCK_D if BLOCK_VALUES > BLOCK_D else 1
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
@@ -66,8 +67,8 @@ def _rms_norm_backward_kernel(
     PACK: tl.constexpr,
     BLOCK_VALUES: tl.constexpr,
 ):
-    """Each program takes every P-th tile of whole rows, for P programs, and writes its share of the weight's gradient
-    to its row of ``sums_PD``, in a fixed order; a ``sums_PD`` of None leaves that gradient out."""
+    """Program p of P takes the tiles p, p + P, p + 2 P, ... of whole rows, in this order. It writes its share of the
+    weight's gradient to row p of ``sums_PD``; if ``sums_PD`` is None, this gradient is not computed."""
     ROWS: tl.constexpr = BLOCK_VALUES // BLOCK_D if BLOCK_VALUES > BLOCK_D else 1
     first = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
@@ -115,8 +116,9 @@ def _rotate_kernel(
     INVERSE: tl.constexpr,
     BLOCK_VALUES: tl.constexpr,
 ):
-    """One program per tile of rows, each a head of a token; rotates them in place. The tile has at least as many values
-    as the program's threads load at once, so that no value has two threads and none is read after it was written."""
+    """One program per tile of rows, which it rotates in place; a row is one head of one token. The tile has at least as
+    many values as the program's threads load at once. Otherwise two threads would load the same value, and one of them
+    could read it after the other had overwritten it."""
     ROWS: tl.constexpr = BLOCK_VALUES // BLOCK_D if BLOCK_VALUES > BLOCK_D else 1
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tokens = (rows // HEADS).to(tl.int64)
@@ -144,7 +146,7 @@ def _rotate_kernel(
 
 @triton.jit
 def _tile_of_row(SIZE: tl.constexpr, BLOCK_VALUES: tl.constexpr):
-    """The row and the columns that a program takes, and a mask of the columns before SIZE."""
+    """Returns the row and the columns that a program takes, and a mask of the columns before SIZE."""
     columns = tl.program_id(1) * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)
     return tl.program_id(0).to(tl.int64), columns, columns < SIZE
 
@@ -167,7 +169,7 @@ def _silu_mul_kernel(
     PACK: tl.constexpr,
     BLOCK_VALUES: tl.constexpr,
 ):
-    """One program per tile of a row: silu(gate) * up."""
+    """One program per tile of a row: writes silu(gate) * up."""
     row, columns, here = _tile_of_row(SIZE, BLOCK_VALUES)
     gate, up = _gate_and_up(gate_up_TI, row, row_stride, columns, here, SIZE, PACK)
     out = gate / (1.0 + tl.exp(-gate)) * up
@@ -186,7 +188,7 @@ def _silu_mul_backward_kernel(
     PACK: tl.constexpr,
     BLOCK_VALUES: tl.constexpr,
 ):
-    """One program per tile of a row: silu(gate) * up again, and the gradients of gate and up."""
+    """One program per tile of a row: writes silu(gate) * up again, and the gradients of gate and up."""
     row, columns, here = _tile_of_row(SIZE, BLOCK_VALUES)
     grad = tl.load(grad_TI + row * grad_stride * PACK + columns, mask=here, other=0.0).to(tl.float32)
     gate, up = _gate_and_up(gate_up_TI, row, row_stride, columns, here, SIZE, PACK)

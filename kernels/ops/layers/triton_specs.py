@@ -1,8 +1,8 @@
-"""Specifications of the layers' kernels (``triton_kernels``) for the compile suite: variants, work, and what their machine
-code must show.
+"""Specifications of the layers' kernels (``triton_kernels.py``) for the compile suite: variants, work, and requirements
+on their machine code.
 
-The widths are those of Qwen2.5-VL: its vision tower (1280 columns, heads of 80, SwiGLU of 3420), and its decoders of 3B
-and 7B parameters; and the widest rows that the norm takes. A batch has 8192 tokens.
+The widths are those of Qwen2.5-VL's vision tower (1280 columns, heads of 80, SwiGLU of 3420) and of its decoders with
+3B and 7B parameters, and the largest width that the norm takes. A batch has 8192 tokens.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from balcaprl.kernels.support.launch import TRITON_TYPES, KernelSpec, Work
 
 _TOKENS, _HEADS = 8192, 16
 _PROGRAMS = 2 * 108
-"""Programs of the norm's backward: two for each multiprocessor of an A100."""
+"""Number of programs of the norm's backward: two for each streaming multiprocessor of an A100."""
 _FLOAT32 = ("rstd_T", "sums_PD", "cos_TD", "sin_TD")
 
 
 def _spec(kernel: Any, dtype: torch.dtype, variant: str, work: Work, width: int, **others: object) -> KernelSpec:
-    """A variant for rows, or their parts, that are ``width`` elements apart; ``others`` are its other constexprs."""
+    """A variant whose rows, or parts of rows, are ``width`` elements apart; ``others`` are its other constexprs."""
     pack = _pack(dtype, width)
     constexprs, wide = {**others, "PACK": pack}, pack * dtype.itemsize == 16
 
@@ -55,12 +55,13 @@ def _norm_specs(size: int, dtype: torch.dtype, *, all_variants: bool = False) ->
     values, row = _TOKENS * size, size * dtype.itemsize
     shape, widths = f"T={_TOKENS} D={size}", {"D": size, "BLOCK_D": triton.next_power_of_2(size)}
     once = 2 * values * dtype.itemsize + 4 * _TOKENS + row
-    # Operations per value: a square and its sum, two products.
+    # Operations per value: a square and its addition to the sum, and two products.
     work = Work(shape, once, once + (_TOKENS - 1) * row, 4 * values)
     yield _spec(_rms_norm_kernel, dtype, f"d{size}", work, size, AGAIN=False, **widths)
     if all_variants:
         yield _spec(_rms_norm_kernel, dtype, f"d{size}-again", work, size, AGAIN=True, **widths)
-    # Operations per value: four products, a product and its sum twice, a difference and a sum.
+    # Operations per value: four products, two products that are added to a sum (the mean, the weight's gradient), a
+    # difference and an addition.
     read = 4 * values * dtype.itemsize + 4 * _TOKENS
     backward = Work(shape, read + 2 * row, read + _PROGRAMS * (row + 4 * size), 10 * values)
     yield _spec(_rms_norm_backward_kernel, dtype, f"d{size}", backward, size, **widths)
@@ -73,7 +74,7 @@ def _rotate_spec(head_dim: int, dtype: torch.dtype, *, inverse: bool = False) ->
     values = _TOKENS * _HEADS * head_dim
     moved, table = 2 * values * dtype.itemsize, 8 * _TOKENS * head_dim
     half = head_dim // 2
-    # Operations per value: two products and a sum.
+    # Operations per value: two products and an addition.
     return _spec(
         _rotate_kernel,
         dtype,
@@ -90,10 +91,10 @@ def _rotate_spec(head_dim: int, dtype: torch.dtype, *, inverse: bool = False) ->
 def _silu_specs(size: int, dtype: torch.dtype) -> Iterator[KernelSpec]:
     values, shape = _TOKENS * size, f"T={_TOKENS} I={size}"
     forward = 3 * values * dtype.itemsize
-    # Operations per value: exp with its product, a sum, a quotient and a product.
+    # Operations per value: exp, the product with log2(e) before it, an addition, a quotient and a product.
     work = Work(shape, forward, forward, 5 * values)
     yield _spec(_silu_mul_kernel, dtype, f"i{size}", work, size, SIZE=size)
-    # As before, and five products, a sum and a difference.
+    # The same, and five products, an addition and a difference.
     backward = 6 * values * dtype.itemsize
     work = Work(shape, backward, backward, 12 * values)
     yield _spec(_silu_mul_backward_kernel, dtype, f"i{size}", work, size, SIZE=size)

@@ -10,7 +10,10 @@ that token t sees: its own segment up to itself, and its group's prompt. Then::
 
 With g the gradient of ``out``, p = exp(s - lse) and delta_ht = g_ht . out_ht, the gradients are::
 
-    d v_i = sum_t p_ti g_t,     ds_ti = p_ti (g_t . v_i - delta_t),     d q_t = scale sum_i ds_ti k_i,     d k alike
+    d v_i = sum_t p_ti g_t,    ds_ti = p_ti (g_t . v_i - delta_t),    d q_t = scale sum_i ds_ti k_i
+    d k_i = scale sum_t ds_ti q_t
+
+where the sums over t also run over all query heads that use the key head.
 
 Every sum over i splits into a part over the prompt and a part over the token's own segment, so an implementation can
 compute the two parts separately. The forward joins the parts by their log-sum-exp. The backward of each part needs only
@@ -21,7 +24,7 @@ matrix, for one group at a time.
 ``reference``  the specification: plain PyTorch, a mask per group, any device and dtype; ``reference.py``
 ``sdpa``       PyTorch's fused attention kernel on CPU, a few calls for all groups; ``sdpa.py``
 ``flash``      flash-attn's varlen kernels on CUDA; ``flash.py``
-``triton``     our kernels: completions of a group share reads of the prompt's keys; ``triton.py``
+``triton``     our kernels: a group's completions share the reads of the prompt's keys; ``triton.py``
 =============  =======================================================================================================
 """
 
@@ -134,7 +137,7 @@ def resolve_impl(impl: str, query: Tensor) -> str:
 
 @functools.cache
 def _implementation(impl: str) -> ModuleType:
-    """Imports the module of ``impl``, only when it is needed, because some modules require triton or flash-attn.
+    """Imports the module of ``impl`` only when it is needed, because ``triton.py`` requires triton.
 
     ``records.py`` says which functions each module has.
     """
@@ -142,8 +145,8 @@ def _implementation(impl: str) -> ModuleType:
 
 
 class _Attention(torch.autograd.Function):
-    """The op outside of a compiler: it hands over the layout itself, with what is cached there, and costs the host a
-    fraction of what a custom op does."""
+    """The op outside of torch.compile. It passes on the layout itself, together with the values that are cached there,
+    and takes the host a fraction of the time of a custom op."""
 
     @staticmethod
     def forward(

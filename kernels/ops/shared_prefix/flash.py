@@ -17,9 +17,9 @@ never formed.
 *Memory traffic* for one group, in rows (one head of one token, 2 head_dim bytes). The group has a prompt of P tokens, G
 completions with N tokens in total, H query heads and K key heads. The other formulation that flash-attn can run is key
 concatenation: every completion gets a copy of the prompt's keys and values before its own. Repeated reads by different
-tiles are not counted. Joining and adding are counted as PyTorch runs them, one operation at a time. "per head" is the
-dk and dv that the library stores for every query head where K < H. "kept" is what stays in memory between forward and
-backward::
+tiles are not counted. Joining and adding are counted as PyTorch runs them, one operation at a time. "per head" counts
+the dk and dv that the library stores for every query head where K < H. "kept" counts what stays in memory between
+forward and backward::
 
                two calls                                            key concatenation
     forward    gather q 2NH, call 1: 2(P+N)(H+K),                   copy k, v: 4(GP+N)K,
@@ -41,8 +41,8 @@ kernels, which make no second call, no copy and no join:
     ==================================================  =============  =======================  ===========
 
 This module makes two calls because they keep nothing, leave the prompt's keys in the GPU's cache for all queries of a
-group, and are slower only for few short prompts. A batch of a single group needs no gather either, because its tokens
-are slices.
+group, and move more rows only if a group has few completions or a short prompt. For a batch of a single group, the two
+calls need no gather either, because its tokens are slices.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ MODULES = {
 }
 """The module of each FlashAttention version that has the functions called here."""
 _ORDER = {9: (3, 4, 2), 10: (4, 2), 11: (4, 2), 12: (4, 2)}
-"""Versions to look for in this order, by major compute capability; other GPUs use only version 2."""
+"""Versions in the order in which they are looked for, by major compute capability; other GPUs use only version 2."""
 
 
 class _Sequences(NamedTuple):
-    """The division of queries and keys into sequences, as flash-attn's variable-length arguments."""
+    """The division of queries and keys into sequences: the arguments of flash-attn's variable-length functions."""
 
     cu_queries: Tensor
     cu_keys: Tensor
@@ -166,14 +166,15 @@ def _calls(layout: SharedPrefixLayout) -> tuple[_Sequences, _PromptCall | None]:
     if len(groups) == 1:
         middle = prompts[0]
         return own, _PromptCall(slice(middle, middle + totals[0]), slice(0, middle), sequences)
-    # The i-th of all completion tokens lies behind i completion tokens and the prompts of its own and earlier groups.
+    # Before completion token i, counted from 0 over all groups, lie i completion tokens and the prompts of its own
+    # and all earlier groups.
     completion_tokens = _counted(layout.cu_prompts[1:], completion_lengths, sum(totals))
     prompt_tokens = _counted(layout.cu_groups[:-1] - cu_prompts[:-1], prompt_lengths, sum(prompts))
     return own, _PromptCall(completion_tokens, prompt_tokens, sequences)
 
 
 def _counted(offsets: Tensor, lengths: Tensor, total: int) -> Tensor:
-    """The numbers 0 to total - 1, each plus the offset of its group. Group b has ``lengths[b]`` consecutive numbers."""
+    """The numbers 0 to total - 1, each plus the offset of its group; group b has ``lengths[b]`` consecutive numbers."""
     shifts = offsets.long().repeat_interleave(lengths, output_size=total)
     return shifts + torch.arange(total, device=offsets.device)
 
@@ -199,7 +200,7 @@ def _library_for(query: Tensor) -> _Library:
     """The installed kernels for ``query``.
 
     Raises:
-        ValueError: no installed kernels support its device, dtype or head size.
+        ValueError: the kernels do not support its device, dtype or head size, or none are installed.
     """
     if query.device.type != "cuda":
         raise ValueError(f"impl: 'flash' runs on CUDA tensors, query is on {query.device}; use 'auto'")

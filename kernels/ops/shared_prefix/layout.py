@@ -28,9 +28,10 @@ TRITON_MAX_HEAD_DIM = 128
 class SharedPrefixLayout:
     """The layout of packed groups; use ``from_lengths`` to make one.
 
-    All fields are tensors, so a custom op takes a layout as the list ``tensors()``. The ``host`` fields are always on the
-    CPU, so that sizes of grids and loops are known without waiting for a device; the others are on the device of the
-    tokens. What follows from the host fields is computed once, because every layer of a model asks for the same.
+    All fields are tensors, so that a custom op can take a layout as the list ``tensors()``. The ``host`` fields are
+    always on the CPU, so that sizes of grids and loops are known without waiting for a device; the others are on the
+    device of the tokens. Values derived from the host fields are computed once and cached, because every layer of a
+    model asks for the same ones.
     """
 
     cu_seqlens: Tensor
@@ -47,7 +48,7 @@ class SharedPrefixLayout:
     starts: Tensor
     """IntTensor (T,): the packed token at which each token's segment begins."""
     ends: Tensor
-    """IntTensor (T,): the packed token at which the segment after each token's segment begins."""
+    """IntTensor (T,): the end of each token's segment, which is the packed token after the segment's last."""
     host_prompt_lengths: Tensor
     """LongTensor (B,): length of each group's prompt."""
     host_group_sizes: Tensor
@@ -62,7 +63,7 @@ class SharedPrefixLayout:
         completion_lengths: Sequence[Sequence[int]],
         device: torch.device | str = "cpu",
     ) -> SharedPrefixLayout:
-        """The layout of groups with the given lengths. Nothing waits for the device.
+        """The layout of groups with the given lengths. The host does not wait for the device.
 
         Args:
             prompt_lengths: length of each group's prompt, at least 1.
@@ -123,7 +124,7 @@ class SharedPrefixLayout:
         return result
 
     def most_tiles(self, block: int) -> int:
-        """The largest number of tiles of ``block`` tokens in any group, prompt and completions tiled apart."""
+        """The largest number of tiles of ``block`` tokens in any group; no tile spans both prompt and completions."""
         if block not in self._tiles:
             both = ((prompt, sum(completions)) for _, prompt, completions in self.groups)
             self._tiles[block] = max(-(-prompt // block) - (-total // block) for prompt, total in both)

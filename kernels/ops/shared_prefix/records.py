@@ -20,7 +20,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class AttentionInputs(NamedTuple):
-    """The checked arguments of ``shared_prefix_attention``, which has their shapes."""
+    """The checked arguments of ``shared_prefix_attention``, whose docstring gives their shapes."""
 
     query: Tensor
     key: Tensor

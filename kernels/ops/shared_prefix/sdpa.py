@@ -3,14 +3,14 @@
 The attention has two parts that need no mask tensor: the causal attention of every segment to itself, with many
 segments of similar length in one call, and the attention of a group's completion tokens to its prompt, with one call
 for each group. The parts are joined by their log-sum-exp. The backward calls the kernel's own backward for each part
-with the *joint* output and log-sum-exp. It then computes that part of the gradient exactly, because p = exp(s - lse)
-and delta = g . out are those of the joint softmax. The parts of the gradient add up.
+with the *joint* output and log-sum-exp. The kernel then returns exactly this part of the gradient, because
+p = exp(s - lse) and delta = g . out are those of the joint softmax. The parts of the gradient add up.
 
 The kernel requires as many key heads as query heads. Where all queries of a call see the same keys (the prompt's part,
 or a segment in a call of its own), the query heads that share a key head become another batch axis, along which keys
 have stride 0, so no key is copied. The keys of several segments in one call are copied for each query head, because
-gathering copies them anyway. Queries and the gradient of the output are first operands of the kernel's products, and
-the rows of one head lie between those of other heads, so they go through ``products.gapless``.
+gathering copies them anyway. Queries and the gradient of the output are first operands of the kernel's products. The
+rows of one head lie between those of other heads in memory, so both go through ``products.gapless``.
 """
 
 from __future__ import annotations
@@ -183,8 +183,8 @@ def _bucket(segments: list[tuple[int, int]]) -> _Bucket:
 
 
 def _call_of(query: Tensor, key: Tensor, value: Tensor, queries: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """The queries (repeats, H_kv, L, head_dim) of some tokens, with keys and values of others expanded to the same
-    first axis."""
+    """Returns the queries (repeats, H_kv, L, head_dim) of the tokens ``queries``, and the keys and values of the tokens
+    ``keys``, expanded to the same first axis."""
     q = gapless(_heads_apart(query[queries], key.shape[1]))
     k, v = (x[keys].transpose(0, 1)[None].expand(q.shape[0], -1, -1, -1) for x in (key, value))
     return q, k, v
@@ -201,8 +201,8 @@ def _gradients_of_call(
     keys: slice,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one call: of its queries in the shape of ``_call_of``, and of its keys and values (keys, H_kv,
-    head_dim). The call is causal if ``queries`` and ``keys`` are the same tokens."""
+    """Gradients of one call: of its queries in the shape of ``_call_of``, and of its keys and values in the shape
+    (number of keys, H_kv, head_dim). The call is causal if ``queries`` and ``keys`` are the same tokens."""
     q, k, v = _call_of(query, key, value, queries, keys)
     g, o, joint = (_heads_apart(x[queries], key.shape[1]) for x in (grad_out, out, lse_TH))
     grads = _fused_backward(gapless(g), q, k, v, o, joint, 0.0, queries == keys, scale=scale)

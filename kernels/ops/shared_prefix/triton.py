@@ -1,5 +1,5 @@
-"""``impl="triton"`` of ``shared_prefix_attention``: launches the kernels of ``triton_kernels.py``, and tells the
-compile suite what their machine code must show. This module is imported only where ``impl="triton"`` runs.
+"""``impl="triton"`` of ``shared_prefix_attention``: launches the kernels of ``triton_kernels.py``, and specifies for
+the compile suite the requirements on their machine code. This module is imported only where Triton kernels run.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def backward(grad_out: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor
 
 
 def backward_in_parts(grad_out: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> Gradients:
-    """The gradient of the query, and those of key and value as parts (P, T, H_kv, head_dim) that are still to be added;
-    parts are float32 if there is more than one."""
+    """The gradient of the query, and the gradients of key and value as P parts each (P, T, H_kv, head_dim), which the
+    caller adds up; parts are float32 if there is more than one."""
     query, key, value, grad_out = (_addressable(x) for x in (*inputs[:3], grad_out))
     saved = _Saved(query, key, value, grad_out, lse.contiguous(), _delta(out.contiguous(), grad_out))
     grad_query = query.new_empty(query.shape)
@@ -82,8 +82,8 @@ def _run_over_queries(
 ) -> None:
     """Launches a kernel whose programs own tiles of queries.
 
-    ``strided`` are the first tensors it takes, query and key before all, of which it takes the strides too; ``others``
-    are contiguous.
+    The kernel's first arguments are the tensors ``strided``, which begin with query and key and whose strides it also
+    takes, and then the tensors ``others``, which are contiguous.
     """
     query, num_kv_heads = strided[0], strided[1].shape[1]
     num_tokens, num_heads, _ = query.shape
@@ -137,8 +137,8 @@ def _run(kernel: Any, grid: tuple[int, ...], row: Launch, *arguments: Tensor | f
 
 
 def _heads_per_part(programs: int, repeats: int, device: torch.device) -> int:
-    """Number of query heads that one program of the key gradient walks: all that share the key head, unless that makes
-    fewer than two programs for each streaming multiprocessor."""
+    """Number of query heads that one program of the key gradient goes through: all that share the key head, or fewer if
+    that would make fewer than two programs for each streaming multiprocessor."""
     multiprocessors = _multiprocessors(device) if device.type == "cuda" else 1
     wanted_parts = triton.cdiv(2 * multiprocessors, max(programs, 1))
     return max(1, repeats // min(wanted_parts, repeats))
@@ -176,7 +176,8 @@ def _split(head_dim: int) -> dict[str, int]:
     return {"D0": first, "D1": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0}
 
 
-# The compile suite's shape: 8 groups of 8 completions of 128 tokens after prompts of 1024, with Qwen2.5-VL-3B's heads.
+# The compile suite's shape: 8 groups, each with a prompt of 1024 tokens and 8 completions of 128 tokens;
+# Qwen2.5-VL-3B's heads.
 _GROUPS, _COMPLETIONS, _PROMPT, _COMPLETION = 8, 8, 1024, 128
 _HEADS, _KV_HEADS = 16, 2
 _TOKENS = _GROUPS * (_PROMPT + _COMPLETIONS * _COMPLETION)
@@ -225,7 +226,7 @@ def _work(
     products: int,
     by_keys: bool = False,
 ) -> Work:
-    """The work of a kernel that multiplies over all pairs of a query and a key that it sees.
+    """The work of a kernel that computes products for all pairs of a query and a key that the query sees.
 
     Args:
         head_dim: columns of a head.
@@ -235,7 +236,7 @@ def _work(
         statistics: number of float32 tensors (H, T) that it reads or writes.
         key_rows: number of tensors (T, H_kv, head_dim) that it reads or writes.
         products: number of matrix products.
-        by_keys: whether a program owns a tile of keys and reads the queries again, and not the other way round.
+        by_keys: whether a program owns a tile of keys and reads the queries repeatedly; otherwise the other way round.
     """
     size = head_dim * dtype.itemsize
     queries = _TOKENS * _HEADS * (query_rows * size + 4 * statistics)

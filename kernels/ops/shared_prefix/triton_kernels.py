@@ -1,23 +1,24 @@
 """Triton kernels of ``shared_prefix_attention``, forward and backward; ``triton.py`` launches them.
 
 *Forward* and *grad_query*: a program owns a tile of queries of one head and one group. Tokens of a group are
-contiguous, so a tile of completion queries may span several completions: every tile but a group's last is full, however
-short the completions are. The prompt's keys are read ceil(tokens of all completions / BLOCK_M) times for a group;
-attention over separate sequences reads them ceil(tokens / BLOCK_M) times for *each* completion. There are two loops.
-The first needs no mask: it takes the tiles of keys that every query of the tile sees (the prompt up to its last whole
-tile, or for a prompt's own queries the whole tiles of keys before them). The second takes the rest with a mask: the
-remaining prompt keys, and the keys of each query's own segment up to the query itself.
+contiguous, so a tile of completion queries may span several completions: all these tiles but the group's last are full,
+however short the completions are. For one query head, a group's completions together read the prompt's keys
+ceil(tokens of all completions / BLOCK_M) times; attention over separate sequences reads them ceil(tokens / BLOCK_M)
+times for *each* completion. There are two loops. The first needs no mask: it takes the tiles of keys that every query
+of the tile sees (the prompt up to its last whole tile, or for a prompt's own queries the whole tiles of keys before
+them). The second takes the rest with a mask: the remaining prompt keys, and the keys of each query's own segment up to
+the query itself.
 
 *grad_key* and *grad_value*: a program owns a tile of keys. The queries that see a prompt's key are contiguous in the
-packed order: from the key itself to the group's end. One program walks them all in order, head after head and
-completion after completion, so sums over completions need no atomics and give the same bits every time. Where that
-makes too few programs for the device, the query heads are split over programs that write float32 parts, which are added
-in order.
+packed order: from the key itself to the group's end. One program goes through all of them in order, head after head and
+completion after completion, so sums over completions need no atomics and give the same bits every time. If that makes
+too few programs for the device, the query heads are split over programs that write float32 parts, which are added in
+order.
 
-Softmax statistics, scores and sums are in float32. Operands of products keep the tensors' own dtype; float32 products
+Softmax statistics, scores and sums are in float32. Operands of products have the tensors' own dtype; float32 products
 use IEEE precision, never TF32. Tokens and heads are addressed with 64-bit offsets. A head of size 80 or 96 is held as
 64 + 16 or 64 + 32 columns, so nothing is padded to 128; other sizes are padded to the next such split. This module is
-imported only where ``impl="triton"`` runs.
+imported only where Triton kernels run.
 """
 
 from __future__ import annotations
@@ -255,7 +256,7 @@ def _add_query_gradient(
     key, value, begin, end, key_stride_T, value_stride_T, seen, q0, q1, g0, g1, lse_log2, delta, sum0, sum1, scale_log2,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds what a tile of keys gives to the gradient of a tile of queries; ``seen`` is as in ``_attend``."""
+    """Adds the share of a tile of keys to the gradient of a tile of queries; ``seen`` is as in ``_attend``."""
     CHECK: tl.constexpr = seen is not None
     k0, k1 = _load_both(key, begin, end, key_stride_T, D0, D1, HEAD_DIM, BLOCK_N, CHECK)
     v0, v1 = _load_both(value, begin, end, value_stride_T, D0, D1, HEAD_DIM, BLOCK_N, CHECK)
@@ -276,7 +277,7 @@ def _shared_prefix_dq_kernel(
     num_tokens, num_tiles, num_kv_heads, repeats, scale,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Writes grad_query (T, H, HEAD_DIM), contiguous, for one tile of queries; the tiles are those of the forward."""
+    """Writes grad_query (T, H, HEAD_DIM), contiguous, for one tile of queries; tiles are formed as in the forward."""
     head, kv_head, begin, end, first_key, full_end, prompt_end, tails, own_begin, own_end = _query_tile(
         tl.program_id(0), cu_groups, cu_prompts, starts_T, num_tiles, num_kv_heads, repeats, BLOCK_M, BLOCK_N
     )
@@ -365,7 +366,7 @@ def _shared_prefix_dkdv_kernel(
     dk0, dk1 = _zeros_both(BLOCK_N, D0, D1)
     dv0, dv1 = _zeros_both(BLOCK_N, D0, D1)
     keys = begin + tl.arange(0, BLOCK_N)
-    # The mask uses an end per key, not a beginning per query: rows of the tile are keys, and a thread holds few rows.
+    # The mask uses an end per key, not a beginning per query: keys are the rows of ``seen``; a thread holds few rows.
     own_ends = tl.load(ends_T + keys, mask=keys < end, other=0)
     keys_seen_to = tl.where(is_prompt, queries_end, own_ends)
     scale_log2 = scale * _LOG2E
