@@ -59,7 +59,7 @@ class Multiprocessor:
 
 
 MULTIPROCESSORS = {
-    # sm_80 offers 163 KiB to a block, but its rows also serve sm_86, sm_89 and sm_120, which offer only 99 KiB.
+    # sm_80 offers 163 KiB to a block, but its launch table rows also serve sm_86, sm_89 and sm_120, which offer 99 KiB.
     80: Multiprocessor(shared_per_block=99 << 10, shared_total=164 << 10),
     90: Multiprocessor(shared_per_block=227 << 10, shared_total=228 << 10),
     100: Multiprocessor(shared_per_block=227 << 10, shared_total=228 << 10),
@@ -106,9 +106,9 @@ class Compiled:
     shared_bytes: int
     """Bytes of shared memory per block."""
     blocks_per_sm: int
-    """Upper bound of resident blocks per streaming multiprocessor, from registers, shared memory and warps."""
+    """Upper bound on resident blocks per streaming multiprocessor, from registers, shared memory and warps."""
     occupancy: float
-    """Upper bound of resident warps divided by the most that the streaming multiprocessor holds."""
+    """Upper bound on resident warps, divided by the most that the streaming multiprocessor holds."""
     load_bits: int
     """Bits of the widest load from global memory; 0 if there is none."""
     store_bits: int
@@ -249,7 +249,7 @@ def find_tensor_core(sass: str) -> str:
 def resident_blocks(arch: int, registers: int, shared: int, warps: int) -> int:
     """Number of blocks that fit one streaming multiprocessor.
 
-    A warp gets registers in units of 256. A block takes 1 KiB of shared memory for the system beyond its own.
+    A warp gets registers in units of 256. The system reserves 1 KiB of shared memory per block besides the block's own.
     """
     limit = MULTIPROCESSORS[arch]
     warp_registers = -(-registers * 32 // 256) * 256
@@ -291,7 +291,7 @@ def violations(row: Compiled, spec: KernelSpec) -> list[str]:
 def differences(row: Compiled, committed: Compiled) -> list[str]:
     """The fields in which a newly compiled row differs from the committed one by more than the margins."""
     margins = {"registers": REGISTER_MARGIN, "shared_bytes": SHARED_MARGIN}
-    # Blocks and occupancy follow from registers and shared memory; ``violations`` checks the tensor-core instruction.
+    # The first two follow from registers and shared memory; ``violations`` checks the tensor-core instruction.
     derived = {"blocks_per_sm", "occupancy", "tensor_core"}
     found = []
     new, old = asdict(row), asdict(committed)

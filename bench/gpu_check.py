@@ -1,20 +1,21 @@
-"""Measures in a few minutes on a GPU what bounds an update there; prints one JSON object per line.
+"""Measures in a few minutes on a GPU what limits the speed of an update there; prints one JSON object per line.
 
-    python bench/gpu_check.py --output rows.jsonl                # all sections, about six minutes on an H200
-    python bench/gpu_check.py --section update --case "3b B1"    # one section, one case
-    python bench/gpu_check.py --device cpu --size 3m --output -  # does it run?
+    python bench/gpu_check.py --output rows.jsonl                         # all sections, about six minutes on an H200
+    python bench/gpu_check.py --section update --case "3b B1" --output -  # one section, one case
+    python bench/gpu_check.py --device cpu --size 3m --output -           # does it run?
 
 ==========  ==========================================================================================================
-ceilings    rate of a large bf16 product, rate of a copy, host time of a small operation forward and backward
+ceilings    rate of a large bf16 product, rate of a copy, time of a small operation, and of a small forward and backward
 update      per provider and case: seconds from rollouts to gradients, seconds in which the GPU worked, seconds until
             the host had issued everything, launches, waits of the host, peak memory
-waits       places of the code at which the host waits for the GPU between rollouts and gradients
+waits       places in the code at which the host waits for the GPU between rollouts and gradients
 compiled    the update with compiled decoder layers: seconds to compile, number of graphs and graph breaks
-optimizer   one step of the optimiser, beside the time that its bytes take
+optimizer   one step of the optimiser, beside the time that moving its bytes takes
 ==========  ==========================================================================================================
 
-Each section prints the bound that the project holds itself to (``GOALS``) beside what it finds. Rows are appended to the
-output; a section and case that it already has for the same sources is not measured again.
+Each row is printed with the bounds that the project holds itself to (``GOALS``), and appended to the output without
+them. What the output already has for the same sources, section, case and provider is not measured again; the ceilings
+are measured in every run.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 def seconds(call: Callable[[], Any], device: torch.device, rounds: int = 1) -> float:
-    """Mean seconds of a call until the device is done."""
+    """Mean seconds per call, until the device has finished."""
     synchronize(device)
     begin = time.perf_counter()
     for _ in range(rounds):
@@ -65,13 +66,13 @@ def seconds(call: Callable[[], Any], device: torch.device, rounds: int = 1) -> f
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, if it is one that works by itself."""
+    """Waits until a GPU has finished; does nothing for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def ceilings(device: torch.device) -> Row:
-    """What the device can do at best."""
+    """Measures the rates of the device at its best, and the time of small operations."""
     side = 8192 if device.type == "cuda" else 512
     square = torch.randn(side, side, device=device, dtype=torch.bfloat16)
     seconds(lambda: square @ square, device, 3)
@@ -93,7 +94,7 @@ def ceilings(device: torch.device) -> Row:
 
 
 def step_of(policy: Policy, shape: Shape, provider: str) -> Callable[[], None]:
-    """One update's forward and backward, from rollouts to gradients."""
+    """Returns a function that runs one update's forward and backward, from rollouts to gradients."""
     forward = PROVIDERS[provider](policy, make_rollouts(shape, policy))
 
     def step() -> None:
@@ -104,7 +105,7 @@ def step_of(policy: Policy, shape: Shape, provider: str) -> Callable[[], None]:
 
 
 def profiled(step: Callable[[], None], device: torch.device, table: Path | None) -> Row:
-    """Launches, waits and working time of one call; ``table`` gets the host's time per operation."""
+    """Launches, waits and the GPU's working time of one call; ``table`` gets the times of each operation."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as run:
         step()
@@ -127,7 +128,7 @@ def profiled(step: Callable[[], None], device: torch.device, table: Path | None)
 
 
 def update(policy: Policy, shape: Shape, provider: str, rounds: int, table: Path | None) -> Row:
-    """One provider's update on one case."""
+    """Measures one provider's update on one case."""
     device = policy.device
     step = step_of(policy, shape, provider)
     step()
@@ -148,7 +149,7 @@ def update(policy: Policy, shape: Shape, provider: str, rounds: int, table: Path
 
 
 def waits(policy: Policy, shape: Shape) -> Row:
-    """Places at which ours waits for the GPU, each with how often, in one call after two others."""
+    """Counts our update's waits for the GPU by place in the code, in one call after two others."""
     step = step_of(policy, shape, "ours")
     step()
     step()
@@ -167,7 +168,7 @@ def waits(policy: Policy, shape: Shape) -> Row:
 
 
 def compiled(policy: Policy, shape: Shape, rounds: int) -> Row:
-    """Our update with compiled layers; the policy stays compiled."""
+    """Measures our update with compiled layers; the policy stays compiled."""
     from torch._dynamo.utils import counters
 
     policy.compile_layers()
@@ -183,7 +184,7 @@ def compiled(policy: Policy, shape: Shape, rounds: int) -> Row:
 
 
 def optimizer(policy: Policy, rounds: int, copy_rate: float) -> Row:
-    """One step of the optimiser on gradients of the weights' dtype."""
+    """Measures one step of the optimiser on gradients of the weights' dtype."""
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     made = PolicyOptimizer(policy.model.named_parameters(), OptimConfig(), 100)
     device = policy.device
@@ -209,7 +210,7 @@ def optimizer(policy: Policy, rounds: int, copy_rate: float) -> Row:
 
 
 def attempt(measure: Callable[[], Row], device: torch.device) -> Row:
-    """A section's row, or why there is none: one that fails must not cost the others their turn."""
+    """A section's row, or its error: if one section fails, the others still run."""
     try:
         return measure()
     except Exception as error:
@@ -220,7 +221,7 @@ def attempt(measure: Callable[[], Row], device: torch.device) -> Row:
 
 
 def rows(options: argparse.Namespace, done: set[tuple[str, str, str]]) -> Iterator[Row]:
-    """The rows of all selected sections that are not done yet."""
+    """The rows of the ceilings and of all other selected sections that are not done yet."""
     device, size = options.device, options.size
     wanted = set(options.section or ("ceilings", "update", "waits", "compiled", "optimizer"))
     top = ceilings(device)
@@ -235,7 +236,7 @@ def rows(options: argparse.Namespace, done: set[tuple[str, str, str]]) -> Iterat
 
     def policy_of(shape: Shape) -> Policy:
         if shape.size not in policies:
-            policies.clear()  # two at once need not fit
+            policies.clear()  # two at once might not fit
             policies[shape.size] = build_policy(shape.size, device, torch.bfloat16)
         return policies[shape.size]
 
@@ -276,7 +277,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure what is selected and not done yet."""
+    """Measures what is selected and not done yet."""
     options = parse_arguments()
     where = {**provenance(options.device), "sources": sources_digest(SOURCES), "dtype": "bfloat16"}
     target = None if str(options.output) == "-" else options.output

@@ -1,19 +1,20 @@
 """Counts and times, on a CPU, what one update costs the host of a GPU.
 
     python bench/host_cost.py                      # counts and times of each part, ours beside the stock code
-    python bench/host_cost.py --check              # counts alone; the exit status is 1 if one exceeds its bound
+    python bench/host_cost.py --check              # only counts
 
-The code takes the path of a GPU, but Triton's launches do nothing, and layers are so narrow that their products take
-next to no time. What is left is the work of the host: Python, checks, dispatch and autograd. ``operations`` are those
-that torch dispatches, without views and allocations, and Triton's launches, forward and backward together: about the
-number of launches on a GPU. Times are the least of interleaved rounds, in microseconds, and do not contain what a driver
-adds to a launch.
+The code takes the same path as on a GPU, but Triton's launches do nothing, and layers are so narrow that their products
+take next to no time. What is left is the work of the host: Python, checks, dispatch and autograd. ``operations`` is the
+number of operations that torch dispatches, without views and allocations, plus the number of Triton's launches, in
+forward and backward together. It is close to the number of launches on a GPU. Times are in microseconds, each the
+smallest over interleaved rounds, and do not contain what a driver adds to a launch. The exit status is 1 if a number of
+operations exceeds its bound.
 
 ========== =============================================================================================================
 decoder    a decoder layer on packed groups, beside transformers' own on a padded batch with PyTorch's attention
 tower      a block of Qwen2.5-VL's image tower, beside transformers' own with one attention call per segment length
 attention  shared-prefix attention, beside PyTorch's attention on a padded batch
-update     pack, forward and backward of one group on a model with the layers of Qwen2.5-VL-3B: operations in all
+update     pack, forward and backward of one group on a model with as many layers as Qwen2.5-VL-3B: only operations
 ========== =============================================================================================================
 """
 
@@ -43,10 +44,10 @@ from balcaprl.policy.layers.attention import IMAGE_SEGMENTS, SHARED_PREFIX, usin
 from balcaprl.policy.layers.fused import stock_layers
 
 BOUNDS = {"decoder": 32, "tower": 31, "update": 2300}
-"""Largest number of operations of ours."""
+"""Largest number of operations that our code may take for each part."""
 ROUNDS = 30
 NARROW = {"hidden": 64, "inner": 128, "layers": 36, "heads": 4, "kv": 2, "vocabulary": 256, "tower": 64, "blocks": 32}
-"""The layers of Qwen2.5-VL-3B, so narrow that the CPU has nothing to compute."""
+"""As many layers as Qwen2.5-VL-3B has, but so narrow that the CPU has almost nothing to compute."""
 CHOOSERS = ("shared_prefix.attention", "head.linear_policy_loss")
 """The modules of the ops that choose an implementation in an update."""
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -54,7 +55,7 @@ Call = Callable[[], Any]
 
 
 class Operations(TorchDispatchMode):
-    """Counts what torch dispatches, without views and allocations, in ``number``."""
+    """Counts in ``number`` the operations that torch dispatches, without views and allocations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class Operations(TorchDispatchMode):
 
 
 class Launches:
-    """Stands for Triton's launches and counts them in ``number``."""
+    """Takes the place of Triton's launches, and counts them in ``number``."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -98,7 +99,7 @@ def as_on_a_gpu() -> Iterator[Launches]:
 
 
 def _segments_forward(self: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One operation, as PyTorch's varlen attention is; it does not run on a CPU."""
+    """Dispatches one operation, as PyTorch's varlen attention does, which does not run on a CPU."""
     kept = (query.new_empty(1), query.new_empty(1), query.new_empty(1))
     return query.clone(memory_format=torch.contiguous_format), kept
 
@@ -111,7 +112,7 @@ def _segments_backward(
 
 
 def parts(policy: Policy) -> dict[str, dict[str, Call]]:
-    """For each part, ours and the stock code as calls of forward and backward."""
+    """Returns for each part our code and the stock code, each as a function that runs forward and backward."""
     decoder, block = policy.text_model.layers[0], policy.stock_model.model.visual.blocks[0]
     text, tower = policy.text_model.config, policy.stock_model.model.visual.config
     layout = SharedPrefixLayout.from_lengths([281], [[32] * 8])
@@ -145,7 +146,7 @@ def angles(num_rows: int, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def module_call(module: nn.Module, rows: Tensor, options: dict[str, Any], config: Any, attention: str) -> Call:
-    """Forward and backward of a module under an attention's name; gradients of earlier calls are dropped."""
+    """A function that runs a module's forward and backward with the named attention, after dropping old gradients."""
     rows, above = rows.requires_grad_(), torch.randn_like(rows)
 
     def call() -> None:
@@ -158,7 +159,7 @@ def module_call(module: nn.Module, rows: Tensor, options: dict[str, Any], config
 
 
 def stock_call(module: nn.Module, *arguments: Any) -> Call:
-    """The same on transformers' own code."""
+    """The function of ``module_call``, run on transformers' own code."""
     call = module_call(module, *arguments)
 
     def on_stock_code() -> None:
@@ -169,7 +170,7 @@ def stock_call(module: nn.Module, *arguments: Any) -> Call:
 
 
 def operations_of(call: Call, launches: Launches) -> int:
-    """Operations and launches of one call, after one that may make what is kept."""
+    """Number of operations and launches of one call, after a first call that may fill caches."""
     call()
     before = launches.number
     with Operations() as counted:
@@ -178,7 +179,7 @@ def operations_of(call: Call, launches: Launches) -> int:
 
 
 def times_of(calls: dict[str, Call]) -> dict[str, float]:
-    """Microseconds of each call: the least of interleaved rounds."""
+    """Microseconds of each call, the smallest over interleaved rounds."""
     least = dict.fromkeys(calls, float("inf"))
     for _ in range(ROUNDS):
         for name, call in calls.items():
@@ -189,7 +190,7 @@ def times_of(calls: dict[str, Call]) -> dict[str, float]:
 
 
 def update_call(policy: Policy, size: str) -> Call:
-    """Pack, forward and backward of one group."""
+    """A function that packs one group and runs forward and backward on it."""
     rollouts = make_rollouts(Shape(size, 8, 64, 16), policy)
     forward = providers.PROVIDERS["ours"](policy, rollouts)
 
@@ -201,7 +202,7 @@ def update_call(policy: Policy, size: str) -> Call:
 
 
 def rows(with_times: bool) -> Iterator[dict[str, Any]]:
-    """One row for each part."""
+    """Yields one row for each part."""
     with as_on_a_gpu() as launches:
         SIZES["narrow"] = NARROW
         with mock.patch("balcaprl.policy.policy.check_agreement", return_value=None):  # nothing is computed here
@@ -219,7 +220,7 @@ def rows(with_times: bool) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Print one JSON object per part."""
+    """Prints one JSON object per part, and exits with 1 if a part takes more operations than its bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="count, compare with the bounds, and time nothing")
     options = parser.parse_args()

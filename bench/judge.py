@@ -1,7 +1,7 @@
 """Measures the throughput of the endpoint judge against a scripted server on loopback, and of the reply cache.
 
     python bench/judge.py [--captions 2000] [--latency 0.2] [--slots 64] [--memory_captions 10000] [--faults] [--output FILE]
-    python bench/judge.py --run --latency 0.03 [--steps 6] [--sampler vllm] [--threads 1]    # only: overlap in a run
+    python bench/judge.py --run --latency 0.03 [--steps 6] [--sampler vllm] [--threads 1]  # only the overlap in a run
 
 The server runs in its own process, works on at most ``slots`` requests at once and takes ``latency`` seconds for each.
 The ideal time is what the server needs if its slots are never idle. The script prints one JSON object per line:
@@ -10,9 +10,9 @@ The ideal time is what the server needs if its slots are never idle. The script 
 - ``memory``: how much this process grows over one large step, and over the same captions in steps of a thousand.
 - ``cache``: lookups and writes per second of the reply cache.
 - ``overlap``: the share of the judge's time that is hidden behind sampling that takes longer.
-- ``fault at 20%``, only with ``--faults``: throughput with each recoverable fault in 20% of the requests relative to
-  none, and what a client that loses no time could reach. A fault is recoverable if it shows within the latency. A
-  timed-out request is not: it occupies a slot until the time limit, whatever the client does.
+- ``fault at 20%``, only with ``--faults``: throughput with each recoverable fault in 20% of the requests, as a share of
+  the throughput without faults; and the share that a client which loses no time could reach. Time-outs and slowly
+  dripping replies are not recoverable: they occupy one of the client's places until the time limit, whatever it does.
 - ``overlap in a run``, only with ``--run``: the same share in a training run of the demo's policy, with ``--steps``,
   ``--sampler`` and ``--threads`` (see ``judging/run_overlap.py``).
 """
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def run_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The row of a training run, for which alone the trainer is imported."""
+    """Yields the row of a training run. The trainer is imported here because no other measurement needs it."""
     from judging.run_overlap import overlap_in_run
 
     yield overlap_in_run(options)
@@ -110,7 +110,8 @@ def faults(count: int, latency: float, slots: int) -> Iterator[dict[str, Any]]:
 
 
 def fastest(count: int, slots: int, latency: float, share: float, fault_latency: float) -> float:
-    """Seconds, averaged over 20 draws, of a client that retries each failed request at once, before new ones."""
+    """Seconds that a client needs if it refills each free slot at once, until every request has succeeded; mean of 20
+    draws."""
     means = []
     for seed in range(20):
         draw, ends, waiting, now = random.Random(seed), [], count, 0.0
@@ -170,7 +171,8 @@ def score(url: str, count: int, slots: int) -> tuple[float, dict[str, float]]:
 
 
 def memory(url: str, count: int, slots: int) -> dict[str, Any]:
-    """Growth of this process, after a warm-up, while it scores ``count`` captions in steps of a thousand and in one."""
+    """Growth of this process, after a warm-up, while it scores ``count`` captions, first in steps of a thousand, then
+    all in one step."""
     score(url, 2000, slots)
     row: dict[str, Any] = {"what": "memory", "captions": count}
     for name, per_step in (("growth_in_steps_mib", 1000), ("growth_mib", count)):
@@ -189,7 +191,7 @@ def memory(url: str, count: int, slots: int) -> dict[str, Any]:
 
 
 def cache(count: int) -> dict[str, Any]:
-    """Lookups and writes per second in a warm cache of replies of ordinary size."""
+    """Writes per second into a new cache, and lookups per second of what was written, for replies of 1,500 bytes."""
     with tempfile.TemporaryDirectory() as folder:
         store = ReplyCache(Path(folder) / "cache.db", 1 << 30)
         keys = [i.to_bytes(32, "big") for i in range(count)]

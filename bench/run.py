@@ -5,8 +5,9 @@ python bench/run.py --op linear_policy_loss --output -                # one op, 
 python bench/run.py --op linear_policy_loss --case peaked --provider native --provider gemms --output -
 python bench/run.py --quick --output -                                # the small cases, few rounds: does it run?
 
-Rows are appended case by case. A second run with the same sources, machine and threads continues where the first one
-stopped; ``--fresh`` measures everything again. ``bench/report.py`` makes the READMEs' tables and plots from the file.
+Rows are appended case by case. A second run with the same sources, packages, machine and threads continues where the
+first one stopped; ``--fresh`` measures everything again. ``bench/report.py`` makes the READMEs' tables and plots from
+the file.
 """
 
 from __future__ import annotations

@@ -93,8 +93,8 @@ def measure(folder: Path, way: str, dtype: str, rounds: int) -> dict[str, Any]:
 def timed_syncs(
     sampler: Any, policy: Any, way: str, rounds: int, plain: tuple[Any, Any]
 ) -> tuple[dict[str, list[float]], Any]:
-    """Runs syncs and copies of ``plain`` in turns. Returns the seconds of whole syncs, of their pushes of weights and
-    of the copies, and the last sync's report."""
+    """Runs a sync and a copy of ``plain`` in turn. Returns the seconds of the whole syncs, of only their pushes of
+    weights, and of the copies; and the last sync's report."""
     import torch
 
     seconds: dict[str, list[float]] = {"sync": [], "push": [], "copy": []}

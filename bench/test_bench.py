@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# Makes the folders beside this file importable, which are no part of the package.
+# Makes the folders beside this file importable: they are not part of the package.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from ops.registry import OPS, applicable
 from ops.timing import Measurement, Pass, measure

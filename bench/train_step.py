@@ -1,17 +1,18 @@
 """Times whole training steps (sample, score, update, sync) of ours and of TRL 1.16's GRPO on equal terms.
 
-python bench/train_step.py                              # both, 112 and 448 px, to bench/results/train_step/<device>.jsonl
+python bench/train_step.py                        # all, 112 and 448 px, to bench/results/train_step/<device>.jsonl
 python bench/train_step.py --provider ours --pixels 112 --steps 4 --output -
 
 Both sides have the same model, images, rewards and lengths. The model is a random Qwen2.5-VL, so that completions reach
 their limit on both sides. Images are noise in PNG files, and each side decodes them itself. The rewards are cheap
 formulas of the text. TRL samples with transformers' generate, because its colocated vLLM fails on a CPU build (it calls
 ``load_weights`` on repacked weights) and its paged generation requires CUDA. TRL runs once with the whole batch and
-once with the batch in four accumulated parts; the faster one counts.
+once with the batch in four accumulated parts; the faster one counts. Ours runs once with vLLM, and once with
+transformers (``ours-hf``).
 
 The first steps are warm-up. Each provider runs in its own process. The providers take turns of one step each, because a
-machine's speed changes from minute to minute. Our step includes everything in its turn, with logging. TRL's step does
-not include the loading of images, which TRL does before the step begins.
+machine's speed changes from minute to minute. The time of our step includes everything in its turn, also logging. That
+of TRL's step does not include the loading of images, which TRL does before the step begins.
 """
 
 from __future__ import annotations

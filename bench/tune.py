@@ -4,9 +4,9 @@ python bench/tune.py                                     # every kernel that has
 python bench/tune.py --kernel _head_stats_kernel         # one; may be repeated
 python bench/tune.py --screen 90                         # no GPU: compile the candidates, show registers, spills, shared memory
 
-``launch.TABLES`` is chosen by these times. Each worker process takes the candidates with the same index of all kernels
-of an op, so that candidates compile in parallel. A lock lets only one worker measure at a time. Each figure is the
-median time of only the kernel, measured by CUDA events around its launches within the op.
+The rows of ``launch.TABLES`` are chosen by these times. Each worker process takes the candidates with the same index of
+all kernels of an op, so that candidates compile in parallel. A lock lets only one worker measure at a time. A figure is
+the median time of the kernel's launches in one run of the op, without the op's other kernels, measured by CUDA events.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measures time and memory of one update, from the same rollouts to the same gradients, by ours and by other ways.
+"""Measures time and memory of one update, from the same rollouts to the same gradients, by our code and in other ways.
 
 python bench/update_step.py                                     # the sweep, to bench/results/update_step/<device>.jsonl
 python bench/update_step.py --case "33m" --provider ours --provider repeated --output -
@@ -15,8 +15,8 @@ includes the matrix products of the model's own layers (counted from the shapes 
 the pairs of tokens that see each other, and the head at the positions that predict, or for TRL and prefix grouping
 wherever they compute it.
 
-Rows are appended case by case. A second run with the same sources, machine and threads continues where the first one
-stopped.
+Rows are appended case by case. A second run with the same sources, packages, machine, threads and dtype continues where
+the first one stopped.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ def difference(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
 
 
 def prepare(shape: Shape, policy: Policy, rollouts: Rollouts, names: list[str]) -> Iterator[dict[str, Any]]:
-    """Yields providers that can run and are right with their forward, operations and gradient error, and others with
-    the reason.
+    """Yields a row for each provider: with its forward, operations and gradient error if it can run and is right,
+    otherwise with the reason.
 
     Raises:
         AssertionError: the gradient of ``ours`` or ``repeated-one-tower`` is wrong.

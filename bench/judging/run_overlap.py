@@ -2,9 +2,10 @@
 
 The run trains the demo's policy on-policy against a scripted judge on loopback. ``score_s`` is how long a step still
 waits for scores after sampling. ``judge_alone_s`` is how long the same groups take if they are scored afterwards with
-no other work. Both are medians. ``hidden`` is 1 minus the ratio of their sums over all steps but the first. The run
-submits each completion as soon as it ends, so the judge's time for the last completions is never hidden. A real judge
-computes on another machine, but the scripted one computes on this one: use ``--threads`` to leave it a core.
+no other work. Both are medians. ``hidden`` is 1 minus the first time divided by the second, each summed over all steps
+but the first. The run submits each completion as soon as it ends, so the judge's time for the last completions is never
+hidden. A real judge computes on another machine, but the scripted one computes on this one: use ``--threads`` to leave
+it a core.
 """
 
 from __future__ import annotations

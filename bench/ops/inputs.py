@@ -78,7 +78,7 @@ def loss_batch(case: Case, generator: torch.Generator, num_tokens: int) -> Input
 
 
 def logprobs(case: Case, generator: torch.Generator) -> Inputs:
-    """Makes logprobs and old_logprobs (T,), together with ``loss_batch``."""
+    """Makes logprobs and old_logprobs (T,), and advantages and cu_seqlens as ``loss_batch`` does."""
     num_tokens = case.sizes["rollouts"] * case.sizes["length"]
     batch = loss_batch(case, generator, num_tokens)
     current = -3.0 * torch.rand(num_tokens, generator=generator)
@@ -99,7 +99,8 @@ def head(case: Case, generator: torch.Generator) -> Inputs:
 
 
 def head_loss(case: Case, generator: torch.Generator) -> Inputs:
-    """Makes ``head`` and ``loss_batch``, with old_logprobs near the policy's own."""
+    """Makes hidden, weight and targets as ``head`` does, advantages and cu_seqlens as ``loss_batch`` does, and
+    old_logprobs (T,) near the policy's own (in a case that measures only memory, near those of a uniform policy)."""
     made = head(case, generator)
     batch = loss_batch(case, generator, case.sizes["tokens"])
     made.pop("upstream")
@@ -112,7 +113,8 @@ def head_loss(case: Case, generator: torch.Generator) -> Inputs:
 
 
 def logits_loss(case: Case, generator: torch.Generator) -> Inputs:
-    """Makes logits (T, V), targets (T,), and ``loss_batch``, with old_logprobs near the policy's own."""
+    """Makes logits (T, V), targets (T,), advantages and cu_seqlens as ``loss_batch`` does, and old_logprobs (T,) near
+    the policy's own."""
     num_tokens, vocabulary = case.sizes["tokens"], case.sizes["vocabulary"]
     logits = 2.0 * torch.randn(num_tokens, vocabulary, generator=generator)
     targets = torch.randint(0, vocabulary, (num_tokens,), generator=generator)

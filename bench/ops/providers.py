@@ -1,4 +1,4 @@
-"""What an entry of the registry is made of: ops, their providers, and the formulations that several ops compete with.
+"""What an entry of the registry is made of: ops, their providers, and what several ops are compared with.
 
 A provider computes the op from the same tensors as all others. The providers are each of our implementations, the plain
 formulation that a trainer would write (``eager``), the same under ``torch.compile`` (``compile``), and the peers' own

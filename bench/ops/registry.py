@@ -1,8 +1,8 @@
 """The registry of what is measured: ops x cases x providers (``providers.py``). A new op adds one entry to ``OPS``.
 
-Cases that ours lose are kept. Two things are ceilings and not peers: ``gemms``, the bare matrix products of the
-language-model head (one in the forward, two more for the gradients), and, for ops that only stream memory, the
-bandwidth of a copy.
+Cases in which a peer beats our code are kept. Two things are ceilings and not peers: ``gemms``, the bare matrix
+products of the language-model head (one in the forward, two more for the gradients), and, for ops that only stream
+memory, the bandwidth of a copy.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def _gemm_forward(made: Inputs, case: Case) -> Tensor:
 
 
 def _gemm_gradients(made: Inputs, case: Case) -> tuple[Tensor, ...]:
-    """The three matrix products. Logits go into a reused buffer, gradients into new tensors, as with every provider."""
+    """Computes the three matrix products. Logits go into a buffer that is reused, and gradients into new tensors, as
+    with every provider."""
     logits = _gemm_forward(made, case)
     return logits, logits @ made["weight"], logits.T @ made["hidden"]
 
@@ -205,7 +206,7 @@ def _head_loss_liger(made: Inputs, case: Case, *, whole: bool) -> Tensor:
         made["advantages"],
         peers.LossSettings("dapo", old),
         chunk_size=hidden.shape[0] if whole else 1,
-        compiled=hidden.is_cuda,  # Liger's default; the CPU figures are of its uncompiled code
+        compiled=hidden.is_cuda,  # Liger compiles by default; on a CPU its uncompiled code is measured
     )
 
 

@@ -5,7 +5,7 @@
    the reason.
 2. All providers get the same tensors. In every round each provider runs once, in rotating order, so that a change of
    the machine's speed affects all alike. If slow providers leave time for only a few rounds, the others get more rounds
-   without them. A sample is the mean of as many calls as take ``MIN_SAMPLE_SECONDS``.
+   without them. A sample is the mean of as many calls as take ``MIN_SAMPLE_SECONDS``, at most ``MAX_CALLS``.
 3. ``forward`` runs without gradients. ``both`` runs forward and gradients. ``backward`` is the time of ``both`` minus
    the time of ``forward`` in the same round, which is fair to ops that compute their gradients in the forward. Medians
    and quartiles are over rounds.
@@ -204,8 +204,9 @@ def _allowed_errors(
 ) -> tuple[float, float]:
     """Largest allowed errors of output and gradients.
 
-    In half precision, gradients may also have up to twice the error of the plain version, because a ratio that rounding
-    moves across a clip bound changes a token's whole gradient. A given ``bfloat16_error`` is the bound of gradients.
+    In half precision, gradients may also have up to twice the error of the reference in the case's own dtype, because a
+    ratio that rounding moves across a clip bound changes a token's whole gradient. If ``bfloat16_error`` is given, it
+    is the bound of the gradients' error.
     """
     tolerance = op.tolerance[case.dtype]
     if bfloat16_error is not None:

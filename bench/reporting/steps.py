@@ -23,7 +23,7 @@ UNMEASURED = {
     for name in ("sync", "train_step")
 }
 MANY = 400e6
-"""The number of parameters from which on an ``inplace`` sync must reach ``LEAST_PERCENT`` of a copy's speed, and
+"""If a model has at least this many parameters, an ``inplace`` sync must reach ``LEAST_PERCENT`` of a copy's speed, and
 ``shared`` may hold at most ``MOST_COPIES`` copies of the weights."""
 MOST_MS, LEAST_PERCENT, MOST_COPIES = 2.0, 60.0, 1.5
 LARGE_IMAGE, LEAST_RATIO = 448, 3.0

@@ -21,7 +21,7 @@ class RowsByDevice:
         return list(dict.fromkeys(key[0] for key in self.rows))
 
     def lines(self, device: str) -> list[Any]:
-        """The values of the first of the two keys on a device."""
+        """The distinct values of the first of the two keys on a device."""
         return list(dict.fromkeys(key[1] for key in self.rows if key[0] == device))
 
 
@@ -51,7 +51,7 @@ def goal_cells(goals: Iterable[Goal], show: Callable[[float], str] = "{:.3g}".fo
 
 
 def goal_table(head: str, goals: Iterable[Goal], unmeasured: str) -> str:
-    """The table of goals under the head of their column, or ``unmeasured`` if there is none."""
+    """The table of goals, whose first column has the heading ``head``; ``unmeasured`` if there are no goals."""
     rows = goal_cells(goals)
     if not rows:
         return unmeasured

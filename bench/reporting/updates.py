@@ -47,7 +47,7 @@ class UpdateResults(RowsByDevice):
 
 
 def ratio(rows: dict[str, Row], slower: str, faster: str, field: str = "median_s") -> float | None:
-    """How many times as much of ``field`` one provider takes as another; None if it was not measured for both."""
+    """``field`` of ``slower`` divided by ``field`` of ``faster``; None if one was not measured or the divisor is 0."""
     if slower not in rows or faster not in rows or not rows[faster].get(field) or rows[slower].get(field) is None:
         return None
     return rows[slower][field] / rows[faster][field]
@@ -130,7 +130,8 @@ def _acceptance(rows: dict[str, Row], case: str) -> list[Goal]:
 
 
 def _choices(results: UpdateResults, device: str) -> list[Goal]:
-    """The goal for ``auto``: the worst ratio of the time of the layout that it chooses to that of the faster layout."""
+    """The goal for ``auto``: time of the layout that it chooses, divided by the time of the faster layout, in the worst
+    case."""
     worst: tuple[float, str] | None = None
     for case in results.lines(device):
         rows = results.timed(device, case)
@@ -165,7 +166,8 @@ def block(results: UpdateResults, plots: Iterable[str]) -> str:
 
 
 def drawn_points(results: UpdateResults, device: str) -> list[tuple[str, str, float, float]]:
-    """The plot's points: (what is swept, line, its value, times faster than the repeated batch), sorted.
+    """The plot's points, sorted: (swept quantity, name of the line, value of the swept quantity, times faster than the
+    repeated batch).
 
     A line is a provider's name or ``predicted``.
     """

@@ -1,7 +1,7 @@
 """Measurements that run in a process of their own, which prints its row last.
 
-Nothing here loads torch or our kernels before a row is stamped, because the memory of these processes is measured, that
-of other trainers too.
+Nothing here imports torch or our kernels before a row is stamped, because these processes measure their own memory, and
+some of them run other trainers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def failure(name: str, stderr: str, returncode: int | None) -> Row:
 
 
 def append(row: Row, output: Path | None, name: str) -> None:
-    """Prints a row and appends it to ``output``, by default the results of this processor; ``-`` only prints it."""
+    """Prints a row and appends it to ``output``, by default the file of this processor; ``-`` only prints it."""
     from support.provenance import cpu_name
 
     append_rows([row], target_path(output, device_file(name, cpu_name())))

@@ -8,13 +8,15 @@ repeated            stock transformers with its own layers: a padded row per com
 repeated-one-tower  our layout for models that cannot share prompts: padded rows, each image through the vision tower
                     once; our fused layers
 trl                 TRL 1.16's ``_compute_loss`` and ``_get_per_token_logps_and_entropies``, taken from its source and
-                    run unchanged, on a model with TRL's own fused head. On devices without Triton, that head scores
-                    every position of every row, prompts included, as it does for TRL's users
+                    run unchanged but for the decorator that logs call times, on a model with TRL's own fused head. On
+                    devices without Triton, that head scores every position of every row, prompts included, as it does
+                    for TRL's users
 prefix-grouper      the formulation of verl's prefix grouping (``prefix_grouper_utils.pg_forward`` of verl, class
                     ``PrefixGrouper`` of johncaged/PrefixGrouper, arXiv 2506.05433), rewritten here: one padded row
-                    per group. In each layer the prompt attends causally, and each completion attends under a mask to
-                    a *copy* of the prompt's keys and values before its own. Logits are computed at all positions.
-                    verl groups text only; here our code inserts the image features first, as if verl grouped images
+                    per group. In each layer the prompt attends causally, and each completion attends, with a mask, to
+                    a *copy* of the prompt's keys and values followed by its own keys and values. Logits are computed
+                    at all positions. verl's grouping supports only text models. Here our code puts the image features
+                    into the embeddings before the text model runs, as verl would have to if it supported images
 ==================  ==================================================================================================
 
 The timed part starts from zeroed gradients and goes from rollouts to the gradients of all parameters. It includes
@@ -53,8 +55,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "3b": {"hidden": 2048, "inner": 11008, "layers": 36, "heads": 16, "kv": 2, "vocabulary": 151_936, "tower": 1280,
            "blocks": 32},
 }  # fmt: skip
-"""Shapes of Qwen2.5-VL models by approximate number of parameters, with tied embeddings and windowed attention in most
-of the vision tower. 3b is the shape of Qwen2.5-VL-3B with heads of 128; the others have heads of 64."""
+"""Shapes of Qwen2.5-VL models by approximate number of parameters, with tied embeddings, full attention in two blocks
+of the vision tower and windowed attention in the others. 3b is the shape of Qwen2.5-VL-3B with heads of 128; the other
+sizes have heads of 64."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def make_rollouts(shape: Shape, policy: Policy) -> Rollouts:
         image = torch.tensor([_VISION_START, *[_IMAGE] * shape.image_tokens, _VISION_END])
         inputs = {
             "pixel_values": pixels.to(policy.device, policy.dtype),
-            "image_grid_thw": grid,  # on the CPU, where a processor makes it
+            "image_grid_thw": grid,  # on the CPU, because that is where the transformers processor creates it
         }
         groups.append(Group(torch.cat([before, image, after]), [words(n) for n in lengths], inputs))
     advantages = torch.linspace(-1, 1, shape.groups * shape.group_size)
@@ -296,7 +299,8 @@ def prefix_grouper(policy: Policy, rollouts: Rollouts) -> Forward:
 
 @dataclass(frozen=True)
 class _Grouping:
-    """The prompts and completions in the padded rows of groups, as padded indices with masks."""
+    """Where each prompt and completion lies in the batch of one padded row per group: index tensors, themselves padded,
+    with masks."""
 
     prompt_index: Tensor
     """(B, P) indices of each prompt's tokens in the flattened rows."""
@@ -408,7 +412,7 @@ Provider = Callable[[Policy, Rollouts], Forward]
 
 
 def _on_stock_layers(provider: Provider) -> Provider:
-    """Wraps a provider so that it runs without our fused layers, which the provider's users do not have."""
+    """Wraps a provider so that it runs without our fused layers, which users of the original code do not have."""
 
     def prepare(policy: Policy, rollouts: Rollouts) -> Forward:
         with stock_layers(policy.model):

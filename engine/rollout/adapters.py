@@ -1,10 +1,10 @@
 """Serves policies that train adapters (LoRA, by peft): the engine runs the base model with the adapters merged in.
 
 Frozen weights are shared with the engine, as in ``weights.py``. For an adapted matrix the trainer keeps the base, and
-the engine keeps base + adapter. A sync recomputes that sum, writes it into the engine's tensor, and touches nothing
-else. The engine needs no support for adapters and pays nothing for them while sampling. This works for every layer that
-peft can adapt, including those of the image tower. peft itself is never imported: its layers are recognised by their
-attributes.
+the engine keeps base + adapter. A sync recomputes that sum, writes it into the engine's tensor, and copies the weights
+that cannot be shared. The engine needs no support for adapters and pays nothing for them while sampling. This works for
+every layer that peft can adapt, including those of the image tower. peft itself is never imported: its layers are
+recognised by their attributes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def delta_of(module: Any) -> Tensor | None:
 
 
 def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the stock model's tensors by stock name, with adapters merged in; tensors without one are not copied."""
+    """Return the stock model's tensors by stock name, with adapters merged in; tensors without any are not copied."""
     tensors = {served_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
     deltas = {f"{served_name(f'{name}.weight')}": delta_of(module) for name, module in adapted_modules(model)}
     return {

@@ -94,7 +94,7 @@ class Probe:
 
 @torch.no_grad()
 def sampler_logprobs(policy: Policy, group: Group) -> torch.Tensor:
-    """Compute log-probabilities (T,) of a few tokens without the banned ids, exact even if those are the likeliest."""
+    """Compute log-probabilities (T,) of a few tokens, with the banned ids excluded even if those are the likeliest."""
     packed = policy.pack([group])
     with policy.autocast():
         logits = policy.head.logits(policy.hidden_states(packed)).float()

@@ -1,4 +1,4 @@
-"""Prompts of the next steps, decoded and preprocessed in a thread of their own while the present step runs.
+"""Prompts of the next step, decoded and preprocessed in a separate thread while the present step runs.
 
 The thread does not affect the order of the data: runs with and without it draw the same prompts. A checkpoint holds the
 position after the last step that was used, not after the last step that was drawn.
@@ -35,7 +35,7 @@ def room_for_prompt(model_config: Any, sampling: SamplingConfig) -> int | None:
 
 @dataclass(frozen=True)
 class PromptMaker:
-    """The only way from a sample to a prompt: training, evaluation and every command refuse the same samples."""
+    """The only way from a sample to a prompt, so training, evaluation and every command refuse the same samples."""
 
     prepare: Callable[[Sample], Prompt]
     """Function that makes a prompt of a sample, as ``policy.prepare`` does."""
@@ -132,9 +132,9 @@ def _single_threaded_pool() -> ThreadPoolExecutor:
 
 
 class PromptStream:
-    """Draws prompts from a stream of samples, those of the next step ahead of time.
+    """Draws prompts from a stream of samples, by default those of the next step ahead of time.
 
-    A sample that cannot be made into a prompt is skipped; each such sample is logged and counted once.
+    A sample that cannot be made into a prompt is skipped. Each such sample is counted once; the first few are logged.
 
     Args:
         samples: the stream of samples; nothing else may use it from now on.
@@ -179,7 +179,7 @@ class PromptStream:
         return prompts
 
     def use(self) -> None:
-        """Note that the earliest drawn step is the run's present one, so that a checkpoint resumes after it."""
+        """Record that the earliest unused step is now the run's present one, so that a checkpoint resumes after it."""
         self._used = self._drawn.popleft()
 
     def state_dict(self) -> dict[str, Any]:

@@ -63,8 +63,8 @@ class Sampler(Protocol):
             greedy: Take the likeliest token each time; the temperature is then 1, also in ``sampling_logprobs``.
 
         Yields:
-            Each completion as soon as it is complete, in any order. Sampling of the others only continues when the next
-            one is requested.
+            Each completion as soon as it is complete, in any order. A sampler in this process only continues with the
+            others when the next one is requested.
         """
         ...
 
@@ -155,7 +155,7 @@ def first_stop(text: str, stop: Sequence[str]) -> int | None:
 def prompt_seed(seed: int, index: int) -> int:
     """Make a seed for the prompt at ``index``.
 
-    A group's completions take this seed plus 0, 1, ..., so that ``seed + index`` would repeat seeds across groups.
+    A group's completions take this seed plus 0, 1, ...; ``seed + index`` would therefore repeat seeds across groups.
     """
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(2))
 

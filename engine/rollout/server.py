@@ -7,7 +7,7 @@ requests to load new weights::
 
 Weights travel as a safetensors file in a folder that both machines see. The server then reloads the weights and drops
 its caches. Every answer names the version of the weights that it was sampled from, and this version is checked. Images
-travel as PNG. The server expands the prompt, and the result is compared with the trainer's.
+travel as PNG. The server expands the image placeholders, and the resulting prompt is compared with the trainer's.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class ServerRollout(PolicySampler):
                 system's folder for temporary files, for a server on this machine.
             api_key_env: Name of the environment variable that holds the server's key, if the server needs one.
             timeout_s: Longest wait for one answer, in seconds.
-            max_concurrency: Largest number of prompts whose requests run at once.
+            max_concurrency: Largest number of requests that run at once.
 
         Raises:
             ValueError: An argument is not usable, or an adapter on head or embedding unties the two.
@@ -173,9 +173,8 @@ class ServerRollout(PolicySampler):
         """Write the weights, and make the server load them and drop cached results; returns (tensors, bytes)."""
         folder = self._new_folder(policy_version)
         try:
-            with claim_folder(
-                folder, _MARK, option=_OPTION
-            ):  # a marked folder without a lock was left behind by a killed process
+            # Mark and lock the folder: a marked folder without a lock was left behind by a process that was killed.
+            with claim_folder(folder, _MARK, option=_OPTION):
                 folder.chmod(0o755)  # the server may run as another user
                 num_tensors, num_bytes = self._write_weights(folder)
                 self._load(folder)
@@ -213,8 +212,8 @@ class ServerRollout(PolicySampler):
         family, config = self._policy.family, self._policy.model.config
         tensors, seen = {}, set()
         for name, tensor in merged_tensors(self._policy.stock_model).items():
-            # Unlike in checkpoints, a tied head is written twice: a vLLM that has repacked the head repacks it again
-            # only if the head is among the reloaded tensors.
+            # Unlike in checkpoints, tied weights are written twice, as embedding and as head: a vLLM that has repacked
+            # the head repacks it again only if the head is among the reloaded tensors.
             tied = tensor.data_ptr() in seen
             seen.add(tensor.data_ptr())
             own = tensor.cpu().contiguous()

@@ -12,7 +12,7 @@ The plan decides which of these strategies are possible, cheapest first:
   nothing is copied, and memory holds one copy of the weights;
 - ``inplace``: both sides keep their own weights, and a sync is one batched copy into the engine's views
   (``torch._foreach_copy_``);
-- ``reload``: the engine loads all tensors again; this also serves an engine that keeps repacked copies without views.
+- ``reload``: the engine loads all tensors again; this also works if the engine keeps repacked copies of the weights.
 
 This module does not import an engine: it sees the engine's model as a plain ``torch.nn.Module``.
 """
@@ -75,7 +75,7 @@ class CopyRecorder(TorchDispatchMode):
         super().__init__()
         self.parts: dict[str, list[Part]] = {name: [] for name in parameters}
         self.transformed: set[str] = set()
-        """Names of parameters that an operation other than a plain copy has read."""
+        """Names of parameters that an operation other than a plain copy (to a tensor of the same shape) has read."""
         self._spans: dict[int, list[tuple[int, int, str]]] = {}
         for name, parameter in parameters.items():
             start = int(parameter.storage_offset())

@@ -167,7 +167,7 @@ class VLLMEngine:
         """Run until every queued request is done, yielding each as it ends."""
         engine = self._llm.llm_engine
         while engine.has_unfinished_requests():
-            # Save the generators once per run of steps: saving them costs as much as a layer of a small model.
+            # The generators' states are saved once for several steps: saving costs as much as a layer of a small model.
             with untouched_random_state(self._policy.device):
                 done: list[Any] = []
                 while not done and engine.has_unfinished_requests():
@@ -224,7 +224,7 @@ class VLLMEngine:
         return True
 
     def wake_up(self) -> None:
-        """Take the KV cache's memory again."""
+        """Allocate the KV cache's memory again."""
         if self.limits.can_sleep:
             self._llm.wake_up(tags=["kv_cache", "scheduling"])
 
@@ -347,7 +347,7 @@ def _request_types() -> tuple[Any, Any]:
 def _ban(token_ids: Sequence[int]) -> type:
     """Make a vLLM logits processor class that makes ``token_ids`` impossible in every request.
 
-    A logit bias would not suffice: vLLM clamps a bias to 100, which a large logit outweighs.
+    A logit bias would not suffice: vLLM clamps a bias to at least -100, which a large logit outweighs.
     """
     from vllm.v1.sample.logits_processor import LogitsProcessor
 

@@ -39,8 +39,8 @@ def kv_cache_budget(
     """Compute the size of a KV cache, in bytes.
 
     Without ``memory_gib``, the cache is sized for ``num_completions`` completions of full length, each with its own
-    prompt. This is more than enough, because a group shares its prefix. The size is limited to the memory that is
-    available; completions that do not fit at once are sampled later.
+    prompt. This is more than enough, because a group shares its prefix. The size is limited by the free memory (on a
+    CPU, to half of it) and by ``gpu_memory_utilization``; completions that do not fit at once are sampled later.
 
     Args:
         policy: the policy whose keys and values are kept.

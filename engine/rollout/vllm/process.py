@@ -70,7 +70,7 @@ def not_bound_to_the_only_node() -> Iterator[None]:
 def own_threads() -> Iterator[None]:
     """Restore ``torch.set_num_threads`` and the number of threads at the end of the context.
 
-    vLLM's CPU worker replaces the function by a warning.
+    vLLM's CPU worker replaces the function by one that only warns.
     """
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     try:
