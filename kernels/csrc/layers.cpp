@@ -15,7 +15,8 @@ namespace {
 using balcaprl::layer_table;
 using balcaprl::parallel_for;
 
-// Sizes of the blocks of work. In the norm's backward, each block of kRows rows has its own sum of the weight's gradient.
+// Sizes of the blocks of work. In the norm's backward, each block of kRows rows has its own sum for the weight's
+// gradient.
 constexpr int64_t kRows = 64;       // the most rows, or tokens, in a block
 constexpr int64_t kColumns = 512;   // columns in a block that adds up those sums
 constexpr int64_t kNumbers = 8192;  // numbers in a block of all other work

@@ -21,7 +21,7 @@ BALCAPRL_INLINE Doubles load(const double* from) {
 }
 BALCAPRL_INLINE void store(double* to, Doubles v) { memcpy(to, &v, sizeof(v)); }
 
-// z is ((x - first) * scale - mean) * factor, and 0 for a missing x.
+// weight * z is ((x - first) * scale - mean) * factor, and 0 for a missing x.
 struct Normaliser {
   Doubles first, scale, mean;
   Doubles factor;  // 0 if there are fewer than two scores, or all are equal

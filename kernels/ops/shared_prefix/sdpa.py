@@ -1,4 +1,4 @@
-"""``impl="sdpa"`` of ``shared_prefix_attention``: PyTorch's fused attention kernel on the CPU, in few large calls.
+"""``impl="sdpa"`` of ``shared_prefix_attention``: PyTorch's fused attention kernel on the CPU, in a few large calls.
 
 The attention has two parts that need no mask tensor: the causal attention of every segment to itself, with many
 segments of similar length in one call, and the attention of a group's completion tokens to its prompt, with one call
