@@ -5,8 +5,8 @@ The audited judge and the exact judge both score flawed captions of drawn scenes
 - each assertion of the exact judge with the audited judge's assertion that overlaps it most: do both count it? An
   assertion that the audited judge did not list counts as refused. The report gives precision, recall and Cohen's kappa,
   overall and by type of assertion;
-- each reference unit: do both judges find it covered? A judge that can take units is given the exact ones; a judge that
-  has its own units is compared only by its scores of whole captions;
+- each reference unit: do both judges find it covered? A judge that can take units is given the exact ones. A judge that
+  makes its own units is left out of this comparison; for recall, only its scores of whole captions are compared;
 - each grade of clarity, fluency and coherence, by quadratically weighted kappa;
 - each caption's rewards, by correlation and mean absolute difference; their mean correlation is the judge's
   ``agreement``;
@@ -84,7 +84,7 @@ class AuditReport:
 
 @dataclass
 class _Evidence:
-    """The rows of every comparison that the captions of one scene give."""
+    """What the captions of one scene contribute to each comparison, as rows."""
 
     assertions: list[tuple[str, bool, bool, bool]] = field(default_factory=list)
     """Rows of (assertion type, truth, verdict, whether the judge listed the assertion)."""
@@ -114,7 +114,10 @@ class ExactUnits:
 
 
 def audit_captions(num_scenes: int, captions_per_scene: int, seed: int) -> tuple[list[Sample], list[list[str]]]:
-    """Return validation scenes and flawed captions of them, as in the demo's warm start; the seed determines both."""
+    """Return the first validation scenes, and flawed captions of them that ``seed`` determines.
+
+    The captions are made in the same way as those of the demo's warm start.
+    """
     rng = np.random.default_rng([0xA0D17, seed])
     samples = [scene_sample("validation", i, instruction="Describe the image.") for i in range(num_scenes)]
     return samples, [[flawed_caption(sample.facts, rng) for _ in range(captions_per_scene)] for sample in samples]
@@ -211,8 +214,8 @@ def _compare(exact: Sequence[RewardBreakdown], told: Sequence[RewardBreakdown]) 
                 found = _best_match(assertion, verdict.assertions)
                 counted = found is not None and found.counted
                 evidence.assertions.append((assertion_type(assertion), assertion.counted, counted, found is not None))
-        # A judge that takes references apart by itself may have as many units, but other ones. Given units begin with the
-        # exact text; a number may follow.
+        # A judge that makes its own units may by chance have the same number of them, so the texts are compared too.
+        # Units that were passed to the judge begin with the exact text; ``ExactUnits`` may append a number.
         exact_units, told_units = truth.reference_units, verdict.reference_units
         same_units = len(exact_units) == len(told_units) and all(
             b.text.startswith(a.text) for a, b in zip(exact_units, told_units, strict=True)

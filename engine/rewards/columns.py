@@ -48,7 +48,7 @@ def reward_of(breakdown: RewardBreakdown, name: str) -> float:
 
 
 def apply_conditions(rewards: Tensor, config: RewardConfig) -> Tensor:
-    """(R, K) -> (R, K): apply each condition to the rewards as judged, so that their order does not matter."""
+    """(R, K) -> (R, K): test each condition on the rewards as judged, so that the conditions' order does not matter."""
     result = rewards.clone()
     for condition in config.conditions:
         looked_at = rewards[:, config.names.index(condition.on)]
@@ -60,7 +60,7 @@ def apply_conditions(rewards: Tensor, config: RewardConfig) -> Tensor:
 
 
 def advantage_inputs(groups: Sequence[RolloutGroup], config: RewardConfig) -> dict[str, Any]:
-    """Return the arguments of ``balcaprl.kernels.advantages.grouped_advantages`` that carry the rewards and the length rule.
+    """Return the arguments of ``balcaprl.kernels.grouped_advantages`` that carry the rewards and the length rule.
 
     Returns:
         ``rewards`` (R, K) float32, and for the ``mask`` rule also ``lengths``, ``reference_lengths``, ``masked_reward``

@@ -48,7 +48,7 @@ class CustomRewards:
     Creating this object runs the functions' files, so create it before anything heavy is loaded.
 
     Raises:
-        ValueError: a source cannot be found or loaded, or its function has another signature.
+        ValueError: a source cannot be found or loaded, or its function takes other parameters.
     """
 
     def __init__(self, configs: Sequence[CustomReward]) -> None:
@@ -75,7 +75,7 @@ class CustomRewards:
         return [{name: column[i] for name, column in columns.items()} for i in range(len(captions))]
 
     def take_metrics(self) -> dict[str, float]:
-        """Return for each reward how many scores are missing since the last call of this method."""
+        """Return for each reward how many scores were missing since the last call of this method."""
         failures, self._failures = self._failures, Counter()
         return {f"custom/missing_{name}": float(failures[name]) for name in self._functions}
 
@@ -125,7 +125,7 @@ def load_reward(source: str) -> Callable[..., Any]:
 
 @contextmanager
 def _told_as_value_error(source: str) -> Iterator[None]:
-    """Turn any error of loading foreign code, which runs while it loads, into ``ValueError``; let interrupts pass."""
+    """Turn any error that foreign code raises while it is loaded into ``ValueError``; let interrupts pass."""
     try:
         yield
     except _NotAFunctionError:

@@ -60,7 +60,7 @@ class ForeignFunction:
         self._takes_all = parameters[1] == "captions"
 
     def start(self, sample: Sample, captions: Sequence[str], limit_s: float) -> Callable[[], list[Outcome]]:
-        """Ask for the scores of all captions; an asynchronous function starts at once.
+        """Ask for the scores of all captions; only an asynchronous function starts before they are waited for.
 
         Returns:
             a function that waits for the outcomes and returns one per caption.
@@ -104,7 +104,7 @@ class ForeignFunction:
         return wait
 
 
-# ----------------------------------------------------------------- everything below runs in the function's thread
+# ---------------------------- what runs in the function's thread (``_ask_together`` itself only builds what runs there)
 
 
 def _ask_all(function: Callable[..., Any], sample: Sample, captions: list[str]) -> list[Outcome]:

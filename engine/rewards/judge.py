@@ -1,4 +1,4 @@
-"""The interface of a judge, the three rewards by its verdicts, and the checks that let only valid answers pass."""
+"""The interface of judges, the three rewards as computed from verdicts, and the checks that reject invalid answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from balcaprl.rewards.endpoint.server.redaction import redact
 from balcaprl.types import REWARD_NAMES, Assertion, JudgeStoppedError, ReferenceUnit, RewardBreakdown, Sample
 
-_ROUNDING = 1e-6  # rounding errors may lift a mean of exact ones this far above 1
+_ROUNDING = 1e-6  # rounding errors may put a mean this far outside [0, 1]
 
 
 class Judge(Protocol):

@@ -9,7 +9,7 @@
 ``none``    the linguistic reward stays as judged
 ==========  =========================================================================================================
 
-A missing score (NaN) stays missing under every rule.
+The same rule applies to custom rewards with ``mask``. A missing score (NaN) stays missing under every rule.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The choice of a judge by configuration."""
+"""Makes the judge that a configuration names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_judge(
         data_kind: ``data.kind``.
         endpoint: how the ``endpoint`` judge reaches its model.
         data_path: ``data.path``; prepared reference units lie beside it.
-        run_dir: folder in which the endpoint judge keeps the account of its cost; None: it keeps none.
+        run_dir: folder in which the endpoint judge keeps its cost and the refused calls; None: it keeps no files.
         references: some references of the data set, for a judge that does not know every language.
 
     Raises:
@@ -51,7 +51,7 @@ def make_judge(
         from balcaprl.rewards.scenes.judge import SceneJudge
 
         return SceneJudge()
-    # A judge that is new to the configuration must not become the lexical one for lack of a case above.
+    # A judge that is added to the configuration but has no case above must not silently become the lexical one.
     assert config.judge in ("auto", "lexical"), config.judge
     from balcaprl.rewards.lexical.judge import LexicalJudge
     from balcaprl.rewards.lexical.language import check_references

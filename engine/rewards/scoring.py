@@ -108,13 +108,13 @@ class GroupScorer:
         return self._batch is not None or self._pool is not None
 
     def open_group(self, sample: Sample) -> GroupHandle:
-        """Open a group of which the rollouts can be handed over one by one, in any order."""
+        """Open a group whose rollouts can be handed over one by one, in any order."""
         handle = GroupHandle(None if self._batch is None else self._batch.open_group(sample))
         self._opened.append(handle)
         return handle
 
     def submit(self, group: RolloutGroup, handle: GroupHandle | None = None) -> None:
-        """Hand over one sampled group, or what ``handle`` does not have of it; ``finish`` fills in its scores."""
+        """Hand over a sampled group, or those of its rollouts that ``handle`` lacks; ``finish`` fills in the scores."""
         sample, captions = group.prompt.sample, _captions(group)
         handle = handle or self.open_group(sample)
         handle.complete(group)

@@ -1,15 +1,15 @@
 """Text of any language: a folded form for comparing texts, finding words, and counting words.
 
 *Folded* text drops every difference that does not make another word for a reader: Unicode's compatibility forms (NFKC:
-full-width letters, ligatures, accents written apart), case, characters without a shape of their own (zero-width spaces
-and joiners, soft hyphens, direction marks, variation selectors), and the marks that Arabic and Hebrew writers may leave
-out. The place of each folded character in the original text is kept.
+full-width letters, ligatures, accents stored as separate characters), case, characters without a shape of their own
+(zero-width spaces and joiners, soft hyphens, direction marks, variation selectors), and the marks that Arabic and
+Hebrew writers may leave out. The place of each folded character in the original text is kept.
 
 Many scripts are *unspaced*: nothing, or nothing reliable, stands between their words (Han, kana, Thai, Lao, Khmer,
 Burmese; in Korean, a particle is attached to its noun). Only a dictionary could find such words, and this module uses
 none. To *find* words, each letter of an unspaced script is a word. To *count* words, Unicode's default rules (UAX 29)
-apply: each ideograph, each hiragana and each Thai letter with its marks is one word, and so is a run of katakana and a
-run of hangul.
+apply: each ideograph, each hiragana letter and each Thai letter with its marks is one word, and so is each run of
+katakana and each run of hangul.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def find_words(text: str) -> list[tuple[str, Span]]:
 
 
 def find_phrase(phrase: str, text: str) -> tuple[Span, ...]:
-    """Return all places of a phrase in a text that do not overlap, as half-open ranges of characters.
+    """Return the places where a phrase stands in a text, without overlaps, as half-open ranges of characters.
 
     The phrase's words must occur whole and side by side; case, Unicode form, spaces and punctuation may differ. A
     phrase without words has no place.

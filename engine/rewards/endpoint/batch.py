@@ -1,4 +1,4 @@
-"""The groups that the endpoint judge scores at the same time, such as those of one step, and how long they are waited for.
+"""The groups that the endpoint judge scores at the same time, such as those of a step, and how long it waits for them.
 
 A group's captions may come one by one while the rollouts are still being sampled. What is known of a group is kept in
 its ``GroupState``: the judge adds replies to it, and its batch waits for them.
@@ -33,7 +33,7 @@ class CaptionState:
 
 @dataclass
 class GroupState:
-    """One submitted group: the captions of one image, and the state of their calls."""
+    """One group: the captions of one image, and the state of their calls."""
 
     sample: Sample
     future: concurrent.futures.Future[list[RewardBreakdown]]

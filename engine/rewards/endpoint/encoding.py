@@ -1,10 +1,10 @@
 """Encodes untrusted text for a judge model as strings of a JSON object, so that text cannot pass for anything else.
 
 Instructions stand only in the system message. The user message holds an image, if there is one, and one JSON object. A
-caption is a string of that object, so the caption cannot close the object. Every character that chat templates, control
-tokens, markup, JSON or code fences are made of is written as its ``\\uXXXX`` escape. No part of a caption is therefore
-tokenised as a control sequence (``<|im_start|>system``, ``[INST]``, ``</caption>``), and no part is hidden from view
-(zero-width and direction marks).
+caption is a string of that object, so the caption cannot close the object. All brackets, braces, bars, ampersands and
+backquotes, of which chat templates, control tokens, markup and code fences are made, are written as ``\\uXXXX``, and
+so are their look-alikes and invisible characters. No part of a caption is therefore tokenised as a control sequence
+(``<|im_start|>system``, ``[INST]``, ``</caption>``), and no part is hidden from view (zero-width and direction marks).
 """
 
 from __future__ import annotations

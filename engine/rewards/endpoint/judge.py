@@ -1,9 +1,9 @@
 """The paper's rewards from a judge model behind OpenAI-compatible servers.
 
 The judge is asked only for rewards that count: those of the three that have a weight or are in a condition, and the
-custom rewards ``questions`` and ``rubric``. All captions of an image are asked about together, image after image, each
-distinct caption once. Every caption has calls of its own, so that no reply can be taken for another caption's. If a
-call fails, only its own component is missing.
+custom rewards ``questions`` and ``rubric``. The calls about one image are made together, image after image; equal
+captions share their calls. Each distinct caption has calls of its own, so that no reply can be taken for another
+caption's. If a call fails, only its own component is missing.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class EndpointJudge:
         endpoint: the servers and their limits.
         units: prepared reference units; units that are missing there are asked for.
         ledger_path: file that keeps the cost across restarts.
-        refusals_path: file that keeps the calls that the servers refuse for good across restarts.
+        refusals_path: file that keeps the refused and the failing calls across restarts.
 
     Raises:
         ValueError: servers, model or keys are not configured.
@@ -130,7 +130,7 @@ class EndpointJudge:
         """One breakdown per caption, in the order of the captions.
 
         Raises:
-            JudgeStoppedError: the budget is spent, or no server answers.
+            JudgeStoppedError: the budget is spent, no server answers, or all calls are refused.
         """
         batch = self.open_batch()
         batch.submit(sample, captions)
@@ -141,7 +141,7 @@ class EndpointJudge:
         return EndpointBatch(self._loop, self._endpoint, len(self.tasks), self._score_group, self._breakdowns)
 
     def take_metrics(self) -> dict[str, float]:
-        """Metrics since the last call of this method; also writes the ledger to the run folder."""
+        """Metrics since the last call of this method, and the run's cost and the servers' limits; writes the ledger."""
         usage = self._loop.run(self._take_usage())
         self.client.ledger.save()
         return {
@@ -173,7 +173,7 @@ class EndpointJudge:
         Args:
             calls: pairs of a call's name and a function that builds the call (in a thread, one at a time); if the
                 function raises, the exception is the call's result.
-            keep: takes a call's name and result as it comes: the reply, or the error of a call that brought none.
+            keep: is given each call's name and its result as it comes: the reply, or the error if there is none.
 
         Raises:
             JudgeStoppedError: for the reasons of ``score``.
@@ -207,7 +207,7 @@ class EndpointJudge:
         )
 
     async def _score_group(self, group: GroupState) -> None:
-        """Ask for whatever a group still lacks, as its captions come, until it is closed and all its calls ended."""
+        """Ask for whatever a group still lacks, as its captions come, until it is closed and its calls have ended."""
         tasks: dict[str, asyncio.Task[None]] = {}
         try:
             while True:

@@ -1,6 +1,6 @@
 """Work done once per data set: reference units (``balcaprl prepare``) and better references (``balcaprl recaption``).
 
-Both continue at the record where they stopped: results are appended as they come, and what is there is not asked again.
+Both can be stopped and run again: results are appended as they come, and only those that are missing are asked for.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class PrepareReport:
 
 
 def prepare_units(config: TrainConfig) -> PrepareReport:
-    """Take every reference of the data set apart once, and write the units beside it (or to ``endpoint.units``).
+    """Take each reference of the data set apart once; write the units beside the data set, or to ``endpoint.units``.
 
     Raises:
         ValueError: the data have no file, or the endpoint is not configured.
@@ -129,9 +129,9 @@ def recaption(config: TrainConfig, out: Path) -> PrepareReport:
     """Rewrite every reference from its image and the old reference, and write a data set of kind ``jsonl``.
 
     Image paths stay relative to the same ``data.image_root``. Each line begins with a digest of the record that was
-    rewritten. By this digest the command recognises its own file, and asks again for records whose image or reference
-    has changed since. When all records are done or refused, the file is put in the data set's order. Lines of records
-    that the data set does not hold are kept after the others.
+    rewritten. By this digest the command recognises its own file, and asks again for records whose image name or
+    reference has changed since. When all records are done or refused, the file is put in the data set's order. Lines of
+    records that the data set does not hold are kept after the others.
 
     Raises:
         ValueError: the data have no image files, or the endpoint is not configured.
@@ -225,7 +225,7 @@ def _note_error(report: PrepareReport, name: str, error: Reply | Exception, refe
 
 
 def _digest(record: Record) -> str:
-    """Digest of what is rewritten: the image's name and the reference."""
+    """Digest of what a recaption is made from: the image's name and the old reference."""
     return hashlib.sha256(f"{record.image}\0{record.reference}".encode("utf-8", "replace")).hexdigest()[:32]
 
 

@@ -127,7 +127,7 @@ class Task:
 
     @cached_property
     def identity(self) -> str:
-        """Name, version, prompt hash and format version, so that an edited prompt never gets the replies to another."""
+        """Name, version, prompt hash and format version, so that no reply to an earlier text of the prompt is used."""
         digest = hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
         return f"{self.name}.{self.version}.{digest}.{FORMAT_VERSION}"
 
@@ -157,7 +157,7 @@ class Call:
 
     task: Task
     data: dict[str, Any]
-    """What the model is shown: strings, whole numbers, mappings of them; things judged one by one are ``numbered``."""
+    """What the model is shown: strings, whole numbers, mappings of these; things judged one by one are ``numbered``."""
     image: EncodedImage | None = None
 
     def __post_init__(self) -> None:
@@ -173,7 +173,7 @@ def numbered(items: Sequence[Any]) -> dict[str, Any]:
 
 
 def messages(call: Call) -> list[dict[str, Any]]:
-    """The messages of a call: prompt, image, data. The image precedes the data so that its calls share a prefix."""
+    """The messages of a call: prompt, image, data, so that the calls of a task about one image share a prefix."""
     content: list[dict[str, Any]] = []
     if call.image is not None:
         content.append({"type": "image_url", "image_url": {"url": call.image.url}})
@@ -251,7 +251,10 @@ def cache_key(
 
 
 def subject_key(call: Call, config: ProtocolConfig, model: str) -> bytes | None:
-    """SHA-256 of a call without its caption, shared by all calls about one subject; None if only a caption is left."""
+    """SHA-256 of a call without its caption: the same for all calls of a task about one picture or reference.
+
+    It is None if the call has only a caption.
+    """
     rest = {name: value for name, value in call.data.items() if name != "caption"}
     if not rest and call.image is None:
         return None
@@ -263,7 +266,7 @@ def subject_key(call: Call, config: ProtocolConfig, model: str) -> bytes | None:
 
 
 def reply_schema(call: Call, config: ProtocolConfig) -> dict[str, Any]:
-    """The JSON schema that constrains the reply on the server: without references, and bounded so that a reply ends."""
+    """The JSON schema that constrains the reply on the server: without ``$ref``, and bounded so that a reply ends."""
     schema = json.loads(_plain_schema(call.task.name, config.max_items, config.max_text_chars, config.integer_scores))
     for key, data_key in NUMBERED.items():
         if key in schema["properties"] and isinstance(call.data.get(data_key), dict):
@@ -274,7 +277,7 @@ def reply_schema(call: Call, config: ProtocolConfig) -> dict[str, Any]:
 
 
 def _without_bounds(node: Any, key: str = "") -> Any:
-    """Remove a schema's bounds, for services with a strict subset of JSON Schema; replies are validated in any case."""
+    """Remove a schema's bounds, for services that take a subset of JSON Schema; replies are validated in any case."""
     if isinstance(node, list):
         return [_without_bounds(item) for item in node]
     if not isinstance(node, dict):
@@ -286,7 +289,8 @@ def _without_bounds(node: Any, key: str = "") -> Any:
 def most_assertions(caption: str) -> int:
     """Upper bound of the assertions in a caption.
 
-    It is 1, plus 1 for every two letters or digits, or for each one in scripts without spaces, where one can be a word.
+    It is 1, plus 1 for every two letters or digits. In scripts without spaces, where one letter can be a word, each one
+    adds 1.
     """
     spaced, unspaced = count_letters(caption)
     return 1 + spaced // 2 + unspaced

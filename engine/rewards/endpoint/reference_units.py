@@ -127,7 +127,7 @@ class UnitStore:
 
 
 def begins_with(head: bytes, keys: Sequence[str]) -> bool:
-    """Whether a file's first line is a JSON object whose keys begin with ``keys``, or the cut-off start of one."""
+    """Whether a file's first line is a JSON object whose first keys are ``keys``, or the cut-off start of one."""
     line, newline, _ = head.partition(b"\n")
     if newline:
         with suppress(ValueError, RecursionError):
@@ -145,8 +145,8 @@ def _begins_with_units(head: bytes) -> bool:
 def open_for_append(path: Path) -> BinaryIO:
     """Open a file of JSON lines for unbuffered appending.
 
-    A last line without a newline is cut away, because a kill left it half-written. If it is a whole object, as an
-    editor may leave it, a newline is added instead.
+    If the last line has no newline, it is cut away, because a kill left it half-written; but if it is a whole JSON
+    object, as an editor may leave it, it gets its newline.
     """
     file = open(path, "ab+", buffering=0)  # noqa: SIM115 - the caller closes it
     end = file.seek(0, os.SEEK_END)

@@ -20,7 +20,7 @@ _TRUTH = {"true": True, "false": False}
 
 
 def read_json(text: str) -> Any:
-    """Decode one JSON value, in which no key is repeated and no number is infinite or NaN.
+    """Decode one JSON value, in which no object repeats a key and neither Infinity nor NaN is written.
 
     Raises:
         ValueError, RecursionError: the text is no such value.

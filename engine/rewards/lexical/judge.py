@@ -41,7 +41,7 @@ class LexicalJudge:
     def score(self, sample: Sample, captions: Sequence[str]) -> list[RewardBreakdown]:
         """Return one breakdown per caption; never fails on any text.
 
-        A reference without a single word, or in another language than English, gives breakdowns with an ``error``.
+        A reference without any word, or in a language other than English, gives breakdowns with an ``error``.
         """
         reason = _why_not_english(sample.reference)
         if reason is not None:
@@ -58,7 +58,7 @@ class _Reference:
     units: tuple[Unit, ...]
     """The units that the recall looks for."""
     known: frozenset[Unit]
-    """All units of the reference, function words included."""
+    """All units of the reference, with its function words and its words about the picture itself."""
 
 
 def _score(caption: str, reference: _Reference) -> RewardBreakdown:
@@ -85,7 +85,7 @@ _why_not_english = lru_cache(maxsize=4096)(why_not_english)
 def _reference_units(reference: str) -> _Reference:
     words = split_words(reference)
     all_words = {(word.stem,) for word in words}
-    # If a reference has only function words ("It is what it is."), they become its units.
+    # If a reference has only function words and words about the picture itself, they become its units.
     units = list(content_units(words)) or sorted(all_words)
     return _Reference(tuple(units), frozenset(all_words.union(units)))
 

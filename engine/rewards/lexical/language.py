@@ -1,7 +1,7 @@
 """Detects texts that are not English, which the lexical judge cannot score, by their letters and most common words.
 
 One text is enough only if it is plainly not English. A language that shares short words with English ("a", "in", "do")
-becomes visible over many texts.
+is recognised only from many texts.
 """
 
 from __future__ import annotations

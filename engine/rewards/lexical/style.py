@@ -1,16 +1,16 @@
 """Scores clarity, fluency and coherence of an English text from 1 to 5 by countable rules.
 
-Each score is ``1 + 4 * quality``; the qualities are products of shares in [0, 1]:
+Each score is ``1 + 4 * quality * connectedness``, with a quality in [0, 1]:
 
-- clarity: words that look like words (vowels, no letter three times in a row) and no stray symbols, x connectedness.
-- fluency: well-formed sentences (capital letter, final mark, 3 to 60 words, a verb; each weighted by its number of
-  words) x connectedness.
-- coherence: freedom from repetition (word triples said twice; content words beyond their third mention) x
-  connectedness.
+- clarity: the quality falls with words that do not look like words (no vowel, or a letter three times in a row) and
+  with stray symbols.
+- fluency: the quality is the share of four marks of a good sentence (capital letter, final mark, 3 to 60 words, a verb)
+  that a sentence has; the mean over sentences is weighted by their numbers of words.
+- coherence: the quality falls with word triples said twice, and with mentions of a content word after its third.
 
 *Connectedness* is 1 where function words make up 20 to 80% of the words, as in any English prose, and falls to 0
 towards 0% and 100%: neither a bare list of keywords nor a chain of function words is a sentence, whatever its
-punctuation. A text without words scores 1 throughout.
+punctuation. A text without words gets 1 for each of the three.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _legibility(text: str, words: Sequence[Word]) -> float:
 def _is_wordlike(word: Word, text: str) -> bool:
     if word.text.isdigit():
         return len(word.text) <= 6
-    if not word.text.isascii() or not word.text.isalpha():  # letters of names, contractions, other scripts prove little
+    if not word.text.isascii() or not word.text.isalpha():  # vowels tell little about contractions or foreign names
         return len(word.text) <= 30 and not _ENDLESS.search(word.text)
     if _ENDLESS.search(word.text) or _CONSONANTS.search(word.text) or len(word.text) > 24:
         return False

@@ -94,7 +94,7 @@ COMMON_VERBS = _listed(
     uses wait waits walk walks was watch watches wear wears were will work works would
     """
 )
-"""Finite verb forms in captions; together with forms in -ing and -ed they tell a sentence from a list of nouns."""
+"""Verb forms that captions use; together with forms in -ing and -ed they tell a sentence from a list of nouns."""
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W\d_]+)*")
 _CLAUSE_END = re.compile(r"[.,;:!?()\n\r\u2026\u2013\u2014]")

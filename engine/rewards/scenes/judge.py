@@ -170,7 +170,7 @@ def _bind_all(scene: Scene, mentions: Sequence[Mention]) -> list[int | None]:
 def _bind(objects: Sequence[SceneObject], mention: Mention) -> int | None:
     """Return the index of the best-fitting object, or None if no object fits.
 
-    An object fits if it agrees with two of the shape, colour and place that the mention states, or with the only one.
+    Of shape, colour and place, an object must agree with two that the mention states, or with the only one it states.
     If the mention states none of these, its size and fill are compared instead.
     """
     told: dict[str, set[str]] = {}
@@ -273,7 +273,10 @@ def _claim_relation(
 
 
 def _count_contradictions(claims: Claims, num_objects: int) -> int:
-    """Count the values beyond the first that a caption gives for an object's attribute, background or shape count."""
+    """Count the contradicting values of each object's attributes, of the background and of the number of shapes.
+
+    Of the values that a caption gives for one of these, all but the first count.
+    """
     told: Counter[Hashable] = Counter()
     for key in claims.by_key:
         if isinstance(key[0], int) and 0 <= key[0] < num_objects:

@@ -1,15 +1,15 @@
 """Replies of judge models on disk: one SQLite file of bounded size, shared by runs and processes.
 
-Write-ahead logging makes every ``put`` one transaction: after kill -9 the file holds everything that was committed and
+Every ``put`` is one transaction in a write-ahead log: after kill -9 the file holds everything that was committed and
 no half-written entry. Keys are hashes of everything that a reply depends on (``protocol.cache_key``). Values are
-validated replies, each with a checksum, so that a flipped bit is a miss. Neither captions, images nor keys of servers
-are stored. The file, its log and the index of the log together stay within the bound: pages are counted before they are
-written, the least recently used entries make room, and the log is written back before it exceeds an eighth of the
-bound.
+validated replies, each with a checksum, so that a damaged one counts as missing. Neither images nor keys of servers are
+stored, and of captions only what a reply quotes. The file, its log and the index of the log together stay within the
+bound: pages are counted before they are written, the least recently used entries make room, and the log is written back
+before it exceeds an eighth of the bound.
 
 A cache that fails costs money, but does not end the run. A damaged file is renamed and stays beside the new one. A file
-that cannot be written is left alone. Both are logged. A file that is not a judge cache is refused at the start and not
-touched.
+that can no longer be written is left alone. Both are logged. A file that is not a judge cache, or cannot be used, is
+refused at the start and not touched.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MOST_LOG_BYTES = 8 << 20
 _CHECKPOINT_MS = 100
 """Longest wait for other processes while the log is written back, in milliseconds."""
 _TOUCH_BATCH = 256
-"""Most entries whose times of use are written, or which are dropped as unused, at once."""
+"""Most entries in one write of times of use, or in one deletion of unused entries."""
 _EVICT_BATCH = 8
 """Most entries dropped at once for want of room."""
 _VACUUM_PAGES = 64
@@ -192,7 +192,7 @@ class ReplyCache:
         return len(doomed)
 
     def _flush_touched(self) -> None:
-        """Write in one batch when entries were used: a write at each look-up would cost more than the look-up."""
+        """Write the times of use in one batch, because a write at each look-up would cost more than the look-up."""
         touched, self._touched = self._touched, {}
         if touched:
             with contextlib.suppress(_LogFullError), self._transaction():
@@ -202,9 +202,10 @@ class ReplyCache:
     # ------------------------------------------------------------------------------------------------ upkeep
 
     def prune(self, *, max_bytes: int | None = None, unused_days: float | None = None) -> int:
-        """Drop entries unused for ``unused_days``, then the least recently used, and return how many were dropped.
+        """Drop entries unused for ``unused_days``, then the least recently used ones until ``max_bytes`` suffice.
 
-        The least recently used are dropped until the entries take at most ``max_bytes``.
+        Returns:
+            the number of entries that were dropped.
         """
         with self._lock:
             self._flush_touched()
@@ -334,7 +335,10 @@ class ReplyCache:
                 self._shrink(self._max_pages)
 
     def _is_earlier_version(self) -> bool | None:
-        """Whether the file holds an earlier version, whose keys are never asked for; None if it needs no change."""
+        """Return True for a cache of an earlier version, False for an empty file, None if nothing has to be changed.
+
+        The keys of an earlier version are never asked for. Another database raises ``ValueError``.
+        """
         if self._pragma("application_id") == _APPLICATION:
             return None
         tables = {name for (name,) in self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}

@@ -36,11 +36,11 @@ _REFUSALS = 3
 class AdaptiveLimit:
     """Finds the number of requests in flight that brings the most throughput at a server.
 
-    A *window* holds as many served requests as the limit and lasts at least as long as two replies, because replies
-    come in bursts. While all places are taken, the limit grows from window to window as long as the throughput grows
-    with it: first it doubles, later it grows by a quarter. When the server is overloaded (429, or replies that take
-    more than half of the time-out), the limit is cut. A cut that costs throughput is undone, because then the overload
-    does not come from us.
+    A *window* holds as many served requests as the limit, at least 4, and lasts at least as long as two replies,
+    because replies come in bursts. While all places are taken, the limit grows from window to window as long as the
+    throughput grows with it: first it doubles, later it grows by a quarter. When the server is overloaded (more than a
+    tenth of the requests get 429 or take more than half of the time-out), the limit is cut. A cut that costs throughput
+    is undone, because then the overload does not come from us.
     """
 
     def __init__(self, maximum: int, timeout_s: float, clock: Clock = time.monotonic) -> None:
@@ -59,7 +59,8 @@ class AdaptiveLimit:
         self._cut: tuple[int, float] | None = None
         """Limit and throughput before the last cut, while its effect is being measured."""
         self._settling = True
-        """Whether the current window is not measured: the first one, or one after a cut, which holds older requests."""
+        """Whether the current window is not measured. The first one is not, nor is one after a cut, because requests
+        that started before the cut end in it."""
         self._start_window()
 
     def _start_window(self) -> None:
@@ -173,9 +174,9 @@ class Server:
     given_up: str = ""
     """Why the server is never asked again; empty if it may be."""
     recent: deque[bool] = field(default_factory=lambda: deque(maxlen=16))
-    """Whether each of the last requests was refused for lack of room."""
+    """For each of the last requests that it replied to or refused, whether it was refused for lack of room."""
     failed: deque[bool] = field(default_factory=lambda: deque(maxlen=32))
-    """Whether each of the last requests brought no valid reply."""
+    """For each of the last requests, except those refused for good, whether it brought no valid reply."""
 
     @classmethod
     def of(cls, config: ServerConfig, timeout_s: float, failures: int, wait_s: float, clock: Clock) -> Server:
@@ -251,7 +252,7 @@ class AllServersGivenUpError(RuntimeError):
 
 
 class Dispatcher:
-    """Gives out places at servers, first come first served, so that calls about one image reach one server together.
+    """Gives out places at servers, first come, first served, so that calls about one image reach one server together.
 
     Retries go before first attempts. A step ends with its last call, and a call that is retried after all others are
     done leaves every other place idle.

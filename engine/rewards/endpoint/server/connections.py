@@ -43,10 +43,10 @@ class Connections:
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
     async def post(self, server: Server, body: dict[str, Any], reservation: Reservation) -> bytes:
-        """Send a request to a server and read the reply, which has status 200 and a type of JSON.
+        """Send a request to a server and read the reply, which has status 200 and is declared as JSON or plain text.
 
-        The reservation is told whether the server may have worked on the request, and the server's state that it was
-        reached.
+        Sets ``reservation.is_sent`` to whether the server may have worked on the request, and marks the server as
+        reached once it answers.
 
         Raises:
             AttemptError: there was no connection, or no such reply.

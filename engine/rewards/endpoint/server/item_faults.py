@@ -1,14 +1,15 @@
 """Failures that look like an outage but belong to one call, such as a picture on which the server breaks or hangs.
 
-A server error, a time-out, a broken connection, a reply that cannot be used or "no room" does not tell whose fault it
-is. So from a call's second failure on, each failure is followed by a *control*: a call of the same task that was
-answered before is asked again, once. If the server answers the controls and fails on the call, time after time, until
-the call's attempts are used up, the call is to blame. If a control fails, or there is none, the server may be to blame,
-and the failure counts as an outage. An overload asks a control only while no other calls of the task are answered.
+A server error, a time-out, a broken connection, an unusable reply or an overload ("no room", HTTP 429) does not tell
+whose fault it is. So from a call's second failure on, each failure is followed by a *control*: a call of the same task
+that was answered before is asked again, once. If the server answers the controls and fails on the call, time after
+time, until the call's attempts are used up, the call is to blame. If a control fails, or there is none, the server may
+be to blame, and the failure counts as an outage. After an overload, a control is asked only if no other call of the
+task has been answered since this call's previous failure.
 
-This verdict is likely, but not certain. So a failing call is left out only for a time (see ``refusals``), and
-``endpoint.required_share`` limits how many pictures, references and calls are left out. Beyond that, the scores are
-missing, and the run ends as it does when a server fails.
+This verdict is probably right, but not certain. So a failing call is left out only for a time (see ``refusals``), and
+``endpoint.required_share`` limits how many pictures, references and calls are left out. Beyond that limit, the scores
+are missing, and the run ends as it does when a server fails.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from balcaprl.rewards.endpoint.server.outcomes import HOPELESS, AttemptError, Bl
 
 _BLAMES = (Blame.SERVER, Blame.REPLY, Blame.OVERLOAD)
 _ENOUGH_PROOFS = 5
-"""Proofs that blame a call: as many as one round of attempts brings. If a server fails at random on 40% of requests,
-one call in 3,000 gets as many."""
+"""Proofs after which a call is to blame: with the default of six attempts, all failures but the first can give one.
+
+If a server fails at random on 40% of the requests, one call in 3,000 gets that many by chance.
+"""
 _ENOUGH_PROOFS_OF_OVERLOAD = 8
-"""Proofs that blame a call for overload failures, which use up no attempts and hit all calls at random."""
+"""Proofs after which a call is to blame for its overloads, which use up no attempts and hit all calls at random."""
 _FEW = 4
-"""Pictures, or calls, that may be left out whatever their share is: one of a first step's eight is over a tenth."""
+"""Pictures or references, and likewise calls, that may always be left out, whatever share they are: if a first step has
+eight pictures, a single one is already more than a tenth."""
 _NUM_CONTROLS = 4
 
 
@@ -42,7 +46,8 @@ class CallIdentity:
     key: bytes
     """Key of the call, for all servers together."""
     subject: bytes | None
-    """Key of what the call shares with others about the same picture or reference; None if it shares nothing."""
+    """Key of the call without its caption, equal for all calls of a task about one picture or reference; None if the
+    call has only a caption."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,10 @@ AskControl = Callable[[Control], Awaitable[str]]
 class _Case:
     num_failures: int = 0
     num_proofs: int = 0
-    """Failures in a row after each of which the same server answered a control."""
+    """Failures after which the server that had failed then answered a control; 0 again when no control is answered."""
     num_answered: int = 0
-    """Calls of the task that were answered before the last failure."""
+    """Number of the task's answered calls, as last seen: at this call's last failure, or after the control that
+    followed."""
 
 
 class ItemFaults:
@@ -98,17 +104,21 @@ class ItemFaults:
             known.append(Control(call, identity))
 
     async def note_failed(self, call: Call, identity: CallIdentity, error: AttemptError, ask: AskControl) -> None:
-        """Record a failed attempt and ask a control if it may tell why; marks ``error`` if retries are hopeless."""
+        """Record a failed attempt, and ask a control where its answer may tell why.
+
+        If further attempts are useless, ``error`` is marked as hopeless.
+        """
         if error.blame not in _BLAMES or error.unreached is not None:
             return
         task, case = call.task.name, self._cases[identity.key]
         is_overload, num_answered = error.blame is Blame.OVERLOAD, self._num_answered[task]
         others_get_on, case.num_answered = num_answered > case.num_answered, num_answered
         case.num_failures += 1
-        if case.num_failures < 2 or (is_overload and others_get_on):  # a control would take a place from the others
+        # One failure is no sign yet. In an overload that others get through, a control would take a place from them.
+        if case.num_failures < 2 or (is_overload and others_get_on):
             return
         server = await self._ask_control(task, identity.key, ask)
-        case.num_answered = self._num_answered[task]  # only answers from here on show that others get on
+        case.num_answered = self._num_answered[task]  # answers that came during the control do not count as progress
         if not server:
             case.num_proofs = 0
         elif server == error.server:
@@ -117,7 +127,7 @@ class ItemFaults:
             error.weight = HOPELESS
 
     def is_calls_fault(self, call: Call, identity: CallIdentity) -> bool:
-        """Whether to leave out a call whose attempts are used up: the call is to blame, and few calls are left out."""
+        """Decide whether a call whose attempts are used up is left out: if it is to blame and few are left out yet."""
         task, subject = call.task.name, identity.subject
         if self._cases[identity.key].num_proofs < _ENOUGH_PROOFS:
             return False
@@ -132,7 +142,10 @@ class ItemFaults:
         return True
 
     async def _ask_control(self, task: str, key: bytes, ask: AskControl) -> str:
-        """The url of the server that answers a control begun from now on, or ""; calls failing together share one."""
+        """The url of the server that answered a control begun after this failure, or "" if no control was answered.
+
+        Calls that fail at about the same time share one control.
+        """
         failed_at = next(self._moments)
         async with self._locks[task]:
             if self._last.get(task, (-1, ""))[0] < failed_at:

@@ -74,7 +74,7 @@ def _is_part(quotation: str, private: Sequence[str]) -> bool:
 
 
 def _is_mixed(text: str) -> bool:
-    """Whether a value looks like a key, not a word or number: letters with digits, both cases inside, or very long."""
+    """Whether a value looks like a key: 16 or more characters, or 6 or more that mix letters and digits, or cases."""
     text = text.rstrip(".:!?")
     letters, digits = any(map(str.isalpha, text)), any(map(str.isdigit, text))
     both_cases = any(map(str.isupper, text[1:])) and any(map(str.islower, text))

@@ -1,9 +1,9 @@
 """Remembers requests that can never succeed, so that none is made twice, and ends a run in which all are refused.
 
 A picture that a provider's filter blocks, or a text that exceeds the model's context, is refused however often it is
-sent. It costs its own scores and nothing else. The memory is a file in the run's folder, so that a resumed run does not
-ask again; remove the file to have everything asked for anew. The file holds hashes and kinds, no text. A refusal
-belongs to one call: picture, text and settings. If two calls that differ only in the caption were refused and no such
+sent. Only its own scores are missing. The memory is a file in the run's folder, so that a resumed run does not ask
+again; remove the file to have everything asked for anew. The file holds hashes and kinds, no text. A refusal holds for
+one call only: this picture, text and settings. If two calls that differ only in the caption were refused and no such
 call was answered, the picture or the reference is taken for the cause, and no more calls are made about it.
 
 If *all* requests are refused, the cause is not in single pictures: the model takes no images, or does not understand
@@ -338,7 +338,7 @@ class Refusals:
         self.memory.note_answered(call.task.name, identity.subject)
 
     def note_control(self, call: Call) -> None:
-        """Record that an answered call was answered again: the server is up, and no further call was answered."""
+        """Record that a control was answered: not everything is refused, but no new call was answered."""
         self._watch.note_valid(call.task.name)
 
     def note_cached(self, call: Call, identity: CallIdentity) -> None:

@@ -27,7 +27,7 @@ class Retries:
         self._endpoint, self._servers = endpoint, servers
 
     def of_one_call(self) -> Any:
-        """The library's retries of one call: they count how many of ``max_attempts`` its failures use up."""
+        """Tenacity's retry loop for one call; it counts how many of ``max_attempts`` the call's failures use up."""
         import tenacity
 
         used = 0
@@ -46,9 +46,9 @@ class Retries:
     def _wait_s(self, state: RetryCallState) -> float:
         """Seconds until the next attempt.
 
-        A wait that the server asks for is kept, unless more than one server is free. Otherwise the wait is an
-        exponential back-off with jitter. If the server answers most requests well, there is no back-off unless it is
-        overloaded: a bad reply is asked for again at once, and after any other failure the wait does not grow.
+        If the server asks for a wait, that wait counts, unless more than one server is free. Otherwise the wait is an
+        exponential back-off with jitter. While the server answers most requests well, only overloads have a back-off: a
+        bad reply is asked for again at once, and after any other failure the wait does not grow.
         """
         import tenacity
 

@@ -41,8 +41,8 @@ class BudgetSpentError(JudgeStoppedError):
 class Usage:
     """Counts of what happened in one period of time.
 
-    ``num_attempts = num_valid + all of failures``. A *call* ends with a valid reply after one or more attempts, or is
-    given up.
+    ``num_attempts = num_valid + failures.total()``. A *call* is answered by the cache or by an equal call, or makes
+    attempts until it has a valid reply, is given up, or is cancelled.
     """
 
     num_calls: int = 0
@@ -55,9 +55,9 @@ class Usage:
     num_given_up: int = 0
     """Calls that ended without a valid reply, except cancelled ones."""
     num_refused: int = 0
-    """Given-up calls that can never succeed, because of their picture or text; if remembered, no attempt is made."""
+    """Given-up calls that can never succeed, because of their picture or text; remembered ones make no attempt."""
     num_failing: int = 0
-    """Given-up calls that fail time after time while others are answered; if remembered, no attempt is made."""
+    """Given-up calls that fail time after time while others are answered; remembered ones make no attempt."""
     num_cancelled: int = 0
     """Calls that were cancelled in flight."""
     failures: Counter[str] = field(default_factory=Counter)
@@ -65,7 +65,7 @@ class Usage:
     num_replies: int = 0
     """Replies that report their token counts, valid or not."""
     estimated_tokens: int = 0
-    """Part of the next two counts that no server reported; it is the most that the requests can have taken."""
+    """Tokens in the next two counts that no server reported: the most that the requests can have taken."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
@@ -163,7 +163,8 @@ class Ledger:
     exceeded by one request at most. A token count that a server does not report, or reports implausibly, is booked as
     the most that it can be, and so is a request that brought no reply.
 
-    The account is written about once a second and at the end. After kill -9 it counts the requests in flight as spent.
+    The account is written about once a second and at the end. It includes what the requests in flight may take, so that
+    they count as spent after kill -9.
 
     Raises:
         ValueError: the account is damaged, or a budget cannot be kept: a server has no prices, or all prices are 0.
@@ -181,8 +182,10 @@ class Ledger:
         self._dearest = 0.0
         self._longest = 0.0
         self._factor = 1.0
-        """Largest ratio so far of the tokens that a request took to its ``most_tokens``; reservations are scaled by it,
-        because some services bill an image as 30 times its patches."""
+        """Largest ratio so far, from 1 to 64, of the tokens that a request took to its ``most_tokens``.
+
+        Reservations are scaled by it, because some services bill an image as 30 times its patches.
+        """
         self._saved_at = -math.inf
         self._lock = threading.Lock()
         self._distrusted: set[str] = set()
@@ -352,7 +355,7 @@ def told_tokens(told: Any, estimate: Tokens, most: Tokens) -> tuple[Tokens, int]
     elif total is not None and prompt is None and completion is not None:
         prompt = max(total - completion, 0)
     elif total is not None and prompt is not None and total > prompt:
-        completion = max(completion or 0, total - prompt)  # some services leave out thoughts
+        completion = max(completion or 0, total - prompt)  # some services do not count thoughts
     num_estimated = (estimate.prompt if prompt is None else 0) + (estimate.completion if completion is None else 0)
     took = Tokens(
         estimate.prompt if prompt is None else prompt, estimate.completion if completion is None else completion
