@@ -1,6 +1,6 @@
 """balcaprl: balanced reinforcement learning for image captioners.
 
-Importing this package is cheap; subpackages load what they need when they are asked for it.
+Importing this package is cheap: ``TrainConfig`` and ``Trainer`` are loaded when they are first asked for.
 """
 
 from __future__ import annotations

@@ -24,10 +24,13 @@ def printable(text: object, limit: int = MAX_CHARS) -> str:
 
 
 class PrintableFormatter(logging.Formatter):
-    """Escapes control characters in every log message, whoever wrote it, as a second safeguard. Line ends stay."""
+    """Escapes unprintable characters in every log message, whoever wrote it, as a second safeguard.
+
+    Line ends and tabs stay.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format the record as ``logging.Formatter`` does, and escape its control characters."""
+        """Format the record as ``logging.Formatter`` does, and escape its unprintable characters."""
         return printable_lines(super().format(record))
 
 

@@ -1,19 +1,19 @@
-"""Lets torchvision, torchaudio and torchcodec stand beside a torch that they were not built for.
+"""Keeps torchvision, torchaudio and torchcodec from breaking other packages if they were built for another torch.
 
-A wheel built for CUDA cannot load its native library beside a CPU build of torch, nor can any other mismatched pair,
-and the registries' default wheels are CUDA builds. Two things then break every transformers vision-language class, and
-vLLM:
+A wheel built for CUDA cannot load its native library beside a CPU build of torch, and neither can any other wheel
+beside a torch that it was not built for. The registries' default wheels are CUDA builds. Two failures then break every
+transformers vision-language class, and vLLM:
 
 - ``import torchvision`` survives the missing library, but then registers fake kernels for two operators that nobody has
   declared, and fails with "operator torchvision::nms does not exist". It is enough to declare the two schemas and go
-  on: image transforms need no native operator, and only ``torchvision.ops.nms`` itself stays unusable.
+  on: image transforms need no native operator, and only the native operators in ``torchvision.ops`` stay unusable.
 - ``import torchaudio`` and ``import torchcodec`` fail with an OSError, which transformers, datasets and vLLM do not
-  catch: they only expect that a package may be absent. Both packages are marked as absent, because they cannot be used
+  catch: they are prepared only for an absent package. Both packages are marked as absent, because they cannot be used
   anyway.
 
 Nothing is guessed from the names of files or from versions: each package is imported, and only what fails is treated.
-If a schema is declared *before* a working library is loaded, the process ends in C++. After a failed import, the
-library is never tried again, so declaring the schemas is safe.
+If a schema is declared *before* a working library is loaded, the process aborts in C++. After a failed import,
+loading the library is never tried again, so declaring the schemas is safe.
 
 Subprocesses that import torchvision need the same cure before anything else runs. vLLM's plugins are loaded too late
 for that, because importing vLLM is what fails. Therefore ``PYTHONPATH`` carries a start-up hook (``assets/startup``).
@@ -55,7 +55,7 @@ def ensure_importable() -> tuple[str, ...]:
     """Import the three packages, and cure those that fail, in this process and in its future children.
 
     Packages that are absent, healthy, being imported or already cured are left as they are. The log says what was done.
-    A torchvision that fails for a reason that cannot be cured here is left alone, and whoever needs it gets its error.
+    A torchvision whose failure cannot be cured here is left alone: code that imports it gets the original error.
 
     Returns:
         Names of the packages that this call cured or hid in this process.
@@ -92,7 +92,7 @@ def cure_on_import() -> None:
 def subprocess_env(env: os._Environ[str] | dict[str, str] | None = None) -> dict[str, str]:
     """A copy of ``env`` (default: this process's) in which Python subprocesses cure themselves as they start.
 
-    This function first finds out what is broken here, for which it imports the three packages.
+    It first imports the three packages, to find out which of them are broken here.
     """
     ensure_importable()
     result = dict(os.environ if env is None else env)

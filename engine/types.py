@@ -10,7 +10,7 @@ Worked example, one image, ``group_size = 2``::
     prompt = policy.prepare(sample)                        # prompt_ids (27,), image_inputs of one image
     group, = sampler.generate([prompt], group_size=2, sampling=SamplingConfig(), seed=0)
     group.rollouts[0].completion.text                      # "A red circle is at the left."
-    group.rollouts[0].breakdown.precision                  # 0.667: shape and colour are true, the place is not
+    group.rollouts[0].breakdown.precision                  # 0.667 once judged: the place is not true, the rest is
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Sample:
     instruction: str
     """What the policy is asked, without the image placeholder."""
     facts: Any = None
-    """What is known of the image beyond the reference; a scene graph for drawn scenes."""
+    """What is known about the image beyond the reference: for drawn scenes, the scene graph."""
     image_id: str | None = None
     """Identifier of the image, if several samples may show the same one."""
 
@@ -91,7 +91,7 @@ class Completion:
     sampling_logprobs: list[float]
     """Log-probability of each id in ``token_ids`` under the distribution that it was sampled from."""
     finished: bool
-    """True where the policy ended the caption by itself, False where ``max_completion_tokens`` cut it."""
+    """True if the caption ended at an end-of-sequence id or a stop text; False if ``max_completion_tokens`` cut it."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ class RewardBreakdown:
     linguistic: float = math.nan
     """Linguistic reward before any length rule."""
     clarity: float = math.nan
-    """Grade from 1 to 5, like ``fluency`` and ``coherence``. ``linguistic`` is the mean s of the three, mapped by (s -
-    1) / 4."""
+    """Grade from 1 to 5, as are ``fluency`` and ``coherence``. With s the mean of the three grades, ``linguistic`` is
+    (s - 1) / 4."""
     fluency: float = math.nan
     coherence: float = math.nan
     assertions: tuple[Assertion, ...] = ()

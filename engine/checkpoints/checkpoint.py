@@ -211,9 +211,9 @@ def new_folder(final: Path, partial: Path, advice: str) -> Iterator[Path]:
     """Let the caller write the folder ``partial``, then flush it to disk and rename it to ``final``.
 
     Args:
-        final: path of the finished folder; it must not exist, or be an empty folder.
+        final: path of the finished folder; nothing may be there, except an empty folder.
         partial: temporary path in the same parent folder; anything that lies there is removed.
-        advice: what the user can do if the disk is full or cannot be written; it ends the error message.
+        advice: last part of the error message: what the user can do if the disk is full or cannot be written.
 
     Raises:
         SaveError: the folder could not be written; the partial folder is removed.

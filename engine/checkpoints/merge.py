@@ -1,8 +1,8 @@
 """Merges the adapter of a checkpoint and its base model into one stock folder.
 
 Also checks whether a model is the one that an adapter was trained on. The merged folder needs neither peft nor this
-package. Sums are computed in float32 and rounded once to the data type in which the base is stored. The user says which
-model the base is: what the adapter's own files say about it is shown and compared, but never followed.
+package. Sums are computed in float32 and rounded once to the data type in which the base is stored. The user names the
+base model. What the adapter's own files say about it is shown and compared, but never decides what is loaded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def merge_checkpoint(checkpoint: str | Path, out: Path, base: str | Path | None)
 
     Args:
         checkpoint: a folder in which a run, or peft, saved a LoRA adapter; or a hub id.
-        out: the folder to write, which must not exist or be empty. Afterwards it is complete or absent.
+        out: the folder to write; it must be absent or empty. Afterwards it is complete, or nothing was written.
         base: the model that the adapter belongs to: a folder, a hub id, or ``demo``.
 
     Raises:
@@ -103,9 +103,9 @@ def merged_model(adapter: Path, base: str | Path) -> tuple[Any, Any]:
 
 
 def merge_adapter(adapted: Any) -> Any:
-    """Add the active adapter of a peft model to its own weights in place, and return the stock model.
+    """Add the active adapter of a peft model to the weights beneath it, in place, and return the stock model.
 
-    If head and embedding are tied and the adapter changes one of them, they get separate weights.
+    If head and embedding are tied and the adapter changes at least one of them, they get separate weights.
 
     Raises:
         ModelFilesError: the adapter holds values that are not finite, or a bias for a layer that has none.
@@ -151,14 +151,14 @@ def refuse_other_base(model: nn.Module, checkpoint: Path, base: str) -> None:
 
 
 def _says(adapter: Path) -> str:
-    """Text for messages on what an adapter's own file calls its base."""
+    """Text for messages: how the adapter's own configuration names its base."""
     config = read_json(adapter / ADAPTER_CONFIG)
     name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     return f"{ADAPTER_CONFIG} says {printable(repr(name))[:200]}" if name else f"{ADAPTER_CONFIG} names none"
 
 
 def _untie(stock: Any) -> None:
-    """Give tied head and embedding separate weights, so that an adapter on one of them can be merged."""
+    """Give a tied head and embedding separate weights, so that an adapter on one of them can be merged."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in stock.modules():
         for name, parameter in module._parameters.items():

@@ -1,9 +1,9 @@
 """What a checkpoint may decide about its own evaluation.
 
 A checkpoint's ``trainer_state.json`` holds the configuration of its run. A checkpoint often comes from somebody else,
-so this configuration is not trusted: a value is used only if it can do nothing but change numbers. It never chooses a
-server, a key, a path, a program or how much memory is used. Those come from the user's ``--config`` and overrides, or
-not at all.
+so this configuration is not trusted: a value is used only if all it can change is the result of the evaluation and,
+within fixed bounds, the memory that it needs. The checkpoint never chooses a server, key, path or program. Those come
+from the user's ``--config`` and overrides, or not at all.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ _UNUSED = (
     "model.compile", "data.shuffle", "rollout.prompts_per_step", "rollout.group_size", "rollout.max_staleness",
     "rollout.sampling_kl_limit", "reward.required_share", "reward.max_flat_steps",
 )  # fmt: skip
-"""Fields and sections that only training uses. An evaluation never reads them, so the user is not told that they are left
-out."""
+"""Fields and sections that only training uses, so the user is not told that they are left out. Only ``model.path`` is
+read by an evaluation too, for the base of an adapter."""
 _NEVER = {
     "a checkpoint names no servers, keys, files or code": (
         "data.path", "data.image_root", "rollout.server_url", "rollout.server_weights_dir", "rollout.server_api_key_env",
@@ -97,9 +97,9 @@ _NEVER = {
     ),
     "a checkpoint does not decide what a judge model is asked, or how": ("reward.protocol", "endpoint"),
 }  # fmt: skip
-"""Why -> the fields and sections that are left out for it, whatever their value; the first match counts."""
+"""Reason -> fields and sections that are left out for that reason, whatever their value. The first match counts."""
 _VALUE = "a checkpoint does not choose these values"
-"""Why the value of a field in ``_TAKEN`` is left out: its check, or the configuration, refuses it."""
+"""Reason for a field in ``_TAKEN`` whose value its check, or the configuration, refuses."""
 _UNKNOWN = "they are no fields of the configuration"
 
 
@@ -110,14 +110,14 @@ class CheckpointSettings:
     taken: dict[str, Any] = field(default_factory=dict)
     """Part of a ``TrainConfig``, as nested plain values."""
     left_out: dict[str, list[str]] = field(default_factory=dict)
-    """Why -> names of fields that differ from their defaults and matter for an evaluation, but that a checkpoint may
-    not set; keys that are no fields are only counted, because their names are not trusted either."""
+    """Reason -> names of the fields that matter for an evaluation and differ from their defaults but were not taken.
+    Keys that are not fields of the configuration are only counted, because their names are not trusted either."""
     data_kind: str = "scenes"
-    """Kind of data that the run says it was trained on."""
+    """Kind of data that the run was trained on, according to its configuration."""
 
 
 def read_checkpoint_settings(checkpoint: Path) -> CheckpointSettings | None:
-    """Settings that a checkpoint folder may make for its own evaluation; None if it holds no trainer state.
+    """Settings that a checkpoint folder may choose for its own evaluation; None if it holds no trainer state.
 
     Raises:
         ValueError: the trainer state cannot be read, is not the one that was saved, or holds no configuration.

@@ -61,7 +61,7 @@ class Finding:
     name: str
     status: Status
     """``error``: a training run cannot work. ``warning``: a run works, but worse than it could. ``info``: something
-    optional is absent, or worth knowing."""
+    optional is absent, or something is worth knowing."""
     detail: str
     remedy: str = ""
     """What to do about the finding; empty if nothing needs to be done."""
@@ -123,7 +123,7 @@ def _requirements(name: str) -> list[Requirement]:
 
 
 def check_requirements() -> Iterator[Finding]:
-    """Compare each package that balcaprl itself requires with the version that it asks for."""
+    """Compare the installed version of each package that balcaprl requires with the versions that it accepts."""
     version = installed_version("balcaprl")
     if version is None:
         remedy = f"{pip_install('-e', '.')} in the folder of its sources"
@@ -235,8 +235,8 @@ def check_native() -> Finding:
 def check_bfloat16_products() -> Finding:
     """Check torch's bfloat16 matrix products on this CPU.
 
-    On some CPUs, they read memory beside a strided operand. The finding says so, and whether runs are protected from
-    it.
+    On some CPUs, these products read memory beside a strided operand. The finding says so, and whether balcaprl's runs
+    are protected from it.
     """
     name = "bfloat16 products"
     try:
@@ -262,7 +262,7 @@ def check_torch_and_devices() -> Iterator[Finding]:
     """Check torch itself, and report its threads and each CUDA device."""
     try:
         import torch
-    except Exception as error:  # a broken torch raises anything: OSError, ImportError, RuntimeError
+    except Exception as error:  # a broken torch can raise anything: OSError, ImportError, RuntimeError
         yield Finding("torch import", "error", f"{type(error).__name__}: {error}", "install torch anew")
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -283,7 +283,7 @@ def check_torch_and_devices() -> Iterator[Finding]:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether this machine has an NVIDIA GPU or its driver, even if torch cannot use it."""
+    """Whether this machine has an NVIDIA GPU or NVIDIA's driver, even if torch cannot use it."""
     return (
         Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi") is not None
     )
@@ -356,7 +356,7 @@ def check_choices() -> Iterator[Finding]:
 
 
 def _automatic_impl(op: Callable[..., object], device: str) -> str:
-    """The implementation that an op chooses for float32 tensors on a device."""
+    """The implementation that ``auto`` selects for an op on float32 tensors on a device."""
     import torch
 
     tensor = torch.empty(1, 1, 64, device=device)
@@ -365,6 +365,6 @@ def _automatic_impl(op: Callable[..., object], device: str) -> str:
         records = importlib.import_module("balcaprl.kernels.adamw.records")
         example = [records.AdamWTensors(tensor, tensor, None, None, None, 0)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # check_native says that the compiled library is missing
+        warnings.simplefilter("ignore")  # check_native already reports that the compiled library is missing
         impl: str = sys.modules[op.__module__].resolve_impl("auto", example)
     return impl

@@ -24,7 +24,7 @@ from balcaprl.types import RunStoppedError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 _CLOSING_S = 5.0
-"""Seconds that a run which is stopped at once has to close its judge, sampler and threads."""
+"""Time, in seconds, for closing judge, sampler and threads when the user stops a run at once."""
 # Errors that a user can fix are shown in one line, without a traceback.
 _USER_ERRORS = (
     ValueError,
@@ -105,7 +105,7 @@ def _spread_recipe(arguments: list[str]) -> list[str]:
 
 
 def _settings_of_checkpoint(checkpoint: Path, overrides: list[str]) -> list[str]:
-    """Arguments for the settings that a checkpoint may make; those it may not make are named on standard error."""
+    """Arguments with the settings that a checkpoint may choose; the settings left out are named on standard error."""
     settings = read_checkpoint_settings(checkpoint)
     if settings is None:
         return []

@@ -1,4 +1,4 @@
-"""What a command is, and its parser, which answers a usage error with three lines, not with a hundred options."""
+"""A command of the command line, and the parser, which answers a usage error with at most three lines of text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Command(NamedTuple):
     """One command of the command line."""
 
     help: str
-    """What the command does, in the list of all commands."""
+    """What the command does, for the list of all commands."""
     make_parser: Callable[[], CommandParser]
     run: Callable[[Namespace], int]
     """Runs the command with its options, and returns the exit status."""
@@ -36,7 +36,7 @@ def to_config(plain: dict[str, Any]) -> TrainConfig:
 
 
 def user_path(text: str) -> Path:
-    """Convert a path that the user wrote, and expand ``~``, which no shell expands in ``--out=~/x``."""
+    """Convert a path that the user wrote, and expand ``~``, which shells leave as it is in ``--out=~/x``."""
     return expand_home(text)
 
 
@@ -70,7 +70,7 @@ class CommandParser(ArgumentParser):
             if not close and any("." in name for name in own):  # a command that takes a whole configuration
                 hint = did_you_mean(unknown[1]).replace("`", "`--", 1)
             refuse(program, f"there is no option --{unknown[1]}", hint)
-        # Keep only the message of a field's check, without its type and the address of its documentation.
+        # Of a pydantic error, keep only the message, without the type of the error and the link to its documentation.
         plain = re.sub(r'Parser key "([^"]*)":', r"--\1:", message)
         plain = re.sub(r"\d+ validation errors? for \S+\n\s*", "", plain)
         plain = re.sub(r" \[type=.*|\n +For further information.*", "", plain)

@@ -11,7 +11,7 @@ from balcaprl.files.ownership import refuse_filled_folder, refuse_no_folder
 
 
 def check_places(config: TrainConfig) -> None:
-    """Raise the trainer's errors about output folder, data set and model that the paths alone can show.
+    """Raise the trainer's errors about output folder, data set and model that can be seen from the paths alone.
 
     Raises:
         NotADirectoryError: ``output_dir`` cannot be a folder.
@@ -27,13 +27,13 @@ def check_places(config: TrainConfig) -> None:
 
 
 def check_data_path(config: DataConfig) -> None:
-    """Raise DatasetError if there can be no data set at the path; see ``balcaprl.data.datasets.locate``."""
+    """Raise DatasetError if no data set can be at the path; see ``balcaprl.data.datasets.locate``."""
     if config.kind != "scenes":
         locate(config)
 
 
 def check_merge(checkpoint: Path, out: Path, base: str | None) -> None:
-    """Raise the errors of ``balcaprl.checkpoints.merge.merge_checkpoint`` that the paths alone can show.
+    """Raise the errors of ``balcaprl.checkpoints.merge.merge_checkpoint`` that can be seen from the paths alone.
 
     Raises:
         ModelFilesError: ``checkpoint`` or ``base`` names no folder, and cannot be a hub id.

@@ -1,4 +1,4 @@
-"""JSON and JSON Lines files in run folders: written whole lines at a time, read within bounds.
+"""JSON and JSON Lines files in run folders: written in whole lines, read within bounds.
 
 A run folder may be damaged, or come from somebody else. This module reads everything in it: it opens only ordinary
 files, reads a bounded number of bytes, and counts what is broken.
@@ -43,7 +43,7 @@ def encode_line(record: Mapping[str, Any]) -> bytes:
     NaN and infinities, which JSON lacks, become null.
 
     Raises:
-        TypeError: a value is not a number, string, list or mapping; the message names its key.
+        TypeError: a value is none of number, string, None, list and mapping; the message names its key.
     """
     text = json.dumps(plain(record), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # UTF-8 cannot encode a lone surrogate; its backslash form is the JSON escape of the same character.
@@ -191,7 +191,7 @@ def read_jsonl(path: Path) -> list[Record]:
     Broken lines are counted and logged.
 
     Raises:
-        UnreadableError: the path is not an ordinary file.
+        UnreadableError: for the reasons of ``open_file``.
     """
     lines = read_lines(Path(path))
     if lines.num_broken:

@@ -20,14 +20,14 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 _CHUNK_BYTES = 1 << 20
 _MAX_BYTES = 16 << 20
-"""Largest manifest that is read, in bytes; a real manifest has some thousand."""
+"""Largest manifest that is read, in bytes; a real manifest has a few thousand."""
 _READ_BY_LIBRARIES = {".json", ".jinja", ".model", ".txt", ".py", ".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 """Suffixes of files that must be in the manifest, because they may change how a folder is loaded. Other files, such as
 notes and pictures, may lie in the folder without being listed."""
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the manifest of ``folder``, which lists all its present files."""
+    """Write the manifest of ``folder``, which lists every other file in it."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter lock
         digests = list(pool.map(sha256_of, paths))
@@ -57,10 +57,10 @@ def faults(folder: Path, counts: Callable[[str], bool] = lambda name: True) -> l
 
 
 def damage(folder: Path, counts: Callable[[str], bool] = lambda name: True) -> str | None:
-    """What a user is told of a folder whose files are not as they were saved, and what to do; None if all are.
+    """Message and advice for the user if a folder's files are not as they were saved; None if they are.
 
     Args:
-        folder: a folder; one without a manifest has nothing to compare with.
+        folder: a folder. Without a manifest there is nothing to compare, and the result is None.
         counts: function that says whether a file with a given name is checked.
     """
     wrong = faults(folder, counts) if (folder / MANIFEST).is_file() else []

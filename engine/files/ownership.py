@@ -3,8 +3,8 @@
 A folder that a command writes carries a small mark file, ``.balcaprl-run`` for a run. The name of the mark says what
 kind of command owns the folder, and the mark is made before anything else is written. While a process writes, it holds
 a lock on the mark, and the mark says which process that is. The system drops the lock when the process ends, however it
-ends. A single file that is written over time is locked by a file beside it, ``.NAME.balcaprl-lock``; the file's own
-first line shows what kind of file it is.
+ends. A single file that is written over time is locked by a file beside it, ``.NAME.balcaprl-lock``; the beginning of
+the file itself shows what kind of file it is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = ".balcaprl-"
 _NOBODYS = frozenset({"lost+found", ".DS_Store", ".gitkeep", ".gitignore"})
-"""Names of files that lie in folders which people call empty; no command writes them."""
+"""Names of entries that do not count when a folder is checked for being empty; no command writes them."""
 _MAX_OWNER_BYTES = 4096
 _PARTIAL = re.compile(r"\.(.+)\.\d+\.tmp", re.DOTALL)
 _held: weakref.WeakSet[Claim] = weakref.WeakSet()
@@ -47,7 +47,7 @@ class Claim:
     """The exclusive right of this process to write a path, until ``release`` or until the process ends."""
 
     def __init__(self, path: Path, lock: Path, descriptor: int, forget: Callable[[], None]) -> None:
-        """Keep a lock that is held; call ``claim_folder`` or ``claim_file`` instead."""
+        """Take over a lock that is already held; call ``claim_folder`` or ``claim_file`` instead."""
         self.path = path
         self._lock = lock
         self._descriptor: int | None = descriptor
@@ -69,12 +69,15 @@ class Claim:
         return self._descriptor is not None
 
     def release(self) -> None:
-        """Let others write there, and remove the mark of a folder that stayed empty. Releasing twice is harmless."""
+        """Let others write there. Releasing twice is harmless.
+
+        The lock of a file is removed; the mark of a folder is removed only if it was new and the folder stayed empty.
+        """
         if self._descriptor is None:
             return
         self._descriptor = None
         try:
-            # Tidy up while the lock is still held: whoever takes it next checks that the lock file is still the same.
+            # Tidy up while the lock is still held: the next process to lock it checks that the lock file still exists.
             self._forget()
         except OSError as error:  # for example, the folder is gone, and nothing is left to tidy
             logger.debug("%s: %s", self.path, error)
@@ -100,7 +103,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def claim_folder(path: Path, kind: str, *, option: str, adopt: bool = False) -> Claim:
-    """Make a folder this process's own to write, and mark it as one of ``kind``.
+    """Claim a folder for this process to write, and mark it as one of ``kind``.
 
     Args:
         path: the folder; it is made if missing.
@@ -112,7 +115,7 @@ def claim_folder(path: Path, kind: str, *, option: str, adopt: bool = False) -> 
     Raises:
         NotADirectoryError: the path, or one of its parents, is not a folder.
         ForeignPathError: the folder holds something, and has no mark of this kind.
-        PathInUseError: another process writes there; the message says which.
+        PathInUseError: another process writes there, or this one already does; the message says which.
     """
     refuse_no_folder(path, option=option)
     created = not path.exists()
@@ -143,7 +146,7 @@ def refuse_filled_folder(path: Path, *, option: str) -> None:
     """Refuse a folder that exists and is not empty, where a whole new folder is to be put in place.
 
     Raises:
-        NotADirectoryError: there can be no folder at the path.
+        NotADirectoryError: no folder can be at the path.
         ForeignPathError: the folder holds something.
     """
     refuse_no_folder(path, option=option)
@@ -156,10 +159,10 @@ def refuse_filled_folder(path: Path, *, option: str) -> None:
 
 
 def claim_file(path: Path, *, option: str) -> Claim:
-    """Make a file this process's own to write; the caller checks whether an existing file is balcaprl's.
+    """Claim a file for this process to write; the caller checks whether an existing file is balcaprl's.
 
     Raises:
-        PathInUseError: another process writes the file; the message says which.
+        PathInUseError: another process writes the file, or this one already does; the message says which.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}{_PREFIX}lock")
@@ -219,7 +222,7 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
 def clear_partial_files(folder: Path, is_ours: Callable[[str], object]) -> None:
     """Remove what ``write_atomically`` left half-written when its process was killed.
 
-    The caller must have claimed the place.
+    The caller must hold the claim on the folder.
 
     Args:
         folder: folder in which to look.
@@ -273,7 +276,7 @@ def _lock(lock: Path, path: Path, option: str) -> int:
             if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_OWNER_BYTES:
                 raise ForeignPathError(f"{option}: {lock} is no mark of ours; remove it, or name another path")
             _take(descriptor, path, option)
-            if _is_still(lock, descriptor):  # otherwise its owner removed it in between
+            if _is_still(lock, descriptor):  # otherwise its owner removed it after it was opened here
                 _write_owner(descriptor)
                 return descriptor
             os.close(descriptor)

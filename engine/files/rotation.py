@@ -1,10 +1,11 @@
-"""Files of the captions of a long run: full files are compressed into parts, and the oldest parts are removed.
+"""The caption files of a long run: full files are compressed into parts, and the oldest parts are removed.
 
 The newest lines are in ``completions.jsonl``. When a step fills this file, its lines move into
 ``completions-FIRST-LAST.jsonl.gz``, named after the steps of its first and last line, and a new file is begun. A part
 therefore ends where a step ends, the same lines give the same bytes, and a run that resumes at any step can restore the
-files as they were at that step. ``eval_captions.jsonl``, with the captions of held-out images, is kept in the same way,
-except that its first part always stays, because it holds the captions before training.
+files as they were at that step, except for parts that were removed. ``eval_captions.jsonl``, with the captions of
+held-out images, is kept in the same way, except that its first part always stays, because it holds the captions before
+training.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ROTATED = (COMPLETIONS, EVAL_CAPTIONS)
 PART_BYTES = 32 << 20
 """Size at which a file of captions is compressed into a part, in bytes."""
 MAX_BYTES = 1 << 30
-"""Bound on the compressed size of all parts of one file together, in bytes."""
+"""Default bound on the compressed size of all parts of one file together, in bytes."""
 _PART = re.compile(r"(completions|eval_captions)-(\d{8,16})-(\d{8,16})\.jsonl\.gz")
 _MAX_PART_BYTES = 8 << 30
 """Number of unpacked bytes after which a part is read no further; no run writes a larger part."""
@@ -88,7 +89,7 @@ def read_captions(folder: Path, name: str = COMPLETIONS) -> Iterator[dict[str, A
         return
     with file:
         for record in map(parse_line, bounded_lines(file, os.fstat(file.fileno()).st_size)):
-            # A kill after packing, before the file is removed, leaves the same lines in both.
+            # A kill between writing a part and removing the file leaves the same lines in both.
             if record is not None and record["step"] > packed_to:
                 yield record
 
@@ -102,7 +103,7 @@ def cut_back(folder: Path, last_step: int, name: str = COMPLETIONS) -> int:
     live = folder / name
     parts = list_parts(folder, name)
     for part in parts:
-        if part.first <= last_step < part.last:  # its lines up to ``last_step`` were not yet packed then
+        if part.first <= last_step < part.last:  # at that step, its lines up to ``last_step`` were still in the file
             kept = Kept(part.lines(), -1, last_step)
             write_atomically(live, kept)
             _remove([p for p in parts if p.first >= part.first])

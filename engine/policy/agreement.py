@@ -2,8 +2,9 @@
 
 The model's own ``generate`` continues a text by a few greedy tokens and, where the processor takes images, does the
 same for a prompt with a small picture. Its logits are compared with those of the packed forward and the policy's head,
-over the whole vocabulary. The comparison shows whatever a model does beyond ``hidden @ W.T``: capped or scaled logits,
-adapters, other masks or positions. A few tokens cost less than loading the weights. No random state changes.
+over all ids of the tokenizer. The comparison shows whatever a model does beyond ``hidden @ W.T``: capped or scaled
+logits, adapters, other masks or positions. It takes less time than loading the weights, and leaves torch's random state
+unchanged.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _ROUNDING_HALF = 0.15
 _INSTRUCTION = "Describe the image."
 _LOGIT_FIELDS = re.compile(r"logit|lm_head|softcap|mup|multiplier|output_mult")
 _HEAD_LEVELS = (1.0, 100.0)
-"""Largest absolute logit of each hidden state that the head is tried on; a cap has an effect only on large logits."""
+"""Largest absolute logit of each hidden state that the head is tried on; only large logits show the effect of a cap."""
 
 
 class PolicyMismatchError(ValueError):
@@ -44,7 +45,7 @@ class PolicyMismatchError(ValueError):
 
 
 def check_agreement(policy: Policy) -> None:
-    """Find what the model does to its logits, then compare policy and model as the module's docstring describes.
+    """Find how the model scales or caps its logits, then compare policy and model as this module's docstring describes.
 
     Raises:
         PolicyMismatchError: The two differ; the message says by how much, and what may cause it.
@@ -214,12 +215,12 @@ def _plain_ids(policy: Policy, count: int) -> Tensor:
 def _ends(policy: Policy) -> tuple[int, ...]:
     try:
         return policy.eos_token_ids
-    except (ValueError, AttributeError):  # no end is named, or the tokenizer is missing; a sampler reports it later
+    except (ValueError, AttributeError):  # there is no end-of-sequence id or no tokenizer; a sampler reports it later
         return ()
 
 
 def _picture(policy: Policy) -> Mapping[str, Any]:
-    """Prepare a prompt with a small picture by the chat template and the processor.
+    """Prepare a prompt with a small picture, with the chat template and the processor.
 
     Raises:
         PolicyMismatchError: The template is missing, fails, or leaves out the image or the instruction.

@@ -1,8 +1,8 @@
 """What differs between the supported model families: the image call, the positions, and the special ids.
 
 Everything else is the same across transformers: a text model runs on embeddings, and ``get_input_embeddings`` and
-``get_output_embeddings`` return the input and output embeddings. A new family needs one new class in this module, and its
-place in ``registry.py``. Methods take the stock model itself, never one that an adapter wraps.
+``get_output_embeddings`` return the input and output embeddings. A new family needs one new class in this module, and
+an entry in ``registry.py``. Methods take the stock model itself, never a peft model around it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class ImageFeatures(NamedTuple):
     """What the text model gets for N image tokens, with all images one after the other."""
 
     embeds: Tensor
-    """Features (N, D), one row per placeholder; before projection, (N, rows merged into one token, tower width)."""
+    """Features (N, D), one row per placeholder. Before projection: (N, tower width), or (N, rows, tower width) if
+    several tower rows are merged into one token."""
     deepstack: tuple[Tensor, ...] = ()
     """Features shaped like ``embeds``, added to the hidden states after the first decoder layers (Qwen3-VL)."""
 
@@ -72,9 +73,9 @@ class Family(ABC):
         """Compute the features of all images, in order."""
 
     def prepared_images(self, model: Any, image_inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return the inputs of ``image_features`` with all that follows from them on the CPU, once for all their uses.
+        """Return the inputs of ``image_features`` with what can be computed from them once, for all uses of a batch.
 
-        Pixels are on the device of the model, sizes on the CPU. ``image_features`` takes the result as well.
+        Pixels are on the device of the model, sizes on the CPU. ``image_features`` takes inputs and result alike.
         """
         return image_inputs
 
@@ -119,7 +120,7 @@ class QwenVL(Family):
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl", "qwen2_vl")
 
     def num_image_tokens(self, model: Any, image_inputs: dict[str, Tensor]) -> int:
-        """Count the image tokens: every merged block of patches is one. See ``Family``."""
+        """Count the image tokens, one for each merged block of patches. See ``Family``."""
         grid, pixels = image_inputs.get("image_grid_thw"), image_inputs.get("pixel_values")
         if grid is None and pixels is None:
             return 0
@@ -141,14 +142,14 @@ class QwenVL(Family):
         return ImageFeatures(torch.cat(list(output.pooler_output)), deepstack)
 
     def prepared_images(self, model: Any, image_inputs: dict[str, Any]) -> dict[str, Any]:
-        """Add what the tower derives from the grid, and spare it reading the grid. See ``Family``."""
+        """Add what the tower would otherwise derive from the grid. See ``Family``."""
         pixels, grid = image_inputs.get("pixel_values"), image_inputs.get("image_grid_thw")
         if pixels is None or grid is None or f"{PREFIX}position_ids" in image_inputs:
             return image_inputs
         return image_inputs | tower_inputs(model.model.visual, grid, pixels.device)
 
     def prompt_positions(self, model: Any, prompt_ids: Tensor, image_inputs: dict[str, Tensor]) -> Tensor:
-        """Compute the positions (3, P) with the model's own counting. See ``Family``."""
+        """Compute the positions (3, P) with the model's own ``get_rope_index``. See ``Family``."""
         is_image = (prompt_ids == self.image_token_id(model.config)).int()
         grid = image_inputs.get("image_grid_thw")
         positions, _ = model.model.get_rope_index(prompt_ids[None], is_image[None], image_grid_thw=grid)
@@ -210,7 +211,7 @@ class Llava(OneAxis):
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
 
     def num_image_tokens(self, model: Any, image_inputs: dict[str, Tensor]) -> int:
-        """Count the features that the tower makes of images of this size. See ``Family``."""
+        """Count the features of all images; each image has equally many. See ``Family``."""
         pixels = image_inputs.get("pixel_values")
         return 0 if pixels is None else pixels.shape[0] * self._tokens_per_image(model)
 
@@ -243,14 +244,14 @@ class Llava(OneAxis):
 
 
 class LlavaNext(Llava):
-    """LLaVA-NeXT: like LLaVA-1.5, on the image shrunk to one tile plus the tiles that its shape lets it be cut into."""
+    """LLaVA-NeXT: like LLaVA-1.5, on the whole image shrunk to one tile, and on tiles that are cut from it."""
 
     model_types = ("llava_next",)
 
     def num_image_tokens(self, model: Any, image_inputs: dict[str, Tensor]) -> int:
         """Count the image tokens with the model's own code for tiles, row ends and cut edges. See ``Family``.
 
-        The code runs on placeholder features that are one number wide.
+        That code runs on zeros of width 1 in place of the features.
         """
         pixels, sizes = image_inputs.get("pixel_values"), image_inputs.get("image_sizes")
         if pixels is None and sizes is None:
@@ -319,7 +320,7 @@ class TextOnly(OneAxis):
 
 
 class Unknown(OneAxis):
-    """Any other vision-language model of transformers: it runs whole, on one row per completion with its own images."""
+    """Any other vision-language model of transformers: it runs whole, with a copy of the images for each completion."""
 
     is_known = False
 

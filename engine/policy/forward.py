@@ -1,6 +1,6 @@
 """The forward pass over a packed batch: embeddings with image features in their places, then the text model.
 
-A model whose parts are not known runs whole, with the images of each row.
+A model whose parts are not known runs whole, with a copy of the images for each row.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def text_inputs(
         feature_index: LongTensor (I,): the feature row of each placeholder. The image tower runs once per image,
             however many rows share the image.
         image_inputs: Image tensors of all images.
-        tower_cache: Cache for the tower's output on these images, if they will be used again: a frozen tower then
+        tower_cache: Cache of the tower's output for these images, if they are used more than once: a frozen tower then
             runs only once.
     """
     embeds = policy.model.get_input_embeddings()(tokens)
@@ -84,7 +84,7 @@ def _by_parts(policy: Policy, packed: PackedBatch) -> Tensor:
 
 
 def _whole(policy: Policy, packed: PackedBatch) -> Tensor:
-    """Run a model whose parts are not known, with the images of each row."""
+    """Run a model whose parts are not known, with a copy of the images for each row."""
     assert packed.attention_mask is not None  # unknown families always get the repeated layout
     model, parts, begin = policy.stock_model.model, [], 0
     for block in packed.blocks:

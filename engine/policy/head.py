@@ -1,9 +1,9 @@
 """From last hidden states to log-probabilities: the model's own head, including adapters and changes to its logits.
 
 A head with a plain weight matrix is one matrix product, even with a LoRA adapter, a bias or scaled logits.
-``Head.folded`` returns the product's two operands, and the kernels that never store logits run on them. Any other head
-(capped logits, DoRA, quantised rows) runs as the model runs it, in chunks whose logits the backward recomputes. This is
-slower and gives the same numbers.
+``Head.folded`` returns the product's two operands, and the kernels that never store the (T, V) logits run on them. Any
+other head (capped logits, DoRA, quantised rows) runs as the model runs it, in chunks whose logits the backward
+recomputes. This is slower and gives the same numbers.
 
 Ids from ``num_tokens`` on belong to rows that only pad the head, and no text contains them. They are left out of the
 distribution here, as they are in samplers.
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from balcaprl.kernels import linear_logprobs
 
 _COLUMN_MULTIPLE = 16
-"""A bias adds one column to the weight; zero columns pad the width to a multiple of this, for fast matrix products."""
+"""A bias adds one column to the weight. Zero columns then pad the width to a multiple of this, for fast products."""
 _MAX_CHUNK_LOGITS = 1 << 24
 """Largest number of logits held at once when a head that is not a plain matrix product runs in chunks."""
 
@@ -39,13 +39,16 @@ def adapter_delta(module: Any) -> Tensor | None:
 
 
 def is_more_than_a_matrix(module: Any) -> bool:
-    """Whether a peft layer's adapter does more than add a matrix (DoRA, biases)."""
+    """Whether a peft layer's adapter does more than add a matrix to the weight, as DoRA and biases do."""
     return bool(len(getattr(module, "lora_magnitude_vector", ())) or any(getattr(module, "lora_bias", {}).values()))
 
 
 @dataclass(frozen=True)
 class LogitRule:
-    """How a model changes the product of hidden states and head: ``softcap * tanh(scale * logits / softcap)``."""
+    """How a model changes the product of hidden states and head.
+
+    The result is ``softcap * tanh(scale * logits / softcap)``, or ``scale * logits`` without a cap.
+    """
 
     scale: float = 1.0
     softcap: float | None = None
@@ -58,7 +61,7 @@ class LogitRule:
 
 @dataclass(frozen=True)
 class Head:
-    """The head of a model in its present state, with adapters switched on or off as they are."""
+    """The head of a model in its present state, with adapters on or off as they are now."""
 
     module: Any
     """The layer that the model calls, from D to V."""
@@ -103,7 +106,8 @@ class Head:
         banned = [token for token in banned if token < self.num_tokens]
         if not banned:
             return logprobs
-        # A target that is no id fails the check of ``linear_logprobs``, on a GPU later; an index must not end the program.
+        # A target that is no id fails the check of ``linear_logprobs``, on a GPU only later. Until then it must not
+        # crash the process as an index out of range, so it is clamped.
         rows = weight[targets.clamp(0, self.num_tokens - 1)]
         # ``mass`` is the probability of all banned ids together. The log-sum-exp that it needs follows from the
         # targets' logits and log-probabilities.
@@ -136,7 +140,7 @@ class Head:
 
 
 def known_ids(tokenizer: Any) -> tuple[int, tuple[int, ...]]:
-    """Return the first id after a tokenizer's last one, and the smaller ids that none of its tokens has."""
+    """Return a tokenizer's highest id plus 1, and the smaller ids that have no token; no limit without a vocabulary."""
     if not hasattr(tokenizer, "get_vocab"):
         return sys.maxsize, ()
     known = set(tokenizer.get_vocab().values())
@@ -144,7 +148,7 @@ def known_ids(tokenizer: Any) -> tuple[int, tuple[int, ...]]:
 
 
 def head_module(model: Any) -> nn.Module | None:
-    """Return the layer that computes a model's logits; where peft keeps an original and a copy, the one that runs."""
+    """Return the layer that computes a model's logits; if peft keeps an original and a copy, the one that is active."""
     module = model.get_output_embeddings()
     while hasattr(module, "original_module") and hasattr(module, "modules_to_save"):
         active = [name for name in module.active_adapters if name in module.modules_to_save]

@@ -7,8 +7,8 @@ prompt and to itself. The last token of a completion predicts nothing and is lef
 ``repeated``: every completion is one right-padded row ``[prompt | completion]``. Models that cannot share prompts run
 on this layout, and the shared layout is tested against it.
 
-In both layouts the image tower runs once per image: each placeholder points at the row of features that it takes. The
-order and the split of groups never change a result.
+In both layouts the image tower runs once per image: each placeholder points at the row of features that it takes. Only
+a model that runs whole gets a copy of the images for each row. The order and the split of groups never change a result.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class PackedBatch:
     prefix_layout: SharedPrefixLayout | None = None
     """Shared layout only: where prompts and completions begin."""
     read: ReadTokens | None = None
-    """Shared layout only: the tokens of ``predict_index``, each once."""
+    """Shared layout only: the places in ``predict_index``, each once."""
     blocks: tuple[RowBlock, ...] = ()
     """Calls of a model that runs whole: they split the rows of ``tokens`` in order, and ``image_inputs`` is empty."""
     tower_cache: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -275,7 +275,7 @@ def pack_rows(
 def merge_image_inputs(inputs: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
     """Concatenate the image tensors of several prompts along the first axis.
 
-    Pixels go to the device. Whole numbers are sizes of images, which the host reads: they are returned on the CPU.
+    Pixels go to the device. Integer tensors are sizes of images, which the host reads, so they are returned on the CPU.
     Images that differ along other axes, for example in their number of tiles, are padded with zeros. The model reads
     only the part that ``image_sizes`` describes.
     """
@@ -286,7 +286,7 @@ def merge_image_inputs(inputs: Sequence[dict[str, Tensor]], device: torch.device
 
 
 def _on(device: torch.device, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the tensors on a device, under the same names; a GPU is not waited for."""
+    """Return the tensors on a device, under the same names, without waiting for a GPU."""
     return dict(zip(tensors, upload(list(tensors.values()), device), strict=True))
 
 
@@ -301,7 +301,7 @@ def _cat_padded(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def is_per_token(name: str, value: Tensor, prompt_length: int) -> bool:
-    """Whether a processor's tensor holds one value per token of a prompt, and does not describe its images."""
+    """Whether a processor's tensor holds one value per token of a prompt, rather than describing its images."""
     fits = value.shape == (1, prompt_length) and not value.is_floating_point()
     return name.endswith("token_type_ids") or (fits and not name.startswith(("image_", "pixel_", "num_", "target_")))
 
@@ -318,7 +318,7 @@ def _completion_fields(groups: Sequence[Group]) -> dict[str, Tensor]:
 
 
 def _first_features(groups: Sequence[Group], image_token_id: int) -> list[int]:
-    """Return the row at which each group's image features start, with all images one after the other."""
+    """Return the row at which each group's image features start, if those of all groups follow one another."""
     counts = [int((group.prompt_ids == image_token_id).sum()) for group in groups]
     return [sum(counts[:g]) for g in range(len(groups))]
 

@@ -52,7 +52,7 @@ def saved_tokens(prompts: Sequence[int], completions: Sequence[Sequence[int]]) -
 
 
 def plan_shared(groups: Sequence[GroupLengths], num_parts: int, token_budget: int | None) -> Plan:
-    """Cut for the shared layout into parts of similar size, at least ``num_parts`` if there are that many groups.
+    """Cut for the shared layout into parts of similar size: ``num_parts`` or more if there are that many groups.
 
     A group stays whole unless it exceeds ``token_budget`` by itself. In that case its completions are spread over
     pieces, and its prompt is repeated in each piece.

@@ -1,4 +1,4 @@
-"""The policy: a stock transformers vision-language model with the four calls that training needs."""
+"""The policy: a stock transformers vision-language model that also makes prompts, batches and log-probabilities."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ Sharing = Literal["auto", "shared", "repeated"]
 """Whether a group's prompt goes through the model once (``shared``) or once per completion (``repeated``)."""
 MIN_SAVING = 1.3
 """Smallest ratio of ``saved_tokens`` at which ``auto`` shares prompts. Below it, the many small attention calls of a
-packed batch cost about as much as sharing saves. This holds for the demo's model on one CPU core, where attention
-weighs most."""
+packed batch cost about as much as sharing saves. This holds for the demo's model on one CPU core, where attention takes
+the largest share of the time."""
 
 
 class Policy:
@@ -97,9 +97,9 @@ class Policy:
             device: Device of the weights; ``auto`` takes the first CUDA device, or the CPU if there is none.
             attention: Name of transformers' attention implementation.
             freeze_vision: Keep the image tower fixed (its projection into the text model stays trainable).
-            fused_layers: Run small layers on fused kernels, as in ``layers/fused.py``.
+            fused_layers: Run layers on faster code where it computes the same; see ``layers/fused.py``.
             base: The model that an adapter belongs to; the base named in the adapter's own files is ignored.
-            verify: Also compare the files of a checkpoint with its manifest.
+            verify: Also compare the files with the manifest, if the folder has one.
 
         Raises:
             UnsupportedFamilyError: ``families.py`` does not support the model, or the model is not a single decoder.
@@ -187,12 +187,12 @@ class Policy:
 
     @property
     def image_token_ids(self) -> tuple[int, ...]:
-        """Ids of image and video tokens and of the marks around them; a completion has no images for them."""
+        """Ids of image and video tokens and of the marks around them, which ask for images that are not there."""
         return self.family.banned_token_ids(self.model.config)
 
     @property
     def num_tokens(self) -> int:
-        """The tokenizer's highest id plus 1, at most V; head rows from here on are padding and are never sampled."""
+        """The tokenizer's highest id plus 1, at most V; head rows from this one on are padding, never sampled."""
         return min(self._known_ids[0], self.lm_head_weight.shape[0])
 
     @property
@@ -210,7 +210,7 @@ class Policy:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a completion: the first given by the generation config, the text model or the tokenizer.
+        """Ids that end a completion: from the generation config, else the text model, else the tokenizer.
 
         All samplers stop at these ids and at no others.
         """
@@ -269,8 +269,8 @@ class Policy:
     def image_inputs(self, prompt_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Select the processor's outputs that a prompt (P,) keeps besides its ids.
 
-        A known family's class makes per-token inputs itself, so they are dropped; any other family keeps them with the
-        images.
+        Per-token inputs are dropped for a known family, whose class makes them itself; any other family keeps them with
+        the images.
         """
         kept = {key: value for key, value in inputs.items() if key not in _NOT_IMAGE_INPUTS}
         if not self.family.is_known:

@@ -57,5 +57,5 @@ class RecordText:
 
     @cached_property
     def _plain_tokenizer(self) -> Any:
-        """A separate tokenizer: splitting special tokens is state inside it, and another thread tokenises prompts."""
+        """A copy of the tokenizer: whether it splits special tokens is state, and another thread tokenises prompts."""
         return copy.deepcopy(self._tokenizer)

@@ -32,8 +32,8 @@ def family_of(config: Any) -> Family:
     without the savings of shared prompts.
 
     Raises:
-        UnsupportedFamilyError: No family serves it; the message names its ``model_type`` and, where it is no
-            vision-language model, the supported ones.
+        UnsupportedFamilyError: No family serves it. The message names its ``model_type``, and the supported ones if it
+            is no vision-language model.
     """
     for family in _FAMILIES:
         if config.model_type in family.model_types and not _has_other_tower(config, family):

@@ -36,7 +36,7 @@ _HARMLESS_OF_PEFT = (
     "Setting `save_embedding_layers` to `True`",  # wanted: stock peft then opens the checkpoint
     "Adapter .* have invalid shape",  # true of every lora_bias; a shape that differs from the policy's is refused
 )
-"""Beginnings of warnings of peft, as regular expressions, which ask nothing of a user of this package."""
+"""Regular expressions for the beginnings of those peft warnings that ask nothing of a user of this package."""
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -226,7 +226,7 @@ def unsaved_parameters(model: Any) -> list[str]:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence those warnings of peft that ask nothing of the user; some repeat text of the folder as it stands there."""
+    """Silence those warnings of peft that ask nothing of the user; some contain unescaped text from the folder."""
     with warnings.catch_warnings():
         for beginning in _HARMLESS_OF_PEFT:
             warnings.filterwarnings("ignore", message=beginning, category=UserWarning)
@@ -235,7 +235,7 @@ def quiet_peft() -> Iterator[None]:
 
 @contextmanager
 def _told_of(folder: Path, fault: str = "cannot be loaded as a model") -> Iterator[None]:
-    """Turn a library's error while it loads a folder into one ModelFilesError; import and memory errors stay as is."""
+    """Turn a library's error into a ModelFilesError naming the folder; leave import and memory errors as they are."""
     try:
         yield
     except (UnsupportedFamilyError, ModelFilesError, ImportError, MemoryError, torch.OutOfMemoryError):

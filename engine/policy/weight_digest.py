@@ -24,7 +24,7 @@ _WRAPPERS = re.compile(r"\.(base_layer|original_module)(?=\.)")
 def digest_of(policy: Policy, kind: str) -> str:
     """Digest that tells two sets of weights apart.
 
-    The kind ``base`` covers the model beneath an adapter, the kind ``start`` all weights. The digest covers names,
+    The kind ``base`` is of the model beneath an adapter, the kind ``start`` of all weights. The digest covers names,
     shapes and ``_SAMPLES`` evenly spaced elements of each tensor. That suffices, because two fine-tunes of one model
     differ nearly everywhere.
     """
@@ -34,7 +34,7 @@ def digest_of(policy: Policy, kind: str) -> str:
 
 
 def is_of_base(model: nn.Module, digest: str) -> bool:
-    """Whether ``digest``, of kind ``base``, is that of the stock model, as it is or rounded to 16 bits.
+    """Whether ``digest``, of kind ``base``, is the digest of the stock model, as it is or rounded to 16 bits.
 
     The model may carry an adapter.
     """

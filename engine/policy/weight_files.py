@@ -23,8 +23,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROCESSOR_CONFIG = "processor_config.json"
 TRAINER_FILES = ("trainer_state.json", "trainer/")
-"""Files and folders of a checkpoint that hold the trainer's state; no model is loaded from them, and who reads one of them
-compares it with the manifest."""
+"""Files and folders of a checkpoint that hold the trainer's state; no model is loaded from them. Code that reads one of
+them must itself compare it with the manifest."""
 _READ = {".json", ".jinja", ".model", ".txt", ".safetensors"}
 _FOREIGN_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".npz"}
 _SETTINGS = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -43,9 +43,9 @@ def model_folder(
     Args:
         path_or_id: a transformers folder or a hub id.
         verify: also compare the files with the manifest of a checkpoint that has one.
-        accept: called with the folder when its configuration is there, before weights are downloaded; raises for a
-            model that is not wanted.
-        option: the option by which the user named the model, for messages.
+        accept: function that gets the folder once it holds the configuration, before weights are downloaded; it raises
+            for a model that is not wanted.
+        option: name of the option in which the user gave the model, for messages.
 
     Raises:
         ModelFilesError: there is no such model, or part of its folder must not be loaded.
@@ -212,7 +212,7 @@ def _downloaded(repository: str, patterns: list[str], option: str) -> Path:
 
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except Exception as error:  # hub client, HTTP library and disk each raise their own
+    except Exception as error:  # hub client, HTTP library and disk each raise errors of their own
         reason = next(iter(str(error).strip().splitlines()), "")[:300]
         raise ModelFilesError(
             f"{option}: {repository} is no folder here, and cannot be had from the Hugging Face hub: "

@@ -84,9 +84,9 @@ class _Segments(NamedTuple):
     """The segments within which a tower attends (images, or windows of images), grouped by length."""
 
     by_length: list[tuple[int, slice | Tensor]]
-    """For each length, the length and the tokens of its segments in order: a slice where they are contiguous."""
+    """Pairs of a length and the tokens of all its segments, in order: a slice if contiguous, otherwise indices."""
     places: Tensor | None
-    """LongTensor (T,): place of each token once the parts of ``by_length`` are concatenated; None for a single part."""
+    """LongTensor (T,): index of each token in the concatenated parts of ``by_length``; None for a single part."""
 
 
 def _segments_of(offsets: Tensor) -> _Segments:
@@ -98,7 +98,7 @@ def _segments_of(offsets: Tensor) -> _Segments:
 
 
 def note_segments(offsets: Tensor, bounds: list[int]) -> None:
-    """Spare the towers' attention reading ``offsets`` (S + 1,), where their values are known to be ``bounds``."""
+    """Cache the segments of ``offsets`` (S + 1,), whose values are ``bounds``: the attention need not read them."""
     begins: dict[int, list[int]] = {}
     for begin, end in itertools.pairwise(bounds):
         if end > begin:
@@ -158,8 +158,8 @@ def sharing_obstacle(config: Any, longest: int) -> str | None:
 def enable_checkpointing(model: Any, *configs: Any) -> None:
     """Enable gradient checkpointing: the forward keeps only layer inputs, and the backward recomputes the rest.
 
-    The recomputation runs after ``using_attention`` and ``reading_only`` have been left. It therefore enters both
-    again, in the state that they had during the forward. ``configs`` are those of the text model and the tower.
+    The recomputation runs after the contexts ``using_attention`` and ``reading_only`` have ended. It therefore enters
+    both again, as they were during the forward. ``configs`` are those of the text model and the tower.
     """
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -182,8 +182,8 @@ def _again(names: list[tuple[Any, str]], last_layer: AbstractContextManager[None
 def checkpointing(model: nn.Module) -> Iterator[None]:
     """Within the context, layers that have gradient checkpointing enabled use it.
 
-    transformers only requires training mode of the layer itself, so its children stay in evaluation mode. Training mode
-    ends with the context, because checkpointing would deprive sampling of its KV cache.
+    transformers requires training mode of the layer itself only, so its children stay in evaluation mode. Training mode
+    ends with the context, because sampling could not use a KV cache with checkpointing.
     """
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and not m.training]
     for layer in layers:

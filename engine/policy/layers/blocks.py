@@ -1,9 +1,10 @@
-"""Decoder layers and image tower blocks as one function each (``kernels/block``), where their stock code computes the same.
+"""Decoder layers and image tower blocks, each as one function (``kernels/block``) that replaces their stock code.
 
-Two shapes of module are taken, by their parts: a decoder layer with RMSNorms, rotary positions and a SwiGLU MLP (Llama,
-Qwen2-VL, Qwen2.5-VL), and a tower block of the same kind (Qwen2.5-VL). Their stock code stays in use for adapted or
-hooked layers, under autocast, for rows that are not packed, and where Triton does not run. ``fused.py`` puts these forwards
-in place, and only after ``agrees`` has found values and gradients alike on the layer's own weights.
+Two kinds of module are recognised by their parts: a decoder layer with RMSNorms, rotary positions and a SwiGLU MLP
+(Llama, Qwen2-VL, Qwen2.5-VL), and a tower block of the same kind (Qwen2.5-VL). Their stock code stays in use for
+adapted or hooked layers, under autocast, for rows that are not packed, and where Triton does not run. ``fused.py`` puts
+these forwards in place only after ``agrees`` has found values and gradients alike on the weights of one layer of the
+same class and size.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from balcaprl.policy.layers.last_layer import rows_read_of
 logger = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest 2-norm of the difference from the stock layer over the stock layer's own; another formula differs by far more."""
+"""Largest ``_apart`` of an output or gradient from the stock layer's, by dtype; another formula differs by far more."""
 _DECODER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _TOWER = {"attn", "mlp", "norm1", "norm2"}
 Forward = Callable[..., Any]
 
 
 def block_forward_of(module: nn.Module) -> Forward | None:
-    """Return the forward that runs such a module as one function; None if its parts are not those of a known block."""
+    """Return the forward that runs this module as one function; None if its parts are not those of a known block."""
     names = {name for name, _ in module.named_children()}
     try:
         if names == _DECODER:
@@ -47,7 +48,7 @@ def block_forward_of(module: nn.Module) -> Forward | None:
 
 
 def can_run(module: nn.Module) -> bool:
-    """Whether the kernels run where the module's weights are, in their dtype."""
+    """Whether the kernels run on the device of the module's weights, and in their dtype."""
     weight = next(module.parameters())
     here = weight.is_cuda or (launch.interpreting() and weight.device.type == "cpu")
     return here and launch.has_triton() and weight.dtype in _TOLERANCE
@@ -89,7 +90,7 @@ def tower_forward(self: Any, hidden_states: Tensor, *args: Any, **options: Any) 
 
 
 def longest_segment(offsets: Tensor) -> int:
-    """The length of the longest segment. All blocks of a tower share ``offsets``, so the length is cached on that tensor."""
+    """Length of the longest segment. All blocks of a tower share ``offsets``, so it is cached on that tensor."""
     found: int | None = getattr(offsets, "balcaprl_longest", None)
     if found is None:
         found = int(offsets.diff().max())
@@ -98,7 +99,7 @@ def longest_segment(offsets: Tensor) -> int:
 
 
 def prepare(module: nn.Module) -> None:
-    """Put matrices of the same input side by side in memory, so that each such set is one product."""
+    """Put weights that multiply the same input side by side in memory, so that they need only one matrix product."""
     weights = _decoder_weights(module) if hasattr(module, "self_attn") else _tower_weights(module)
     for linear in (weights.qkv, weights.gate_up):
         for part in linear:
@@ -112,7 +113,7 @@ def agrees(module: nn.Module, forward: Forward) -> bool:
         found, expected = (_tried(module, each) for each in (forward, type(module).forward))
         tolerance = _TOLERANCE[found[0].dtype]
         wrong = [index for index, (a, b) in enumerate(zip(found, expected, strict=True)) if _apart(a, b) > tolerance]
-    except Exception as error:  # of the stock code, which is foreign, or of compiler, driver or version
+    except Exception as error:  # from the stock code, which is foreign, or from compiler, driver or version
         logger.warning(
             "%s keeps its stock code: %s", type(module).__name__, f"{type(error).__name__}: {error}".splitlines()[0]
         )
@@ -170,7 +171,10 @@ def _linear(*layers: Any) -> Linear:
 def _weights_if_plain(
     module: nn.Module, weights_of: Callable[[Any], BlockWeights], rows: Tensor, angles: Any
 ) -> BlockWeights | None:
-    """The block's weights, if nothing else acts on its rows (T, D) or (1, T, D): no adapter, foreign hook or autocast."""
+    """Return the block's weights if its rows (T, D) or (1, T, D) are packed and nothing else acts on them; else None.
+
+    Adapters, foreign hooks and autocast would act on them.
+    """
     if torch.is_autocast_enabled(rows.device.type) or not isinstance(angles, tuple):
         return None
     num_rows = rows.numel() // rows.shape[-1]
@@ -181,7 +185,7 @@ def _weights_if_plain(
         return None
     try:
         weights = weights_of(module)
-    except AttributeError:  # adapted since
+    except AttributeError:  # an adapter was added after the layer was fused
         return None
     return weights if weights.norm1.dtype == rows.dtype else None
 
@@ -225,6 +229,6 @@ def _tried(module: Any, forward: Forward) -> list[Tensor]:
 
 
 def _apart(actual: Tensor, expected: Tensor) -> float:
-    """2-norm of the difference over that of the expected values; infinite if anything is not finite."""
+    """2-norm of the difference, divided by that of the expected values; infinite if anything is not finite."""
     distance = (actual.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30)
     return float(distance) if torch.isfinite(distance) else float("inf")

@@ -1,7 +1,7 @@
-"""Adds the image features of Qwen3-VL's inner tower layers to hidden states, at places that are known.
+"""Adds the image features of Qwen3-VL's inner tower layers to hidden states, at known places.
 
-transformers takes the places from a mask, by which tensors are indexed: on a GPU, the host waits for the number of
-places, twice per layer and direction.
+transformers indexes the tensors with a mask instead. On a GPU, the host then waits for the number of places, twice per
+layer in the forward and twice in the backward.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 _METHOD = "_deepstack_process"
-"""The text model's method (hidden states, mask, features), since transformers 5.0."""
+"""Name of the text model's method that adds the features; it takes hidden states, mask and features."""
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def adding_at(text_model: Any, places: Tensor) -> Iterator[None]:
 
     Args:
         text_model: The decoder; one without such features is left alone.
-        places: LongTensor (I,): the places in the flattened rows (N * L), each once.
+        places: LongTensor (I,): places in the flattened rows (N * L), each listed once.
     """
 
     def add(hidden: Tensor, _mask: Tensor, features: Tensor) -> Tensor:

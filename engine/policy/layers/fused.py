@@ -1,9 +1,9 @@
-"""Faster code for layers of stock models: whole blocks where Triton runs (``blocks.py``), and otherwise the small layers:
-RMSNorm, SwiGLU's ``silu(gate) * up``, rotary positions and patches.
+"""Faster code for layers of stock models: for whole blocks where Triton runs (``blocks.py``), and for small layers.
 
-Of these the first three run on fused kernels (``kernels.py``). The stock code runs where a device or dtype has no kernel,
-and for layers that differ from these. A convolution whose kernel covers exactly one patch runs as the matrix product
-that it amounts to. Weights and their names stay as they are.
+The small layers are RMSNorm, SwiGLU's ``silu(gate) * up``, rotary positions and the embedding of patches. The first
+three run on fused kernels (``kernels.py``). The stock code runs where a device or dtype has no kernel, and for layers
+that differ from these. A convolution whose kernel covers exactly one patch runs as the matrix product that it is
+equivalent to. Weights and their names stay as they are.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ Forward = Callable[..., Any]
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Let each layer of ``model`` for which there is a kernel run on that kernel.
+    """Let each layer of ``model`` for which there is faster code run on that code.
 
-    ``unfuse_layers`` undoes this, and ``stock_layers`` undoes it temporarily. A layer is recognised by its parts, and
-    is fused only if it computes the same on a random input as before. This check runs once for each class and size.
+    ``unfuse_layers`` undoes this, and ``stock_layers`` undoes it temporarily. A layer is recognised by its class name
+    or its parts, and is fused only if it computes the same on a random input as before. This check runs once for each
+    class and size.
     """
     checked: dict[tuple[Any, ...], bool] = {}
-    # Children first: a whole block is compared with stock code whose own layers are checked already.
+    # Children first: whole blocks are then compared with stock code whose small layers are already checked and fused.
     for module in reversed(list(model.modules())):
         forward = _fused_forward_of(module)
         if forward is None:
@@ -76,7 +77,7 @@ def stock_layers(model: nn.Module) -> Iterator[None]:
 
 
 def fused_classes(model: nn.Module) -> dict[str, int]:
-    """Number of layers that run on kernels, by class name."""
+    """Number of fused layers, by class name."""
     names = [type(module).__name__ for module in model.modules() if _is_fused(module)]
     return {name: names.count(name) for name in sorted(set(names))}
 
@@ -148,7 +149,7 @@ def _rotating_forward(forward: Forward) -> Forward | None:
 def _wrapping(wrapper: FunctionType, inner: Forward) -> Forward | None:
     """Copy a decorator's wrapper so that it wraps ``inner`` instead; None if its closure lacks the wrapped function.
 
-    An example is the decorator by which a forward still accepts a renamed argument under its old name.
+    An example is the decorator that lets a forward still accept a renamed argument under its old name.
     """
     wrapped, cells = wrapper.__wrapped__, wrapper.__closure__ or ()  # type: ignore[attr-defined]
     exchanged = tuple(CellType(inner) if _content(cell) is wrapped else cell for cell in cells)
@@ -191,7 +192,7 @@ def _rotary_tower(stock: Forward, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
 
 
 def _rotates_alike(name: str, fused: Forward, stock: Forward) -> bool:
-    """Whether ``stock`` computes the same rotation as ``fused``; other functions of that name take other arguments."""
+    """Whether ``stock`` computes the same rotation as ``fused``; a function of that name may take other arguments."""
     generator = torch.Generator().manual_seed(0)
     shape, angles = ((2, 3, 5, 8), (2, 5, 8)) if name == _ROTARY_TEXT else ((5, 3, 8), (5, 8))
     values = [torch.randn(size, generator=generator) for size in (shape, shape, angles, angles)]
@@ -220,14 +221,14 @@ def _silu_class() -> type[nn.Module]:
 def _agrees(module: Any, forward: Forward) -> bool:
     """Whether the fused and the stock forward of a module give the same result on a few random rows.
 
-    Whole blocks, norms and MLPs need this check: a rotation is checked in ``_rotates_alike``, and a product over patches equals
-    the convolution by definition.
+    Whole blocks, norms and MLPs need this check. A rotation is checked in ``_rotates_alike``, and a product over
+    patches equals the convolution by definition.
     """
     if forward in _BLOCKS:
         return blocks.can_run(module) and blocks.agrees(module, forward)
     if forward not in (_norm_forward, _mlp_forward):
         return True
-    if len(inspect.signature(type(module).forward).parameters) != 2:  # it takes more than self and rows
+    if len(inspect.signature(type(module).forward).parameters) != 2:  # it takes other arguments than self and rows
         return False
     weight = module.weight if forward is _norm_forward else module.gate_proj.weight
     if weight is None:  # a norm without a weight

@@ -53,8 +53,8 @@ def reading_only(layer: nn.Module, parts: Sequence[str], read: ReadTokens | None
     Args:
         layer: The last decoder layer. A compiled layer computes all tokens, because compiled code does not notice added
             or removed hooks.
-        parts: Names of the modules within ``layer`` that treat each token separately, and whose result affects only that
-            token's output (``Family.token_wise_parts``).
+        parts: Names of the modules within ``layer`` that treat each token separately, and whose result affects only
+            that token's output (``Family.token_wise_parts``).
         read: The tokens that are read; None computes all.
 
     Raises:

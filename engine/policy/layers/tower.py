@@ -1,8 +1,8 @@
 """Computes the output of a frozen image tower once per batch, for all its uses: policy, reference and later epochs.
 
 The projection into the text model stays trainable when the tower is frozen, so only the projection's input can be
-cached. Other stock code (window order, splitting) surrounds the projections. All of it therefore runs with stand-ins
-that return their input, and the real projections are applied to the result.
+cached. Other stock code (window order, splitting) surrounds the projections. That code therefore runs with stand-ins
+for the projections, which return their input, and the real projections are applied to the result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from balcaprl.policy.families import Family, ImageFeatures
 class _HandThrough(nn.Module):
     """Stands in for a projection: returns its input, with the tower rows of one image token grouped on an axis.
 
-    The input is (..., tower width). The output is the same for one row per token, and otherwise (N, rows, tower width).
+    The input is (..., tower width). The output is the input if a token has one row, otherwise (N, rows, tower width).
     """
 
     def __init__(self, rows: int) -> None:
@@ -58,8 +58,8 @@ def frozen_tower_features(
 ) -> ImageFeatures:
     """Compute ``family.image_features``, with the frozen tower's part taken from ``cache`` if it is there.
 
-    ``cache`` belongs to these image inputs. Its key is the tower's modules and whether autocast is on, so a frozen
-    reference that holds the same modules shares the entry.
+    ``cache`` belongs to these image inputs. A key consists of the tower's modules and whether autocast is on, so a
+    reference policy that holds the same frozen modules uses the same entry.
     """
     tower, projections = family.vision_modules(model), family.projections(model)
     key = (*(id(module) for module in tower), torch.is_autocast_enabled(next(tower[0].parameters()).device.type))

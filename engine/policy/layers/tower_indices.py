@@ -1,9 +1,9 @@
 """What the towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL derive from the sizes of the images, computed on the CPU.
 
-transformers' towers compute rotary positions, segments, windows and interpolation from the grid with loops that read its
-values, which on a GPU is a wait for each. They also take the results as keyword arguments. The functions by which they
-compute them (``transformers.vision_utils``) are called here with the grid on the CPU, and the results are uploaded. A
-version that computes anything else gets the grid where it runs, as it expects it.
+transformers' towers compute rotary positions, segments, windows and interpolation from the grid with loops that read
+its values. On a GPU, the host waits for each read. The towers also take the results as keyword arguments. The functions
+that compute them (``transformers.vision_utils``) are therefore called here with the grid on the CPU, and the results
+are uploaded. A version of transformers that computes anything else gets the grid on the tower's device, as it expects.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from balcaprl.kernels.support.upload import upload
 from balcaprl.policy.layers.attention import note_segments
 
 PREFIX = "image_"
-"""How the names of precomputed keyword arguments begin in ``get_image_features``; transformers strips it."""
+"""Prefix of the names of precomputed keyword arguments of ``get_image_features``; transformers strips it."""
 
 
 def _position_ids(tower: Any, grid: Tensor, function: Callable[..., Any]) -> dict[str, Any]:
@@ -56,11 +56,12 @@ _CALLS: dict[str, Callable[..., dict[str, Any]]] = {
     "get_vision_window_index": _windows,
     "get_vision_interpolation_indices_and_weights": _interpolation,
 }
-"""How a tower calls the functions of ``transformers.vision_utils``, and the keyword arguments that replace the calls."""
+"""For each function of ``transformers.vision_utils``, a function that calls it as a tower does and returns the keyword
+arguments that replace this call."""
 
 
 def _functions(tower: nn.Module) -> dict[str, Callable[..., Any]]:
-    """The functions by which a tower's module computes indices, by name; empty if it cannot be spared one of them."""
+    """The functions by which a tower's module computes indices, by name; empty if a call of one cannot be replaced."""
     module = sys.modules[type(tower).__module__]
     found = {name: function for name, function in vars(module).items() if name.startswith("get_vision_")}
     known = found and all(
@@ -70,16 +71,16 @@ def _functions(tower: nn.Module) -> dict[str, Callable[..., Any]]:
 
 
 def tower_inputs(tower: nn.Module, grid: Tensor, device: torch.device) -> dict[str, Any]:
-    """Keyword arguments of ``get_image_features`` that stand for the grid, on the device of the pixels.
+    """Keyword arguments of ``get_image_features`` that describe the grid.
 
     Args:
         tower: The image tower.
-        grid: LongTensor (images, 3): patches of each image along time, height and width. One on a GPU is waited for.
+        grid: LongTensor (images, 3): patches of each image along time, height and width. If on a GPU, the host waits.
         device: The device that the tower runs on.
 
     Returns:
-        ``image_grid_thw``, and whatever the installed transformers takes precomputed. If it takes nothing, the grid is
-        on ``device``, otherwise on the CPU.
+        ``image_grid_thw`` on the CPU and, with tensors on ``device``, what the installed transformers takes
+        precomputed. If it takes nothing, only ``image_grid_thw``, on ``device``.
     """
     functions, on_cpu = _functions(tower), grid.cpu()
     if not functions:
