@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 MAX_NUMBER = 10**9
-"""Largest absolute value of a number in a configuration, unless its field sets an upper bound of its own. A typing
-error is thus refused at once, and does not end in a request for memory an hour later."""
+"""Largest absolute value of a number in a configuration, unless its field sets an upper bound of its own. A mistyped
+number is thus refused at once; otherwise, it might only fail an hour later, for lack of memory."""
 
 
 class Section(BaseModel):

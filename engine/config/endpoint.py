@@ -21,12 +21,12 @@ _FORMS = {
         "the name of an environment variable, such as JUDGE_API_KEY; never a key itself",
     ),
 }
-"""Forms of two fields, and what an error says of each. They are not patterns of the fields, because the error of a
-pattern repeats what was given, which may be a password or a key."""
+"""Pattern that each of two fields must match, and the text of its error. pydantic's own patterns are not used, because
+their errors repeat what was given, which may be a password or a key."""
 
 
 class RequestOptions(Section):
-    """Form of the requests to a server, where it departs from the common one. It is part of the cache key."""
+    """How the requests to a server differ from the usual ones. This is part of the cache key."""
 
     token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """Name of the request field that limits the reply; reasoning models of some services need
@@ -67,9 +67,9 @@ class ServerConfig(Section):
     """Most requests at once; the run finds out how many of them are worthwhile."""
     input_price: float | None = Field(None, ge=0)
     """Price of a million prompt tokens, in the currency of ``endpoint.budget``. A budget needs this price; 0 means that
-    they are free."""
+    prompt tokens are free."""
     output_price: float | None = Field(None, ge=0)
-    """Price of a million completion tokens, in the same currency and under the same rule."""
+    """Price of a million completion tokens, in the same currency. A budget needs this price too; 0: they are free."""
     request: RequestOptions = RequestOptions()
     """Form of the requests to this server."""
     proxy_from_env: bool = False
@@ -98,8 +98,8 @@ class EndpointConfig(Section):
     """Most attempts at one request; refusals because the server has no room (429) do not count."""
     retry_wait_s: float = Field(0.5, ge=0)
     """Mean wait before the second attempt, in seconds. The wait doubles with each further attempt, with jitter; a
-    server's Retry-After takes precedence. It does not double while the server answers most requests well, and after an
-    invalid reply the request is then repeated at once."""
+    server's Retry-After takes precedence. While the server answers most requests well, the wait does not grow unless
+    the server is overloaded, and a request with an invalid reply is repeated at once."""
     max_retry_wait_s: float = Field(30.0, ge=0)
     """Longest wait between two attempts, in seconds."""
     max_reply_bytes: int = Field(1 << 20, ge=1024)
@@ -121,8 +121,8 @@ class EndpointConfig(Section):
     budget: float | None = Field(None, gt=0)
     """Most that the run may spend, by the prices of its servers; at that point the run is saved and ends. The excess is
     at most the cost of one request. A resumed run continues the count; each call of ``prepare``, ``recaption`` and
-    ``judge-audit`` has its own count. Tokens that a server does not report count as the most possible: one for each
-    byte of text and for each 14 x 14 pixels."""
+    ``judge-audit`` has its own count. If a server does not report its tokens, an upper bound is counted: mainly one for
+    each byte of text and for each 14 x 14 pixels, and the longest reply."""
     token_budget: int | None = Field(None, ge=1, le=10**15)
     """Most tokens that the run may use, prompts and completions together; counted like ``budget``."""
     cache: Path | None = Path("~/.cache/balcaprl/judge.db")

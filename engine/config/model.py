@@ -60,8 +60,8 @@ class DataConfig(Section):
     """Read the header of every image at start, so that refused and broken files are counted then. If false, only paths
     and file sizes are checked, which suits slow disks; a bad image is then skipped and counted when it is drawn."""
     num_eval: int = Field(128, ge=0)
-    """Number of held-out images, each with all of its records. Files are shuffled by ``seed``, and the last images are
-    held out. Half of the images are held out instead if the number would leave none for training, or if it is the
-    default and more than half. ``scenes`` takes them from the validation seeds."""
+    """Number of held-out images, each with all of its records. The images are shuffled by ``seed``, and the last ones
+    are held out. Half of the images are held out instead if the number would leave none for training, or if it is the
+    default and more than half. With ``scenes``, the held-out images are drawn from seeds of their own."""
     shuffle: bool = True
     """Draw the training images in a random order, with a new order in each epoch."""

@@ -14,8 +14,8 @@ class AdvantageConfig(Section):
     """How rewards become advantages."""
 
     method: Literal["c-gdpo", "gdpo", "grpo"] = "c-gdpo"
-    """``c-gdpo``: each reward is normalised in its group by itself, and then they are summed. ``gdpo``: the sums are
-    then also whitened over the batch. ``grpo``: the rewards are summed first, and then normalised."""
+    """``c-gdpo``: each reward is normalised by itself within its group, and the results are summed. ``gdpo``: the sums
+    are then also whitened over the batch. ``grpo``: the rewards are summed first, and the sum is normalised."""
     eps: float = Field(1e-4, gt=0)
     """Added to each standard deviation (ours; as in TRL)."""
 
@@ -49,7 +49,7 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Largest global norm of the gradients; larger gradients are scaled down to it."""
+    """Largest norm of all gradients together; if theirs is larger, they are scaled down to it."""
     max_update_ratio: float = Field(1.0, gt=0)
     """An update is refused if its norm is more than this times the norm of all the policy's weights at the start
     (ours). Ordinary updates are below 0.02."""

@@ -19,8 +19,8 @@ CHANGEABLE_FIELDS = (
     "data.path",
     *(f"model.{x}" for x in _COMPUTING),
 )
-"""Fields and sections that ``checkpoint.allow_changes`` may name. The others decide what a checkpoint's tensors and
-data cursor mean."""
+"""Fields and sections that ``checkpoint.allow_changes`` may name. Of the others, some may always change
+(``FREE_FIELDS`` in ``training/resume.py``); the rest decide what a checkpoint's tensors and data cursor mean."""
 
 
 class EvaluationConfig(Section):
@@ -66,8 +66,8 @@ class LoggingConfig(Section):
     completions: bool = True
     """Keep every completion with its reward breakdown."""
     completions_part_mib: int = Field(32, ge=1, le=1024)
-    """Size in MiB at which ``completions.jsonl`` or ``eval_captions.jsonl`` is compressed into a part of its own, to
-    about a tenth (ours)."""
+    """Size in MiB at which the lines of ``completions.jsonl`` or ``eval_captions.jsonl`` are moved to a compressed
+    part, about a tenth as large (ours)."""
     completions_max_mib: int = Field(1024, ge=1)
     """Bound on the size of all compressed parts of either file together, in MiB. The oldest captions are removed,
     except those of the first evaluations (ours)."""

@@ -1,7 +1,7 @@
-"""Reads a recipe, and says in a line or two what is wrong with it.
+"""Reads a recipe; an error says in a line or two what is wrong with it.
 
 A recipe is a small UTF-8 file of YAML whose top level is a mapping. Keys are read as text, because YAML 1.1 would read
-``on`` as true. A key may stand only once in a section, and aliases may not make a recipe too large.
+``on`` as true. A key may occur only once in a section, and aliases may not make a recipe too large.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from balcaprl.config.base import expand_home, scalar_types
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000
-"""Most values in a recipe; a value that aliases repeat counts each time."""
+"""Most values in a recipe; a value counts again for each alias that repeats it."""
 
 
 class RecipeError(ValueError):
@@ -120,9 +120,9 @@ def _place(error: yaml.MarkedYAMLError, name: str, text: str) -> str:
 
 
 def _refuse_bombs(root: yaml.Node, name: str) -> None:
-    """Raise RecipeError if a recipe has too many values, counted as often as aliases repeat them.
+    """Raise RecipeError if a recipe has too many values; a value counts again for each alias that repeats it.
 
-    The aliases are not expanded for this.
+    The aliases are not expanded for this count.
     """
     sizes: dict[int, int] = {}
 
@@ -218,7 +218,7 @@ def _short(value: Any) -> str:
 
 
 def take_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Split a command line into the recipes and dotted options, as one mapping, and the other arguments.
+    """Return what the recipes and dotted options of a command line say, as one mapping, and the other arguments.
 
     Later recipes and options override earlier ones.
 

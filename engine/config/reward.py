@@ -32,7 +32,7 @@ class ProtocolConfig(Section):
     max_text_chars: int = Field(400, ge=8, le=4000)
     """Longest text of one assertion, quotation, reason or unit, in characters."""
     max_caption_chars: int = Field(20_000, ge=100)
-    """Number of characters of a caption that the judge sees; the rest of a longer caption is left out."""
+    """Most characters of a caption that the judge sees; the rest of a longer caption is left out."""
     image_max_pixels: int = Field(1_003_520, ge=784)
     """Images with more pixels are shrunk before they are sent."""
     image_format: Literal["jpeg", "png"] = "jpeg"

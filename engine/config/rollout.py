@@ -18,7 +18,8 @@ class SamplingConfig(Section):
     max_completion_tokens: int = Field(128, ge=1, le=1_000_000)
     """Longest completion, in tokens; a completion is cut there."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion where they appear. The completion's text is cut before them; its tokens are kept."""
+    """Texts that end a completion where one of them appears. The completion's text is cut before it; the tokens are
+    kept."""
 
     @field_validator("stop")
     @classmethod

@@ -24,8 +24,8 @@ _PART_COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
 COLOURS = (*_REWARD_COLOURS, *_PART_COLOURS, "ink", "muted", "line", "band")
 """Names of the page's CSS variables that a series may take its colour from."""
 MAX_POINTS = 1000
-"""Most points drawn for one series. Longer series are averaged down, because a chart is no wider than this in
-pixels."""
+"""Largest number of points drawn for one series. Longer series are averaged down to it, because a chart is at most this
+many pixels wide."""
 
 _STAND_IN = {name: f"#0a0b{16 + i:02x}" for i, name in enumerate(COLOURS)}
 _STYLE: dict[Any, Any] = {
@@ -55,8 +55,8 @@ class Series:
     values: np.ndarray
     colour: str
     kind: str = "line"
-    """``line``: a solid line. ``raw``: a thin, pale line for the background. ``filled`` or ``hollow``: marks, joined by
-    a dotted line if there are at least three."""
+    """``line``: a solid line. ``raw``: a thin, pale line. ``filled`` or ``hollow``: marks, joined by a dotted line if
+    there are at least three."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Chart:
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the finite values among the last ``window`` at each position; NaN if none is finite."""
+    """At each position, the mean of the finite values among the last ``window`` values; NaN if none is finite."""
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
@@ -163,7 +163,8 @@ def _draw(axes: Axes, series: Series) -> None:
         marker = "o" if np.isfinite(values).sum() == 1 else None
         axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker)
     else:
-        # Two marks, before and after, show nothing about the steps between them, so no line joins them.
+        # Two marks alone (such as evaluations before and after training) say nothing about the steps between them, so
+        # no line joins them.
         joint = ":" if len(values) > 2 else "none"
         shape: dict[str, Any] = {"marker": "o", "markersize": 6}
         if series.kind == "hollow":

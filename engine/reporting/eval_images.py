@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 EVAL_IMAGES = "eval_images"
 _MARK = ("Software", "balcaprl")
-"""PNG text that marks the pictures of balcaprl; it stands within the first 128 bytes of the file."""
+"""PNG text that marks the pictures that balcaprl writes; it lies within the first 128 bytes of the file."""
 
 
 def eval_image_path(output_dir: Path, sample_id: str) -> Path:

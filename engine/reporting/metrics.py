@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics, evaluations and captions.
+"""What a run writes as it proceeds: metrics, evaluations and captions.
 
 A run folder holds four JSON Lines files, in which each line is an object with a ``step``:
 
@@ -7,9 +7,9 @@ A run folder holds four JSON Lines files, in which each line is an object with a
 - ``completions.jsonl`` has one line per rollout.
 - ``eval_captions.jsonl`` has one line per rollout on a held-out image.
 
-``rotation.py`` compresses older lines of the last two files into parts. TensorBoard events are in ``tensorboard/``, and
-pictures, which ``eval_images.py`` writes, in ``eval_images/``. balcaprl marks the events and pictures that it writes, and
-only ever removes marked ones.
+``rotation.py`` compresses older lines of the last two files into parts. TensorBoard events are in ``tensorboard/``;
+``eval_images.py`` writes pictures to ``eval_images/``. balcaprl marks the events and pictures that it writes, and
+removes only marked ones.
 
 Two runs with the same seed on one machine write the same lines, except for the keys that :func:`is_reproducible`
 excludes.
@@ -47,13 +47,14 @@ EVALUATIONS = "evaluations.jsonl"
 TENSORBOARD = "tensorboard"
 LOG_FILES = (METRICS, EVALUATIONS, COMPLETIONS, EVAL_CAPTIONS)
 _WRITTEN = (*LOG_FILES, "config.yaml", "summary.json", "report.html", "judge_usage.json")
-"""Files that a run replaces as a whole."""
+"""Files that a run replaces as a whole, the log files only when it resumes. A run that is killed meanwhile leaves
+partial copies of them."""
 _EVENTS_SUFFIX = ".balcaprl"
-"""Suffix of the names of the TensorBoard files that balcaprl writes."""
+"""Suffix by which TensorBoard files of balcaprl are recognised."""
 
 
 def nanmean(values: Iterable[float | None]) -> float:
-    """Mean of the finite values; NaN where there is none."""
+    """Mean of the finite values; NaN if there are none."""
     finite = [float(v) for v in values if v is not None and math.isfinite(v)]
     return math.fsum(finite) / len(finite) if finite else math.nan
 
@@ -113,8 +114,8 @@ class RunLog:
             them again. None marks a fresh run; what an earlier run left in these files is then discarded.
         claim: the caller's claim on the folder, which the caller also releases. If None, the log claims the folder as
             that of a run.
-        part_bytes: size at which a file of captions is compressed into a part, in bytes.
-        parts_max_bytes: bound on the size of all parts of such a file together, in bytes; the oldest parts are removed.
+        part_bytes: size in bytes at which a file of captions is compressed into a part.
+        parts_max_bytes: bound in bytes on all parts of such a file together; beyond it, the oldest parts are removed.
 
     Raises:
         RuntimeError: TensorBoard is asked for but not installed.
@@ -178,7 +179,7 @@ class RunLog:
 
     def log_eval_captions(self, step: int, mode: str, groups: Iterable[RolloutGroup]) -> None:
         """Write the captions of held-out images with their references, for the report."""
-        # Not between the modes of one evaluation: a part must end where a step ends.
+        # The file is never packed between the two modes of an evaluation, because a part must end where a step ends.
         if step != self._evaluated_step:
             self._pack_if_full(EVAL_CAPTIONS)
             self._evaluated_step = step
@@ -303,7 +304,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the seconds of the ``with`` block as ``time/<phase>``; a phase that is entered twice adds up."""
+        """Count the seconds of the ``with`` block as ``time/<phase>``; a phase entered twice has the sum."""
         self._synchronize()
         started = time.perf_counter()
         try:
@@ -315,7 +316,7 @@ class PhaseTimer:
                 self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def finish_step(self) -> dict[str, float]:
-        """``time/<phase>`` of each phase and ``time/step``, in seconds; phases that overlap may exceed the step."""
+        """``time/<phase>`` of each phase and ``time/step``, in seconds; overlapping phases may add up to more."""
         with self._lock:
             metrics = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
             metrics["time/step"] = time.perf_counter() - self._started

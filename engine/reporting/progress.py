@@ -24,7 +24,7 @@ _SHOWN = (
 
 
 class ProgressLine:
-    """One live line on a terminal; elsewhere a plain line now and then, fit for a log file.
+    """One live line on a terminal; elsewhere a plain line now and then, as fits a log file.
 
     Args:
         num_steps: number of steps of the whole run.
@@ -48,8 +48,8 @@ class ProgressLine:
         self._every_steps, self._every_seconds = every_steps, every_seconds
         self._printed_at = time.monotonic()
         self._printed_step = start_step
-        # Without a terminal, the bar is never started and only estimates the time left. The first step does not count
-        # for the estimate, because it loads and compiles.
+        # Without a terminal, the bar is never started and only estimates the time left. The estimate leaves out the
+        # first step, which loads and compiles.
         columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=12))
         self._progress = Progress(
             *columns,

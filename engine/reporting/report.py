@@ -1,8 +1,8 @@
-"""One self-contained HTML page about a run: scores before and after, curves, and captions marked up by their verdicts.
+"""One self-contained HTML page about a run: scores before and after, curves, and captions with the judge's verdicts.
 
-The page loads nothing and runs nothing: styles, charts and pictures are inside it. The page says what the run folder
+The page loads no files and runs no code: styles, charts and pictures are inside it. The page says what the run folder
 lacks. Captions, references and assertions are untrusted text, so the template escapes everything except the charts. A
-run folder may come from somebody else: whatever lies in it, the page is made in bounded time and memory.
+run folder may come from somebody else: the page is made in bounded time and memory, whatever the folder holds.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ MAX_IMAGE_SIDE = 512
 """Longest side of a picture, in pixels; larger pictures are shrunk, so that a page with twelve of them stays small."""
 _MAX_PHASES = 24
 _MAX_COVERS = 400
-"""Most spans that are marked in one caption, which bounds the size of the page."""
+"""Most spans that are marked in one caption; this bounds the size of the page."""
 _MAX_TITLE = 8
-"""Most assertions that one mark names, with at most 200 characters of each."""
+"""Most assertions that the tooltip of one mark names, with at most 200 characters of each."""
 
 SCORES = {"b_capscore": "b-CapScore", "precision": "Precision", "recall": "Recall", "linguistic": "Linguistic"}
 VERDICTS = {
@@ -168,7 +168,7 @@ def summary_table(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, dict[st
 
 
 def reward_charts(run: Run) -> list[Chart]:
-    """Charts of the rewards, b-CapScore and caption length over the run, as far as there are values."""
+    """Charts of the rewards, b-CapScore and caption length over the run; those without values are left out."""
     charts = [_reward_chart(run, key, title) for key, title in SCORES.items()]
     charts += [_length_chart(run), _metric_chart(run, "masked_fraction", "Share of captions outside the length bounds")]
     return [chart for chart in charts if chart is not None]
@@ -193,7 +193,10 @@ def _column(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray,
 
 
 def _smoothed(run: Run, key: str, colour: str) -> list[Series]:
-    """A metric's values as a pale line, and their moving mean over a tenth of the run but at most 25 steps."""
+    """A metric's values as a pale line, and their moving mean over a tenth of the run but at most 25 steps.
+
+    A run of fewer than 20 steps has the values only.
+    """
     steps, values = _column(run.metrics, key)
     if not np.isfinite(values).any():
         return []
@@ -261,7 +264,7 @@ def _time_chart(run: Run) -> Chart | None:
 
 
 def held_out_samples(run: Run) -> list[dict[str, Any]]:
-    """The first held-out samples with a picture, or any if none has one: image, reference, captions by mode."""
+    """Image, reference and captions by mode of the first held-out samples with a picture, or of any if none has one."""
     ids = list(dict.fromkeys(str(record.get("sample_id")) for record in run.captions))
     with_picture = [i for i in ids if eval_image_path(run.output_dir, i).is_file()]
     chosen = (with_picture or ids)[:MAX_IMAGES]
@@ -312,8 +315,8 @@ def verdict(assertion: Mapping[str, Any]) -> str:
 def segments(caption: str, assertions: Sequence[Mapping[str, Any]]) -> list[Segment]:
     """Cut a caption where assertions begin and end; each piece takes the worst verdict of those that cover it.
 
-    Spans are half-open character ranges. Parts outside the caption are cut off, and malformed spans are ignored. The
-    pieces together are the caption.
+    Spans are half-open character ranges. Their parts outside the caption are cut off, and malformed spans are ignored.
+    Joined, the pieces are the caption.
     """
     covers: list[tuple[int, int, Mapping[str, Any]]] = []
     for assertion in assertions:

@@ -1,4 +1,4 @@
-"""Reads what a run folder holds, for a report, in bounded time and memory, whatever lies there."""
+"""Reads a run folder for a report, in bounded time and memory, whatever the folder holds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUN_FILES = ("config.yaml", "summary.json", METRICS, EVALUATIONS, EVAL_CAPTIONS)
 _MAX_CONFIG_BYTES = 1 << 18
 """Longest configuration or summary that is read."""
 _MAX_LOG_BYTES = 128 << 20
-"""Most bytes read from a log. Of a longer log, only the first and the last half of this amount are read."""
+"""Most bytes read from a log. Of a longer log, half of this amount is read from the beginning and half from the end."""
 _MAX_RECORDS = 200_000
 """Most records kept of a log."""
 _MAX_TEXT = 20_000
@@ -93,7 +93,7 @@ def load_run(output_dir: Path) -> Run:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Loader of YAML as ``config.yaml`` is written: without aliases, by which a few lines can stand for gigabytes."""
+    """YAML loader that refuses aliases: no run writes them, and with them a few lines can stand for gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Compose a node as PyYAML does, but refuse aliases."""
@@ -133,7 +133,7 @@ def _read_log(run: Run, name: str, keep: Callable[[Record], Record]) -> list[Rec
 
 
 def _packed_captions(run: Run) -> Iterator[Record]:
-    """Captions of the first and the newest compressed part: a report compares the first evaluation with the last."""
+    """Captions in the first and the newest compressed part; a report needs only the first and the last evaluation."""
     parts = list_parts(run.output_dir, EVAL_CAPTIONS)
     for part in dict.fromkeys([*parts[:1], *parts[-1:]]):
         records = map(parse_line, part.lines(_MAX_LOG_BYTES, run.output_dir))

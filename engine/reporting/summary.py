@@ -1,4 +1,4 @@
-"""``summary.json``: a run in a few numbers, made only from its log files."""
+"""``summary.json``: a run in a few numbers; its scores and times are those in the log files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from balcaprl.reporting.metrics import EVALUATIONS, METRICS, read_jsonl
 
 _SCORES = ("precision", "recall", "linguistic", "b_capscore", "length_ratio")
 _COUNTS = ("num_images", "num_excluded")
-"""Number of images over which the scores are means, and number of images left out; older logs lack these."""
+"""Number of images over which the scores are means, and number of held-out samples left out; older logs lack these."""
 
 
 def write_summary(output_dir: Path, *, sampler: str, seed: int, planned_steps: int | None = None) -> dict[str, Any]:
@@ -21,12 +21,12 @@ def write_summary(output_dir: Path, *, sampler: str, seed: int, planned_steps: i
 
     ``before`` and ``after`` are the first and last evaluation of captions that are sampled from the policy's own
     distribution; ``before_greedy`` and ``after_greedy`` are those of greedy decoding. ``before_step`` and
-    ``after_step`` are the steps of the sampled evaluations. If a run ended before its second evaluation, ``after`` is
-    null, which means that the trained policy was not evaluated.
+    ``after_step`` are the steps of the sampled evaluations. If a run was interrupted before its second evaluation,
+    ``after`` is null, which means that the trained policy was not evaluated.
 
     ``status`` is ``finished``, or ``interrupted`` if fewer than ``planned_steps`` steps are done. In the second case,
-    ``note`` says how far ``after`` can be relied upon. ``train_seconds`` is the time of all steps, without evaluations
-    and start-up.
+    ``note`` says at which step the trained policy was last evaluated, if at all. ``train_seconds`` is the time of all
+    steps, without evaluations and start-up.
     """
     steps = {line["step"]: line for line in read_jsonl(output_dir / METRICS)}
     evaluations = read_jsonl(output_dir / EVALUATIONS)

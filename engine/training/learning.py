@@ -1,9 +1,10 @@
 """Checks after every step that a run can still learn.
 
-A run can learn if the samples are finite, every reward gives scores, and the rewards differ within some group. One step
-without any gradient is an accident; many in a row are a fault. In that case, the sampling gives the same completion
-each time, a reward fails or scores everything the same, or the policy has collapsed. The run ends, and says which of
-these it is. A policy that has learnt until every reward is 1 has no fault, and its run goes on.
+A run can learn if the log-probabilities of its samples are finite, every reward gives scores, and the rewards differ
+within some group. One step without any gradient can happen by chance; many in a row are a fault: sampling gives the
+same completion each time, a reward fails or scores everything the same, or the policy has collapsed. The run then ends,
+and the error says which of these it is. If a policy has learnt until every reward is 1, there is no fault, and its run
+goes on.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class LearningWatch:
     """Checks the scored groups of every step.
 
     Args:
-        config: the run's configuration; ``reward.required_share``, ``reward.max_flat_steps`` and the weights are used.
+        config: the run's configuration; the section ``reward`` is used, and ``rollout.sampling`` in messages.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -69,6 +70,8 @@ class LearningWatch:
 
     def finish(self) -> None:
         """Judge the run as a whole after its last step, in case it was too short for ``check`` to end it.
+
+        If there was nothing to learn in any step, an error is logged.
 
         Raises:
             NothingToLearnError: a reward gave too few scores in every step.

@@ -1,13 +1,13 @@
 """AdamW over the policy's parameters: schedule, clipping, float32 master weights, guards, and a state without pickle.
 
-An update is checked before it is made. What it would add to each parameter is computed from gradient and moments, and
-its norm is compared with the norm of all weights. An update that is not finite, or too large compared with the weights,
-changes nothing. Weights that were good therefore stay good, whatever the learning rate, the gradient or the moments
-are.
+An update is checked before it is made. A bound of the norm of what it would add to the parameters is computed from
+gradient and moments, and compared with the norm of the policy's weights at the start. An update that is not finite, or
+is too large by this comparison, changes nothing. Sound weights therefore stay sound, whatever the learning rate, the
+gradient or the moments are.
 
-On CUDA all of it takes a few launches (``balcaprl.kernels.adamw_update``), elsewhere it is PyTorch's AdamW. Both work on
-the same state, so that a checkpoint moves from one to the other, and an update can fall back from the first to the
-second.
+On CUDA an update takes a few kernel launches (``balcaprl.kernels.adamw_update``); elsewhere, PyTorch's AdamW makes it.
+Both work on the same state, so a run can resume with either from the same checkpoint, and an update can fall back from
+the kernels to PyTorch's AdamW.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _START_NORM = "start_weight_norm"
 _CHUNK = 1 << 24
-"""Number of elements of a parameter for which the check computes the update at once; this bounds the check's memory."""
+"""Number of a parameter's elements whose update the check computes at once; this bounds the memory of the check."""
 
 
 class PolicyOptimizer:
@@ -117,7 +117,7 @@ class PolicyOptimizer:
         """Check that weights and moments may be saved as a state to resume from.
 
         Raises:
-            DivergedError: a tensor is not finite, and the message names the first; or the weights have grown too far.
+            DivergedError: a tensor is not finite (the message names the first), or the weights have grown too far.
         """
         for name, master in self._masters.items():
             state = self._adamw.state.get(master, {})
@@ -156,7 +156,8 @@ class PolicyOptimizer:
 
         Args:
             tensors: the tensors that ``state`` returned.
-            complete: False for states of earlier versions, which leave out parameters that were never updated.
+            complete: False for states of earlier versions, which lack ``start_weight_norm`` and leave out parameters
+                that were never updated.
 
         Raises:
             ValueError: the tensors belong to another set of parameters, or one of them is missing, has another shape or
@@ -191,17 +192,17 @@ class PolicyOptimizer:
         return [*masters, f"step.{name}", *(f"{moment}.{name}" for moment in _MOMENTS if updated)]
 
     def _measured(self, lr: float) -> AdamWUpdate:
-        """The update that is due, with its norms; not made yet."""
+        """The next update, with its norms; it is not made yet."""
         if self._fused:
             try:
                 return self._fused_update(lr)
-            except Exception as error:  # nothing is changed yet, and the other way needs no kernels of ours
+            except Exception as error:  # nothing has changed yet, and PyTorch's AdamW can make it
                 self._fall_back(error)
         self._hand_over_gradients()
         return AdamWUpdate(self._norms(lr), lambda: self._plain_update(lr))
 
     def _can_fuse(self) -> bool:
-        """Whether updates take the fused kernels, which first have to agree with the reference where the weights are."""
+        """Whether to use the fused kernels; they must first agree with the reference implementation on this device."""
         tensors = [AdamWTensors(p, self._masters[name], None, None, None, 0) for name, p in self._parameters.items()]
         if not self.config.fused or resolve_impl("auto", tensors) != "triton":
             return False
@@ -227,7 +228,7 @@ class PolicyOptimizer:
 
     @torch.no_grad()
     def _fused_update(self, lr: float) -> AdamWUpdate:
-        """The update in a few launches, on gradients as they are. Its state is what PyTorch's AdamW has."""
+        """The update by the fused kernels, on gradients in their own dtype and on the state of PyTorch's AdamW."""
         states = {}
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
@@ -253,7 +254,7 @@ class PolicyOptimizer:
         return AdamWUpdate(update.norms, apply)
 
     def _plain_update(self, lr: float) -> None:
-        """The update by PyTorch's AdamW, from gradients that were handed over and clipped."""
+        """Make the update with PyTorch's AdamW, from gradients that the masters already have, clipped."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
@@ -273,7 +274,7 @@ class PolicyOptimizer:
 
     @torch.no_grad()
     def _norms(self, lr: float) -> AdamWNorms:
-        """Clip the gradients and measure the update that follows from them; wait for the device only once."""
+        """Clip the gradients, and bound the norm of the update that follows from them; wait for the device once."""
         gradient = torch.nn.utils.clip_grad_norm_(self._masters.values(), self.config.max_grad_norm)
         parts = [
             torch.linalg.vector_norm(update)

@@ -1,8 +1,8 @@
 """Supplies the groups of each step.
 
-A step is sampled when it is needed or, with ``rollout.max_staleness: 1``, during the update of the step before. The
-judge gets each completion as soon as the sampler finishes it. A judge that works in the background therefore scores the
-first completions while the last are still being sampled.
+A step is sampled when it is needed or, with ``rollout.max_staleness: 1``, while the step before is scored and learnt
+from. The judge gets each completion as soon as the sampler finishes it. A judge that works in the background therefore
+scores the first completions while the last are still being sampled.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ class SampledStep:
 class RolloutPipeline:
     """Samples step after step.
 
-    On-policy, a step is sampled when it is asked for. With staleness 1, a thread samples it from the weights of the
-    previous sync while the trainer updates the policy. Whoever touches the sampler must first call ``settle``.
+    With staleness 0, a step is sampled when it is asked for. With staleness 1, a thread samples it from the weights of
+    the latest sync while the step before is scored and learnt from. Any other user of the sampler must first call
+    ``settle``.
 
     Args:
         config: the ``rollout`` section of the configuration.
@@ -62,7 +63,7 @@ class RolloutPipeline:
         self._config, self._sampler, self._prompts = config, sampler, prompts
         self._make_scorer, self._step_seed, self._timer = make_scorer, step_seed, timer
         self._pool: ThreadPoolExecutor | None = None
-        if config.max_staleness:  # a new thread does not take over the run's number of torch threads
+        if config.max_staleness:  # a new thread does not inherit the run's number of torch threads
             self._pool = ThreadPoolExecutor(1, "rollout", torch.set_num_threads, (torch.get_num_threads(),))
         self._pending: tuple[int, Future[SampledStep]] | None = None
 
@@ -81,7 +82,7 @@ class RolloutPipeline:
         return sampled
 
     def start(self, step: int) -> None:
-        """With staleness 1, begin to sample a step from the weights that the sampler has at present."""
+        """With staleness 1, begin to sample a step from the weights that the sampler has now."""
         if self._pool is not None:
             with self._timer("data"):
                 prompts = self._prompts.next(self._config.prompts_per_step)

@@ -1,7 +1,7 @@
 """Early checks of whether a run can learn anything, from its configuration and references, before a model is loaded.
 
-A certain fault is an error. All likely faults together give one warning. ``learning.py`` finds the other faults while
-the run goes.
+A certain fault is an error. All likely faults together give one warning. ``learning.py`` finds the other faults during
+the run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from balcaprl.types import REWARD_NAMES
 logger = logging.getLogger(__name__)
 
 GREEDY_TEMPERATURE = 1e-5
-"""Temperature below which vLLM takes the likeliest token, and other samplers do so in effect."""
+"""Temperature below which vLLM takes the likeliest token; at such temperatures other samplers in effect do the same."""
 _COLD_TEMPERATURE = 0.1
 _FEW_TOKENS = 4
 _SMALLEST_CHANGE = 1e-9
@@ -107,7 +107,7 @@ def largest_change(config: TrainConfig) -> float:
 
 
 def _always_masked(config: TrainConfig, references: Sequence[str]) -> list[str]:
-    """Warning if captions are cut before they are long enough for the length mask; empty otherwise.
+    """One warning if captions are cut before they are long enough for the length mask; otherwise none.
 
     The check assumes that a token is at most one word, which is nearly always true.
     """
@@ -126,7 +126,10 @@ def _always_masked(config: TrainConfig, references: Sequence[str]) -> list[str]:
 
 
 def _never_met(config: RewardConfig) -> set[str]:
-    """Names of the rewards with a condition that cannot hold. Custom rewards may give any number."""
+    """Names of the expected rewards whose condition can never hold.
+
+    A condition on a custom reward can always hold, because such a reward may give any number.
+    """
     missing = REWARD_NAMES if config.judge == "none" else ()
     return {
         c.reward for c in config.conditions if c.on in missing or (c.on in REWARD_NAMES and c.at_least > 1.0)

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder while it goes: its configuration, its log, the pictures of its report, its summary."""
+"""What a run writes to its folder: its configuration, its log, the pictures of its report, its summary."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ NUM_REPORT_IMAGES = 12
 
 
 def claim_run_folder(config: TrainConfig) -> Claim:
-    """Make ``output_dir`` this process's own.
+    """Claim ``output_dir`` for this process.
 
-    The folder of a run from before marks were introduced is recognised by its checkpoints.
+    The run folders of early versions have no mark; they are recognised by their checkpoints.
     """
     return claim_folder(config.output_dir, "run", option="output_dir", adopt=bool(list_checkpoints(config.output_dir)))
 
@@ -35,8 +35,8 @@ def claim_run_folder(config: TrainConfig) -> Claim:
 class RunRecord:
     """Writes a run's files, and its progress on the terminal.
 
-    The first line that is written opens the log, which removes what an earlier run left there. Until then, the folder
-    stays as it is.
+    The log is opened when the first line is written; it then removes what an earlier run left or, in a resumed run, the
+    lines after its checkpoint. Until then, the folder stays as it is.
 
     Args:
         config: the run's configuration.
@@ -51,9 +51,9 @@ class RunRecord:
 
     @contextmanager
     def opened(self, step: int) -> Iterator[None]:
-        """Keep the log open and the progress line live for a ``with`` block; then another run may use the folder.
+        """Keep the log open and the progress line live for a ``with`` block; after it, another run may use the folder.
 
-        A further block goes on with the files as they were after ``step``.
+        A further block continues the files from where they were after ``step``.
         """
         if not self._claim.is_held:  # an earlier block has released the claim
             self._claim = claim_run_folder(self._config)

@@ -1,9 +1,10 @@
-"""The reference policy of the divergence term: the policy as training found it, whoever made it.
+"""The reference policy of the divergence term: the policy as it was when training began.
 
-The reference of a fully trained policy is a frozen copy of the trained weights. The copy takes the place of the
-policy's weights while the reference is evaluated, so frozen parts, such as an image tower, are not held twice. If a
-policy trains an adapter that adds nothing yet, its reference is the policy without the adapter. A checkpoint keeps a
-digest of the reference, so that a resumed run measures from the same reference or not at all.
+The reference is usually a frozen copy of the trainable weights at that time. The copy takes the place of the policy's
+weights while the reference is evaluated, so frozen parts, such as an image tower, are not held twice. If the policy
+trains an adapter that adds nothing at the start, the reference is the policy without the adapter, and nothing is
+copied. A checkpoint keeps a digest of the reference, so that a resumed run measures from the same reference or not at
+all.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class WithoutAdapter:
 
 
 class StartingWeights:
-    """The ``Reference`` of any policy: the policy with the trained weights that ``start`` has at this moment.
+    """The ``Reference`` of any policy: the policy with the trained weights that ``start`` has when this is created.
 
     Args:
         policy: the policy that is trained.
@@ -69,7 +70,7 @@ class StartingWeights:
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """Weight (V, D) of the reference's head: that of the start if the head is trained, otherwise the policy's."""
+        """Weight (V, D) of the reference's head: the starting one if the head is trained, otherwise the policy's."""
         head = self._policy.lm_head_weight
         return next((value for parameter, value in self._pairs if parameter is head), head)
 

@@ -45,7 +45,7 @@ def changed_fields(saved: dict[str, Any], current: TrainConfig) -> dict[str, tup
     """Every field that differs, as a dotted name with its values (then, now), in the order of the configuration.
 
     Args:
-        saved: configuration in a checkpoint; fields that it does not have yet count as their defaults.
+        saved: configuration in a checkpoint; fields that an older one lacks count as their defaults.
         current: configuration of the run.
 
     Raises:
@@ -83,7 +83,7 @@ def refuse_changed_config(saved: dict[str, Any], current: TrainConfig) -> None:
 
 
 def tell_learning_rate(saved: dict[str, Any], current: TrainConfig, num_updates: int) -> None:
-    """Log what a changed number of steps, or a changed schedule, does to the learning rate."""
+    """Log how the learning rate changes because the number of steps or the schedule has changed."""
     before = TrainConfig.model_validate(saved)
     totals = [config.steps * config.optim.epochs_per_batch for config in (before, current)]
     old, new = (
@@ -107,7 +107,7 @@ def tell_learning_rate(saved: dict[str, Any], current: TrainConfig, num_updates:
 
 
 def refuse_other_origin(saved: dict[str, Any], current: dict[str, Any], allowed: tuple[str, ...] = ()) -> None:
-    """Refuse to resume a run with other data or other parts than it began with.
+    """Refuse to resume a run with data or parts that are not those with which it began.
 
     What an earlier version did not record is not compared.
 

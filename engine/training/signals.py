@@ -10,15 +10,15 @@ from types import FrameType
 from typing import Any
 
 _ENDS: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-"""What ends a process, for each of the two signals."""
+"""The handler with which each of the two signals ends a process."""
 
 
 @contextmanager
 def first_signal(call: Callable[[int], None]) -> Iterator[None]:
-    """Within the context, call a function with the number of the first SIGINT or SIGTERM; the second acts as before.
+    """Within the context, call a function with the number of the first SIGINT or SIGTERM.
 
-    A shell's background job starts with SIGINT ignored. As the first signal is heard all the same, the second one then
-    gets Python's own handler, so that it ends the run.
+    The second signal then has the effect that it had before the context. If that was none (a shell starts background
+    jobs with SIGINT ignored), it ends the process, because the first signal had an effect too.
 
     Only the main thread can handle signals; in another thread, the context has no effect.
     """

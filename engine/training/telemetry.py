@@ -1,4 +1,4 @@
-"""Metrics of a step: how far sampler and trainer are apart, their speed, the memory, and how busy the machine is.
+"""Metrics of a step: how far sampler and trainer differ, their speed, the memory, and how busy the machine is.
 
 This is the only module that imports NVIDIA's management library.
 """
@@ -32,7 +32,10 @@ class SamplingGap:
         self._differences.append((sampling_logprobs - logprobs.detach()).float())
 
     def take_metrics(self) -> dict[str, float]:
-        """Spread of the differences over the tokens since the last call, in nats; empty if there were none."""
+        """Standard deviation of the differences since the last call, and 99th percentile and maximum of their sizes.
+
+        All are in nats. Without tokens since the last call, the result is empty.
+        """
         if not self._differences:
             return {}
         gap = torch.cat(self._differences)
@@ -59,7 +62,7 @@ class SamplingAlarm:
         self.raised = False
 
     def check(self, sampling_kl: float, groups: list[RolloutGroup], policy_version: int) -> bool:
-        """Say whether ``sampling_kl`` is outside its band, and log the versions of both sides as it leaves the band.
+        """Return whether ``sampling_kl`` is outside its band; when it leaves the band, log the versions of both sides.
 
         Args:
             sampling_kl: value over the step's tokens; NaN if there were none.
@@ -99,7 +102,8 @@ def sync_metrics(report: SyncReport) -> dict[str, float]:
 def memory_metrics() -> dict[str, float]:
     """Memory of this process in GiB.
 
-    The metrics are its resident size and, if CUDA is in use, the peak of PyTorch's CUDA allocator.
+    The metrics are its resident size and, if CUDA is in use, the peak of PyTorch's CUDA allocator since the step's
+    update began (``PeakMemory`` resets it there).
     """
     metrics = {"memory/rss_gib": _resident_gib()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -110,7 +114,7 @@ def memory_metrics() -> dict[str, float]:
 class PeakMemory:
     """Peak of the memory in use since the object was made: PyTorch's allocator on CUDA, otherwise this process.
 
-    Linux keeps the peak of a process, and resets it on request. On other systems, the present memory is given instead.
+    Linux records the peak of a process, and resets it on request. On other systems, ``gib`` returns the memory in use.
     """
 
     _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")

@@ -139,7 +139,7 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Run until ``config.steps`` steps are done or a signal asks to stop; return the run's summary."""
         config = self.config
-        self.stop_signal = None  # of an earlier call
+        self.stop_signal = None  # forget the signal of an earlier call
         with self.record.opened(self.step), first_signal(self._stop_after_this_step), self._left_whole_if_it_diverges():
             if self.step == 0 and self.resumed_from is None:
                 self.evaluate()
@@ -169,7 +169,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ one step
 
     def sample_groups(self) -> SampledStep:
-        """The next images with ``group_size`` completions each, which are on their way to the judge.
+        """Sample ``group_size`` completions for each of the next images; the judge already has them on return.
 
         With staleness 1, this also begins to sample the next step.
         """
@@ -427,7 +427,7 @@ def load_policy(config: TrainConfig, checkpoint: Path | None) -> Policy:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Seed of one step's sampling: 31 bits, different for every (run seed, step)."""
+    """Seed of one step's sampling: 31 bits, hashed from the run's seed and the step."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) & 0x7FFFFFFF
 
 

@@ -1,9 +1,9 @@
 """From scored rollouts to gradients: select, split into parts, pack, run and accumulate.
 
 If prompts are shared, a prompt and its images go through the model once per group and part; otherwise, a prompt goes
-through once per completion. Hidden states are taken at the positions that predict a completion token, and go to the
-loss without logits. The loss divides by a global denominator, so neither the split nor the rollouts that are left out
-change the result.
+through once per completion. The loss takes the hidden states at the positions that predict a completion token, not
+their logits. It divides by a global denominator, so the result depends neither on the split nor on which rollouts
+without a gradient are left out.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from balcaprl.types import Prompt, Rollout, RolloutGroup, RunStoppedError
 _MEANS = ("clip_fraction", "ratio_mean", "kl", "sampling_kl")
 LOSS_METRICS = ("loss", *_MEANS, "ratio_max")
 _MAX_FIRST_KL, _MAX_FIRST_KL_ROUNDED = 1e-6, 1e-2
-"""Largest divergence of a policy from itself that is accepted before the first update, in float32 and in bfloat16. The
-two sides come from forwards with and without gradients, which may round differently."""
+"""Largest divergence of a policy from itself that is accepted before the first update, in float32 and in bfloat16. One
+side comes from a forward with gradients, the other from one without, and the two may round differently."""
 _REFUSALS = ("num_nonfinite_updates", "num_refused_updates")
 
 
@@ -49,7 +49,7 @@ class UpdatePart:
     sampling_logprobs: Tensor
     num_tokens: int
     hidden: Tensor | None = None
-    """Hidden states of a forward that was made in advance and still waits for its loss."""
+    """Hidden states of a forward that was run in advance, until the loss uses them."""
     old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
 
@@ -86,7 +86,7 @@ class PolicyUpdate:
     def begin(self, groups: Sequence[RolloutGroup]) -> None:
         """Run the forward of the first part while the batch is still being judged; ``run`` continues from there.
 
-        It is not known yet which rollouts will have an advantage of 0, so this part contains those as well.
+        It is not known yet which rollouts will have an advantage of 0, so this part includes such rollouts.
         """
         plan, sharing = self._plan(groups, [_places_with_tokens(group) for group in groups])
         if plan.parts:
@@ -217,7 +217,7 @@ class PolicyUpdate:
         """Accumulate the gradients of all parts; return the loss and the token-weighted means of its metrics.
 
         Raises:
-            ValueError: a value that went into the loss is invalid; on a GPU, all parts are computed by then.
+            ValueError: a value that went into the loss is invalid; on a GPU, this is raised after all parts.
         """
         num_tokens = sum(part.num_tokens for part in parts)
         shares = [part.num_tokens / num_tokens for part in parts]
@@ -276,7 +276,7 @@ class PolicyUpdate:
         return result
 
     def _normalizer(self, groups: Sequence[RolloutGroup]) -> float:
-        """Global denominator of the loss, which is the same however the batch is split."""
+        """Global denominator of the loss; it is the same however the batch is split."""
         lengths = [len(r.completion.token_ids) for g in groups for r in g.rollouts]
         if self.config.loss.reduction == "token-mean":
             return float(max(1, sum(lengths)))
