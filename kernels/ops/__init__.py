@@ -1,11 +1,12 @@
 """Kernels of group-relative policy optimisation. Each op takes ``impl="auto"`` or the name of one implementation.
 
-Each op has one file with its mathematics, its public function, its plain-PyTorch reference and its registration with
-``torch.library`` as ``balcaprl::<op>``. ``balcaprl.kernels.support.native.is_available()`` tells whether the compiled CPU
-library can be used. This package imports only torch, triton, numpy and the standard library.
+The file of an op has its mathematics, its public function, its plain-PyTorch reference (for shared_prefix_attention in
+``reference.py``) and, except for adamw_update, its registration with ``torch.library`` as ``balcaprl::<op>``.
+``balcaprl.kernels.support.native.is_available()`` tells whether the compiled CPU library can be used. This package may
+import only torch, triton, numpy and the standard library.
 """
 
-# The ops are imported eagerly because an op and its file share a name: ``balcaprl.kernels.<op>`` must be the function.
+# Importing the ops here also registers them with ``torch.library``.
 from balcaprl.kernels.adamw.adamw import adamw_update
 from balcaprl.kernels.advantages.grouped_advantages import grouped_advantages
 from balcaprl.kernels.head.linear_logprobs import LogProbs, linear_logprobs

@@ -1,6 +1,6 @@
-"""One update of AdamW over all parameters at once, which is measured first and made only if the caller then asks for it.
+"""One update of AdamW over all parameters at once: it is measured first, and made only if the caller then asks for it.
 
-For each parameter with a gradient g that takes its update number t, and with one factor c for all parameters::
+For each parameter with a gradient g, in its update number t, with one factor c for all parameters::
 
     c  = min(1, max_grad_norm / (|g of all parameters| + 1e-6))
     m  <- beta1 m + (1 - beta1) c g
@@ -8,21 +8,22 @@ For each parameter with a gradient g that takes its update number t, and with on
     d  = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
     w  <- (1 - lr weight_decay) w - lr d
 
-The weights w are the master, float32 for a parameter in half precision, which then gets them rounded.
+The weights w are the master: the parameter itself, or for a parameter in half precision its float32 copy, which is
+then rounded into the parameter.
 
 Edge rules:
 
-- A parameter without gradient stays as it is, moments and t too; its weights are part of the norm of the weights.
-- Each parameter has its own t, so that one that was left out for a while is corrected by its own number of updates.
-- Nothing is refused here, whatever the values. A gradient, moment or weight that is not finite makes the norm that it
-  belongs to infinite or NaN. So does a sum of squares beyond the range of float32, as in PyTorch's own norms.
+- A parameter without a gradient keeps its weights, moments and t; its weights still count in the norm of the weights.
+- Each parameter has its own t, so the bias correction of a parameter that was left out for a while is still right.
+- Nothing is refused here, whatever the values. A gradient, moment or weight that is not finite makes each norm that
+  depends on it infinite or NaN. So does a sum of squares beyond the range of float32, as in PyTorch's own norms.
 
-``reference`` is plain PyTorch in the dtype of the masters. ``triton`` takes five launches for parameters of one dtype,
-however many they are, and the host waits once, to read the norms. It reads gradients as they are and needs no memory
-beyond a table of 64 bytes per parameter tensor and one of 24 bytes per 65,536 elements. Bytes moved per parameter in
-half precision: 6 for the norms of gradient and weights, 10 for the norm of the update, which depends on the first norm,
-and 28 for the update itself; 8, 12 and 28 in float32. The two passes before the update are the price of its refusal
-without a trace. The same input gives the same bits.
+``reference`` is plain PyTorch in the dtype of the masters. ``triton`` takes five launches for parameters of one dtype
+and alignment, however many they are, and the host waits once, to read the norms. Apart from copies of strided
+gradients, its extra memory is 64 bytes per parameter tensor and 40 bytes per chunk of 65,536 elements. Bytes moved per
+parameter in half precision: 6 for the norms of gradient and weights, 10 for the norm of the update, which depends on
+the gradient's norm, and 28 for the update itself; 8, 12 and 28 in float32. Without the two passes before the update, a
+caller could not refuse it and find nothing changed. The same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -90,11 +91,11 @@ def resolve_impl(impl: str, tensors: Sequence[AdamWTensors]) -> str:
 
 @torch.no_grad()
 def adamw_update_reference(tensors: Sequence[AdamWTensors], settings: AdamWSettings) -> AdamWUpdate:
-    """The specification of ``adamw_update``, in plain PyTorch and the dtype of the masters; does not check arguments."""
+    """The specification of ``adamw_update``, in plain PyTorch, in the masters' dtype; does not check arguments."""
     taken = [each for each in tensors if each.gradient is not None]
     gradients = [each.gradient.to(each.master.dtype) for each in taken if each.gradient is not None]
     gradient_norm = _norm(gradients)
-    # Written so that a NaN stays one.
+    # A comparison with NaN is false, so NaN stays NaN.
     clip = settings.max_grad_norm / (gradient_norm + CLIP_EPS)
     clip = 1.0 if clip > 1.0 else clip
     directions = []
@@ -126,12 +127,13 @@ def adamw_update_reference(tensors: Sequence[AdamWTensors], settings: AdamWSetti
 def check_agreement(device: torch.device, dtypes: Iterable[torch.dtype], settings: AdamWSettings, impl: str) -> None:
     """Make a few small updates on a device and compare them with the reference's.
 
-    It takes as long as the kernels take to compile. A caller that cannot afford a wrong update calls it at its start.
+    This takes about as long as compiling the kernels. A caller that cannot afford a wrong update calls it at its start.
 
     Args:
         device: where the parameters will be.
         dtypes: the parameters' dtypes.
-        settings: hyperparameters with which kernels are compiled; all but the learning rate.
+        settings: hyperparameters to check with, except that the learning rate is 0.01. The kernels are compiled for
+            ``beta1``, ``beta2`` and ``eps``.
         impl: the implementation to check.
 
     Raises:
@@ -140,7 +142,7 @@ def check_agreement(device: torch.device, dtypes: Iterable[torch.dtype], setting
     generator = torch.Generator().manual_seed(0)
 
     def made(dtype: torch.dtype, offset: int, master_dtype: torch.dtype) -> AdamWTensors:
-        """A parameter whose first element lies ``offset`` elements behind an address that is a multiple of 16."""
+        """Makes a parameter whose first element is ``offset`` elements after an address that is a multiple of 16."""
         drawn = [torch.randn(3000 + offset, generator=generator) for _ in range(4)]
         weights, gradient = (each.to(device, dtype)[offset:] for each in drawn[:2])
         mean, square = (each.to(device, master_dtype)[offset:] for each in (drawn[2], drawn[3].square()))
@@ -194,7 +196,7 @@ def _check_shapes(index: int, each: AdamWTensors) -> None:
 
 
 def _unsuitable(each: AdamWTensors, device: torch.device) -> str | None:
-    """What keeps the kernels from taking a parameter, as a phrase that follows its number; None if nothing does."""
+    """Why the kernels cannot take a parameter, as a phrase that follows its number; None if they can."""
     states = [t for t in (each.master, each.exp_avg, each.exp_avg_sq) if t is not None]
     given = [t for t in (each.parameter, each.gradient) if t is not None]
     if any(t.device != device for t in (*given, *states)):

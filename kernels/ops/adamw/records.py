@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 CLIP_EPS = 1e-6
-"""Added to the gradient's norm before it divides, as in ``torch.nn.utils.clip_grad_norm_``."""
+"""Added to the gradient's norm before ``max_grad_norm`` is divided by it, as in ``torch.nn.utils.clip_grad_norm_``."""
 
 
 class AdamWSettings(NamedTuple):
@@ -27,11 +27,11 @@ class AdamWSettings(NamedTuple):
     weight_decay: float
     """Decoupled weight decay, >= 0."""
     max_grad_norm: float
-    """Norm over all gradients to which larger gradients are scaled down, > 0."""
+    """Largest norm of all gradients together, > 0; if theirs is larger, they are scaled down to it."""
 
 
 class AdamWTensors(NamedTuple):
-    """One parameter and its state. All tensors have one shape and are on one device; only the gradient may be strided."""
+    """One parameter and its state. All tensors have the same shape and device; all but the gradient are contiguous."""
 
     parameter: Tensor
     """The weights as the model uses them; written in place."""
@@ -40,7 +40,7 @@ class AdamWTensors(NamedTuple):
     gradient: Tensor | None
     """Gradient before clipping; None leaves the parameter out of the update."""
     exp_avg: Tensor | None
-    """First moment, in the dtype of ``master``; updated in place. Not read without a gradient."""
+    """First moment, in the dtype of ``master``; updated in place. Not read if there is no gradient."""
     exp_avg_sq: Tensor | None
     """Second moment, likewise."""
     step: int
@@ -53,7 +53,7 @@ class AdamWNorms(NamedTuple):
     gradient: float
     """Norm of the gradient before clipping."""
     update: float
-    """Bound of the norm of what the update adds to the weights: exact without weight decay, and with it at most
+    """Upper bound of the norm of what the update adds to the weights: exact without weight decay, otherwise at most
     ``2 lr weight_decay |weights|`` too large."""
     weights: float
     """Norm of the masters before the update."""
@@ -61,14 +61,15 @@ class AdamWNorms(NamedTuple):
 
 @dataclass(frozen=True)
 class AdamWUpdate:
-    """An update that was measured, and not made yet."""
+    """An update that has been measured but not yet made."""
 
     norms: AdamWNorms
     apply: Callable[[], None]
-    """Makes the update. To be called once at most, and before anything else changes the tensors."""
+    """Makes the update. Call it at most once, and before anything else changes the tensors."""
 
 
 def bias_corrections(step: int, settings: AdamWSettings) -> tuple[float, float]:
-    """Factors of the first moment, and of the root of the second one, in a parameter's update after ``step`` updates."""
+    """Bias-correction factors of the first moment and of the root of the second, for the next update of a parameter
+    that has had ``step`` updates."""
     number = step + 1
     return 1 / (1 - settings.beta1**number), 1 / math.sqrt(1 - settings.beta2**number)

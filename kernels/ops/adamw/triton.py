@@ -1,14 +1,16 @@
-"""Launches of the Triton kernels of ``adamw_update``: each works on all parameters of one kind.
+"""Launches of the Triton kernels of ``adamw_update``: all but the norms kernel are launched once for each kind of
+parameters (``_Kind``: same dtypes and alignment, and whether there is a master).
 
 The kernels find the tensors through two tables on the device. A row of ``table_T8`` holds the addresses of one
-parameter's tensors and its bias corrections; gradients move from step to step, so it is uploaded with every update, in
-one copy. A row of ``chunks_C3`` is the work of one program: number of a row, first element, number of elements. It
-depends on the sizes alone and is kept.
+parameter's tensors and its bias corrections. The addresses of gradients change from step to step, so the table is
+uploaded with every update, in one copy. A row of ``chunks_C3`` describes the work of one program: index of a row of
+``table_T8``, first element, number of elements. This table depends only on the sizes and is cached.
 
-``_adamw_squares_kernel`` writes each chunk's sums of squares of gradient and weights, ``_adamw_norms_kernel`` adds them
-up and finds the clip factor, ``_adamw_direction_kernel`` writes each chunk's sum of squares of the update that follows,
-and the norms kernel adds those up. The host reads the norms; ``_adamw_apply_kernel`` makes the update. Sums are added
-in a fixed order: per lane in float32, at most 65 squares each, everything else in float64.
+``_adamw_squares_kernel`` writes each chunk's sum of squares of the gradient, and that of the weights.
+``_adamw_norms_kernel`` adds them up and finds the clip factor. ``_adamw_direction_kernel`` writes each chunk's sum of
+squares of the update that follows from this factor, and the norms kernel adds those up. The host reads the norms;
+``_adamw_apply_kernel`` makes the update. Sums are taken in a fixed order: each lane adds at most 65 squares in float32,
+and all further sums are in float64.
 
 This module is imported only where ``impl="triton"`` runs.
 """
@@ -41,12 +43,12 @@ from balcaprl.kernels.adamw.triton_kernels import (
 from balcaprl.kernels.support.launch import KernelSpec, Launch, Work, launch, on_device
 
 _CHUNK = 1 << 16
-"""Elements that one program works on; a multiple of 16, so that chunks of aligned tensors are aligned."""
+"""Largest number of elements for one program; a multiple of 16, so that chunks of aligned tensors are aligned."""
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class _Kind(NamedTuple):
-    """What a launch is compiled for."""
+    """What a launch is compiled for; parameters that agree in all of it share the launch."""
 
     parameter: torch.dtype
     gradient: torch.dtype
@@ -60,13 +62,13 @@ class _Part(NamedTuple):
 
     kind: _Kind
     table_T8: Tensor
-    """int64 on the device; a view of the table of all kinds."""
+    """int64 on the device; a view of this kind's rows in the table of all kinds."""
     corrections_T8: Tensor
     """The same memory as float64."""
     chunks_C3: Tensor
     """int64 on the device."""
     begin: int
-    """Number of chunks of the kinds before."""
+    """Number of chunks of the kinds before this one: the index of this kind's first chunk among all chunks."""
 
 
 def adamw_update(tensors: Sequence[AdamWTensors], settings: AdamWSettings) -> AdamWUpdate:
@@ -120,7 +122,7 @@ def adamw_update(tensors: Sequence[AdamWTensors], settings: AdamWSettings) -> Ad
 
 
 def _apply(given: list[AdamWTensors], parts: list[_Part], norms_4: Tensor, settings: AdamWSettings) -> None:
-    """Makes the update that was measured."""
+    """Makes the update that has been measured."""
     device = norms_4.device
     with on_device(device):
         for kind, table_T8, corrections_T8, chunks_C3, _ in parts:
@@ -141,13 +143,14 @@ def _apply(given: list[AdamWTensors], parts: list[_Part], norms_4: Tensor, setti
                 settings.eps,
                 **row.kwargs(),
             )
-    # The kernels write behind autograd's back; a graph that has saved the old weights must be able to notice.
+    # Autograd does not see what the kernels write. With a new version number, a graph that has saved the old weights
+    # raises an error instead of using the new ones.
     changed = [each for each in given if each.gradient is not None]
     torch.autograd.graph.increment_version([t for each in changed for t in (each.parameter, each.master)])
 
 
 def _dense(each: AdamWTensors) -> AdamWTensors:
-    """The same with a contiguous gradient."""
+    """Returns the same tensors, but with a contiguous gradient."""
     if each.gradient is None or each.gradient.is_contiguous():
         return each
     return each._replace(gradient=each.gradient.contiguous())
@@ -158,7 +161,7 @@ def _parts(given: list[AdamWTensors], settings: AdamWSettings, device: torch.dev
     kinds: dict[_Kind, list[tuple[AdamWTensors, list[int]]]] = {}
     for each in given:
         tensors = (each.gradient, each.parameter, each.master, each.exp_avg, each.exp_avg_sq)
-        # Without gradient there is nothing but weights to be read.
+        # For a parameter without a gradient the kernels read only its master.
         read = [t is not None and (each.gradient is not None or t is each.master) for t in tensors]
         addresses = [t.data_ptr() if t is not None and is_read else 0 for t, is_read in zip(tensors, read, strict=True)]
         gradient = each.parameter if each.gradient is None else each.gradient
@@ -182,7 +185,7 @@ def _parts(given: list[AdamWTensors], settings: AdamWSettings, device: torch.dev
 
 @functools.lru_cache(maxsize=16)
 def _chunks(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
-    """(C, 3) int64 on the device: number of a tensor, first element, number of elements; tensors are not empty."""
+    """(C, 3) int64 on the device: index of a tensor, first element, number of elements; no tensor is empty."""
     rows = [
         (number, start, min(chunk, size - start))
         for number, size in enumerate(sizes)
@@ -191,7 +194,7 @@ def _chunks(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).to(device)
 
 
-# The compile suite's shape: one tensor of 2^27 elements, as large as a language model's embedding.
+# The compile suite's shape: one tensor of 2^27 elements, about as large as a language model's embedding.
 _ELEMENTS = 1 << 27
 _SCALARS = {"BETA1": 0.9, "BETA2": 0.99, "EPS": 1e-8}
 
@@ -200,7 +203,7 @@ def _specs(dtype: torch.dtype, *, aligned: bool = True) -> list[KernelSpec]:
     """The specifications of the three kernels that read parameters, for parameters and gradients of one dtype."""
     half = dtype != torch.float32
     gradient_bytes = dtype.itemsize
-    # Bytes per element: what is read, and what is written.
+    # Bytes read and written per element.
     traffic = {
         _adamw_squares_kernel: gradient_bytes + 4,
         _adamw_direction_kernel: gradient_bytes + 8,
@@ -259,7 +262,7 @@ def _norms_spec(*, direction: bool) -> KernelSpec:
         constexprs={"DIRECTION": direction},
         work=work,
         variant="direction" if direction else "gradient",
-        wide_load=False,  # a single program, whose loads are masked by a number of chunks
+        wide_load=False,  # one program; the number of chunks, any integer, masks its loads
     )
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from balcaprl.kernels.adamw.records import CLIP_EPS
 from balcaprl.kernels.support.triton_products import narrowed
 
-# Columns of table_T8; the last two are float64, and one more column keeps a row at 64 bytes.
+# Columns of table_T8: five addresses, then two bias corrections as float64; the eighth column pads a row to 64 bytes.
 _GRADIENT: tl.constexpr = tl.constexpr(0)
 _PARAMETER: tl.constexpr = tl.constexpr(1)
 _MASTER: tl.constexpr = tl.constexpr(2)
@@ -32,7 +32,7 @@ _LARGEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).max)
 
 @triton.jit
 def _pointer(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to the element ``start`` of a tensor; with ``ALIGNED`` a multiple of 16 bytes."""
+    """Pointer to the element ``start`` of a tensor; ``ALIGNED`` promises the compiler a multiple of 16 bytes."""
     pointer = address.to(tl.pointer_type(DTYPE)) + start
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -41,7 +41,7 @@ def _pointer(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _read(pointer, lanes, count, MASKED: tl.constexpr):
-    """Values at ``lanes`` in float32; with ``MASKED`` 0 from ``count`` on."""
+    """Values at ``lanes`` in float32; with ``MASKED``, lanes from ``count`` on are 0."""
     if MASKED:
         values = tl.load(pointer + lanes, mask=lanes < count, other=0.0)
     else:
@@ -51,7 +51,7 @@ def _read(pointer, lanes, count, MASKED: tl.constexpr):
 
 @triton.jit
 def _write(pointer, lanes, values, count, MASKED: tl.constexpr):
-    """Writes what ``_read`` would read, rounded to the pointer's type."""
+    """Writes ``values`` at ``lanes``, rounded to the pointer's type; with ``MASKED``, only at lanes below ``count``."""
     rounded = narrowed(values, pointer.dtype.element_ty)
     if MASKED:
         tl.store(pointer + lanes, rounded, mask=lanes < count)
@@ -74,7 +74,7 @@ def _sum_of_squares(pointer, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _norm(sums_C, num_chunks, BLOCK_C: tl.constexpr):
-    """Root of the sum of all chunks' sums; infinite where the sum is beyond float32."""
+    """Square root of the sum of all chunks' sums; infinite if the sum is beyond the range of float32."""
     sums = tl.zeros((BLOCK_C,), tl.float64)
     for begin in range(0, num_chunks, BLOCK_C):
         chunks = begin + tl.arange(0, BLOCK_C)
@@ -94,8 +94,9 @@ def _step(
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    """New moments, and what is subtracted from the weights at a learning rate of 1. ``gradient`` is clipped."""
-    if BETA1 > 0.5:  # each form is exact at its end: a moment that equals the gradient, and a beta1 of 0
+    """New moments, and what is subtracted from the weights at a learning rate of 1, without decay. ``gradient`` is the
+    clipped gradient."""
+    if BETA1 > 0.5:  # this form is exact if the moment equals the gradient, the other one also if beta1 is 0
         mean = exp_avg + (1.0 - BETA1) * (gradient - exp_avg)
     else:
         mean = gradient + BETA1 * (exp_avg - gradient)
@@ -114,7 +115,7 @@ def _adamw_squares_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per chunk: sums of squares of its gradients and of its weights, at ``begin`` + its number."""
+    """Program i writes the sums of squares of chunk i's gradients and weights to column ``begin`` + i."""
     chunk = tl.program_id(0)
     row = table_T8 + tl.load(chunks_C3 + 3 * chunk) * COLUMNS
     start = tl.load(chunks_C3 + 3 * chunk + 1)
@@ -130,14 +131,14 @@ def _adamw_squares_kernel(
 
 @triton.jit(do_not_specialize=["num_chunks"])
 def _adamw_norms_kernel(sums_2C, norms_4, num_chunks, max_grad_norm, DIRECTION: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A single program: with ``DIRECTION`` the norm of the first row; else the norms of both rows, and the clip factor."""
+    """A single program: writes the norm of row 0 with ``DIRECTION``, else both rows' norms and the clip factor."""
     if DIRECTION:
         tl.store(norms_4 + _DIRECTION_NORM, _norm(sums_2C, num_chunks, BLOCK_C))
     else:
         gradient = _norm(sums_2C, num_chunks, BLOCK_C)
         tl.store(norms_4 + _GRADIENT_NORM, gradient)
         tl.store(norms_4 + _WEIGHT_NORM, _norm(sums_2C + num_chunks, num_chunks, BLOCK_C))
-        # A NaN stays one.
+        # A comparison with NaN is false, so NaN stays NaN.
         clip = max_grad_norm / (gradient + _CLIP_EPS)
         tl.store(norms_4 + _CLIP, tl.where(clip > 1.0, 1.0, clip))
 
@@ -157,7 +158,7 @@ def _clipped_step(
     EPS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """``_step`` of the values at ``lanes``; where they are masked it subtracts 0."""
+    """``_step`` for the values at ``lanes``; with ``MASKED``, lanes from ``count`` on subtract 0."""
     gradient = _read(gradient_pointer, lanes, count, MASKED) * clip
     exp_avg = _read(exp_avg_pointer, lanes, count, MASKED)
     exp_avg_sq = _read(exp_avg_sq_pointer, lanes, count, MASKED)
@@ -182,7 +183,7 @@ def _adamw_direction_kernel(
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per chunk: sum of squares of what the update subtracts at a learning rate of 1, without decay."""
+    """One program per chunk: writes the sum of squares of what ``_step`` subtracts from the weights."""
     chunk = tl.program_id(0)
     number = tl.load(chunks_C3 + 3 * chunk) * COLUMNS
     start = tl.load(chunks_C3 + 3 * chunk + 1)
@@ -233,7 +234,7 @@ def _apply_at(
     EPS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Updates the values at ``lanes``; all but these are pointers and scalars."""
+    """Updates the values at ``lanes``; all other arguments are pointers or scalars."""
     mean, square, direction = _clipped_step(
         gradient, exp_avg, exp_avg_sq, lanes, count, clip, first, second, BETA1, BETA2, EPS, MASKED
     )
@@ -262,7 +263,7 @@ def _adamw_apply_kernel(
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per chunk: moments, masters and parameters in place; nothing where there is no gradient."""
+    """One program per chunk: updates moments, master and parameter in place; does nothing without a gradient."""
     chunk = tl.program_id(0)
     number = tl.load(chunks_C3 + 3 * chunk) * COLUMNS
     start = tl.load(chunks_C3 + 3 * chunk + 1)

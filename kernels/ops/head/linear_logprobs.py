@@ -10,17 +10,17 @@ With g the gradient of ``logprobs``::
 
     d z_tv = g_t ([v = y_t] - p_tv) / tau,     d hidden = dz W,     d weight = dz^T hidden
 
-Softmax and sums are computed in float32, or in float64 for float64 inputs. Matrix products with ``weight`` run in the
-dtype of ``weight`` and accumulate in float32. The backward recomputes the logits; ``native`` and ``triton`` do so only
-for tokens whose gradient is not exactly zero. The implementations are:
+Softmax and sums are computed in float32, or in float64 for float64 inputs. Matrix products with ``weight`` take factors
+in the dtype of ``weight`` and accumulate in float32 or float64. The backward recomputes the logits; ``native`` and
+``triton`` do so only for tokens whose gradient is not exactly zero. The implementations are:
 
 =============  =======================================================================================================
 ``reference``  plain PyTorch, any device: chunks of tokens, at most 2^24 logits (or one token's) at once
 ``native``     CPU, not float64: torch's products with the library's epilogues between them; ``native.py``
-``triton``     CUDA, not float64: online softmax over vocabulary tiles, no logits in the forward; ``triton.py``
+``triton``     CUDA, not float64: online softmax over vocabulary tiles, forward stores no logits; ``triton.py``
 =============  =======================================================================================================
 
-Under autocast, hidden and weight are cast to autocast's dtype.
+Under autocast, hidden and weight are cast to autocast's dtype unless they are float64.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def linear_logprobs(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or range, or the logits are not finite; the message
-            starts with the argument's name. On a GPU a value is found later: the log-probabilities concerned are NaN,
-            and the error is raised by the next op or by ``kernels.support.deferred.raise_pending``.
+            starts with the argument's name. On a GPU an invalid value is found later: the log-probabilities that it
+            affects are not finite, and a later op or ``kernels.support.deferred.raise_pending`` raises the error.
         RuntimeError: ``impl`` is ``native`` and the compiled library is not available.
     """
     hidden, weight = check_head(hidden, weight, targets, temperature)
@@ -111,9 +111,9 @@ def linear_logprobs_reference(
 ) -> LogProbs:
     """The specification, in plain PyTorch with autograd's own gradient; the backward recomputes each chunk.
 
-    ``filter_eps`` has the meaning that ``linear_policy_loss`` gives it: columns that it leaves out get no gradient.
+    ``linear_policy_loss`` describes ``filter_eps``; the columns that it leaves out get no gradient here.
     """
-    # Both are made gapless because in the backward autograd chooses which one is a product's first operand.
+    # Both are made gapless because autograd chooses which one is the first operand of a product in the backward.
     chunks, hidden, weight = [], gapless(hidden), gapless(weight)
     for begin, end in chunk_ranges(hidden.shape[0], weight.shape[0]):
         arguments = (hidden[begin:end], weight, targets[begin:end], temperature, filter_eps)
@@ -169,7 +169,7 @@ def kept_columns(softmax_TV: Tensor, targets: Tensor, filter_eps: float) -> Tens
 def reference_rows(head: Head) -> tuple[SoftmaxRows, Tensor]:
     """Softmax rows and (T,) entropies by the reference, in the compute dtype.
 
-    Max and sum of the rows are left 0, because the reference's backward does not use them.
+    The max and sum of the rows stay 0, because the reference's backward does not use them.
     """
     # All results go into one tensor that is allocated first: results allocated between the buffers of the chunks would
     # keep the allocator from reusing these buffers.
@@ -205,7 +205,7 @@ def reference_gradients(
 
 
 def check_logprobs(head: Head, *results: Tensor) -> None:
-    """Checks that the (T,) results of a forward are finite, and raises for the argument that is to blame if not.
+    """Checks that the (T,) results of a forward are finite; if not, raises for the argument that is to blame.
 
     Raises:
         ValueError: a target is out of range, or the logits are not finite; the message starts with the argument's name.
@@ -215,7 +215,7 @@ def check_logprobs(head: Head, *results: Tensor) -> None:
 
 
 def raise_for_logprobs(targets: Tensor, vocabulary: int) -> NoReturn:
-    """Raises ValueError for the argument by which some log-probabilities are not finite."""
+    """Raises ValueError for the argument that makes some log-probabilities not finite."""
     check_targets(targets, vocabulary)
     raise ValueError("hidden or weight: not finite, or so large that the logits are not")
 
@@ -235,13 +235,13 @@ def check_targets(targets: Tensor, vocabulary: int) -> None:
     "-> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor row_sum)",
 )
 def _linear_logprobs_op(hidden, weight, targets, temperature, impl):
-    """The forward, with its checks of values, which a tracer does not see. The backward uses all but the entropies."""
+    """Runs the forward and its checks of values, which a tracer does not see. Only the backward uses max and sum."""
     impl = resolve_impl(impl, hidden)
     head = Head.of(hidden, weight, targets, temperature)
     with torch.autocast(hidden.device.type, enabled=False):
         rows, entropy = head_rows(head, impl)
     if impl == "triton":
-        # Their sum is finite if all of them are, and 0 times anything else is NaN.
+        # The flag is 0 if all values are finite, because then so is their sum; 0 times any other sum is NaN.
         flag = 0.0 * torch.stack([rows.logprobs, entropy]).sum(dtype=torch.float64)
         deferred.check(flag, partial(raise_for_logprobs, head.targets, head.weight.shape[0]))
     else:
@@ -252,8 +252,8 @@ def _linear_logprobs_op(hidden, weight, targets, temperature, impl):
 def head_rows(head: Head, impl: str, *, with_entropy: bool = True) -> tuple[SoftmaxRows, Tensor]:
     """Runs the forward of an implementation; returns the softmax rows and the (T,) entropies.
 
-    For ``triton`` a target out of range gives NaN, which the caller finds; the others check ``targets`` here.
-    If ``with_entropy`` is false, the entropies may be wrong.
+    With ``triton`` a target out of range gives NaN, which the caller must check; for the others ``targets`` is checked
+    here. If ``with_entropy`` is false, the entropies may be zeros.
     """
     if impl == "triton":
         from balcaprl.kernels.head import triton as triton_head
@@ -310,7 +310,7 @@ def head_gradients(
 ) -> HeadGradients:
     """Runs the backward of an implementation.
 
-    Uses the softmax rows of the same implementation's forward and the (T,) gradient of the log-probabilities.
+    ``rows`` are those of the same implementation's forward, ``grad_logprobs`` the (T,) gradient of their ``logprobs``.
     """
     if impl == "triton":
         from balcaprl.kernels.head import triton as triton_head

@@ -1,26 +1,26 @@
 """The clipped policy loss directly from hidden states and the language-model head, without storing the (T, V) logits.
 
 This op combines ``linear_logprobs`` and ``policy_loss``; their modules have the mathematics. The loss depends on token
-t only through its log-probability, so g_t, the gradient with respect to that log-probability, is known as soon as the
-log-probability is. This has three consequences:
+t only through its log-probability, so g_t, the gradient with respect to that log-probability, can be computed as soon
+as the log-probability is known. This has three consequences:
 
 - When ``native`` and ``triton`` compute gradients, they leave out tokens whose g_t is exactly zero because the
   advantage is 0 or the token is clipped. The result stays exact. On a GPU the host has to wait for the number of these
-  tokens, so ``triton`` leaves them out only if ``old_logprobs`` are given: without them no token is clipped.
+  tokens, so ``triton_chunks`` leaves them out only if ``old_logprobs`` are given: without them no token is clipped.
 - If an input requires a gradient, the forward computes the gradients of hidden and weight while the logits of a chunk
   of tokens are in memory: three matrix products instead of four (``reference`` recomputes the logits). The backward
-  only returns these gradients.
-- On a GPU ``triton`` recomputes the logits tile by tile if there would be too many chunks
-  (``triton_chunks``), for ``filter_eps``, and for float16. For float16 this happens in the backward, because a
-  loss scale must be applied to the gradients before they are rounded.
+  only multiplies these gradients by the gradient of the loss.
+- Instead of using chunks, ``triton`` recomputes the logits slice by slice of the vocabulary (``triton.py``) if there
+  would be too many chunks, for ``filter_eps``, and for float16. For float16 it computes the gradients in the backward,
+  because a loss scale must be applied to them before they are rounded.
 
 ``filter_eps`` makes the gradient cheaper and approximate, as in cut cross-entropy (arXiv 2411.09009). If the softmax of
 a vocabulary column stays below ``filter_eps`` for a whole block of tokens and the column is the target of none of them,
 the column *may* be left out of their gradient. An entry of d z (see ``linear_logprobs``) whose softmax is at least
 ``filter_eps`` is never left out, so every missing entry is smaller than filter_eps * |g_t| / temperature. The loss and
-the metrics stay exact. The block depends on the implementation: ``FILTER_BLOCK`` tokens and single columns on the CPU,
-a tile of the matrix product on a GPU. ``filter_eps`` saves time on a CPU if the distributions are peaked, as those of a
-trained policy are. On an H200 the filtered products have so far been slower than the unfiltered ones.
+the metrics stay exact. ``native`` and ``reference`` decide for ``FILTER_BLOCK`` tokens and a single column at a time,
+``triton`` for a tile of the matrix product. ``filter_eps`` saves time on a CPU if the distributions are peaked, as
+those of a trained policy are. On an H200 the filtered products have so far been slower than the unfiltered ones.
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ def linear_policy_loss(
         old_logprobs: (T,) floating log-probabilities under the policy at the start of this batch's updates; None means
             on-policy: the log-probabilities of this forward.
         advantages: (R,) floating, the advantage of each rollout.
-        cu_seqlens: (R + 1,) int32 offsets, never falling, from 0 to T: rollout j has tokens cu_seqlens[j] to
+        cu_seqlens: (R + 1,) int32 offsets that never fall, from 0 to T: rollout j has tokens cu_seqlens[j] to
             cu_seqlens[j + 1] - 1.
-        clip_low: see ``policy_loss`` for this argument and for all others up to ``normalizer``.
+        clip_low: see ``policy_loss`` for this argument and all others up to ``normalizer``.
         temperature: number > 0 that divides the logits.
-        filter_eps: None for exact gradients, or a threshold above 0 and at most 1, see the module's docstring; 2^-12 is
-            below the precision of a bfloat16 gradient.
+        filter_eps: None for exact gradients, or a threshold above 0 and at most 1 (see the module's docstring); 2^-12
+            is below the precision of a bfloat16 gradient.
         logprobs_out: (T,) floating tensor that receives the detached log-probabilities, for use as ``old_logprobs`` of
             later updates.
         impl: ``native`` (CPU), ``triton`` (CUDA, or CPU under Triton's interpreter), ``reference`` or ``auto``. Only
@@ -108,9 +108,9 @@ def linear_policy_loss(
         inputs, otherwise float32.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype, device or range, or a value that is not finite; the message
-            starts with the argument's name. On a GPU a value is found later: the loss is NaN, and the error is raised
-            by the next op or by ``kernels.support.deferred.raise_pending``.
+        ValueError: an argument has a wrong shape, dtype, device or range, or a value that is not allowed; the message
+            starts with the argument's name. On a GPU an invalid value is found later: the loss is NaN, and a later op
+            or ``kernels.support.deferred.raise_pending`` raises the error.
         RuntimeError: ``impl`` is ``native`` and the compiled library is not available.
     """
     hidden, weight = check_head(hidden, weight, targets, temperature)
@@ -175,7 +175,7 @@ def _gradients_in_forward(hidden: Tensor, impl: str) -> bool:
     "Tensor logprobs, Tensor row_max, Tensor row_sum, Tensor grad_hidden, Tensor grad_weight)",
 )
 def _linear_policy_loss_op(hidden, weight, targets, *rest):
-    """The forward, with its checks of values, which a tracer does not see.
+    """Runs the forward and its checks of values, which a tracer does not see.
 
     ``grad_hidden`` and ``grad_weight`` have shape (0,) if the forward does not compute them.
     """
@@ -257,7 +257,7 @@ def _setup_context(ctx, inputs, output):
     ctx.temperature, ctx.filter_eps, *ctx.needs, ctx.impl = inputs[3 + _NUM_LOSS :]
     ctx.made = _gradients_in_forward(hidden, ctx.impl)
     _, metrics, grad_logprobs, logprobs, row_max, row_sum, *made = output
-    # Stops autograd from allocating full-size zero gradients for the outputs that are not differentiable.
+    # Keeps autograd from allocating full-size zero gradients for the outputs that are not differentiable.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(metrics, grad_logprobs, logprobs, row_max, row_sum, *made)
     if ctx.made:
@@ -274,7 +274,7 @@ def _backward(ctx, grad_loss, *_):
         gradients = [_scaled(gradient, grad_loss, ctx.impl) for gradient in ctx.saved_tensors]
     else:
         grad_logprobs, *saved = ctx.saved_tensors
-        # Multiplying by the tensor avoids reading grad_loss as a number, which would wait for the device.
+        # grad_loss is not read as a number, because the host would have to wait for the device.
         arguments = (grad_logprobs * grad_loss, *saved, ctx.temperature, ctx.filter_eps, *ctx.needs, ctx.impl)
         gradients = linear_logprobs_backward(*arguments)
     wanted = (g if needed else None for g, needed in zip(gradients, ctx.needs, strict=True))
@@ -286,7 +286,7 @@ def _scaled(gradient: Tensor, grad_loss: Tensor, impl: str) -> Tensor:
 
     The saved tensor may be overwritten and returned if the graph is freed after this backward; autograd then uses it
     directly as the parameter's ``.grad``. While torch.compile traces, values cannot be read and memory must not be
-    reused, so the product is a new tensor. On a GPU a kernel reads the factor, so that the host need not wait for it.
+    reused, so the product is a new tensor. With ``triton`` a kernel reads the factor, so the host need not wait for it.
     """
     plain = type(gradient) is Tensor and type(grad_loss) is Tensor and not torch.compiler.is_compiling()
     if not plain or _graph_is_kept():

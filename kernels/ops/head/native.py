@@ -10,8 +10,9 @@ and multiplied with ``weight`` and ``hidden``: three matrix products in all. Two
 
 A float32 batch of up to about twice as many tokens as fit the buffer is processed at once, in two halves of the
 vocabulary (``native_halves``). ``native_weight_sum`` describes how the gradient of the weight is summed over chunks.
-Memory beyond inputs and results does not grow with the number of tokens, except for a few numbers per token. The
-memory for logits is kept for the next call (``native_logits_room``).
+Memory beyond inputs and results does not grow with the number of tokens, except for a few numbers per token, and for
+copies in ``head_gradients`` if some tokens have no gradient. The memory for logits is kept for the next call
+(``native_logits_room``).
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ from balcaprl.kernels.support.products import gapless
 _LOGITS_BYTES = 40 << 20
 """Bytes for the logits of a chunk."""
 _BUFFER_BYTES = 56 << 20
-"""Bytes for the logits of a chunk, plus the gradients that wait for their products."""
+"""Bytes for the logits of a chunk and the gradients that wait for their products, together."""
 _CHUNK_TOKENS = 512
-"""Most tokens of a chunk. Fewer would make slow products and more passes over the gradient of the weight. More would
-gain nothing, and their logits would leave the cache between the product and the epilogue."""
+"""Largest number of tokens in a chunk. Smaller chunks would mean slow products and more passes over the gradient of the
+weight. Larger ones would gain nothing, and their logits would leave the cache between the product and the epilogue."""
 _MAX_KEPT_SHARE = 0.4
 """With ``filter_eps``: if a larger share of the columns is kept, gathering them costs more than it saves."""
 _GATHERED_BYTES = 12 << 20
@@ -64,7 +65,7 @@ def logprobs_and_gradients(
     needs: tuple[bool, bool],
     filter_eps: float | None = None,
 ) -> tuple[SoftmaxRows, HeadGradients]:
-    """Forward and backward in one sweep, for a loss that can be evaluated chunk by chunk.
+    """Runs forward and backward in one sweep, for a loss that can be evaluated chunk by chunk.
 
     Args:
         head: inputs of the head.
@@ -143,7 +144,7 @@ def _fits_by_halves(head: Head, needs: tuple[bool, bool], filter_eps: float | No
 def chunk_size(num_tokens: int, vocabulary: int, itemsize: int) -> int:
     """Number of tokens whose logits are computed at once.
 
-    Chunks have about equal sizes; a chunk longer than ``FILTER_BLOCK`` consists of whole filter blocks.
+    Chunks have about equal sizes; all but the last consist of whole filter blocks if they are longer than one.
     """
     most = _capacity(vocabulary, itemsize)
     if most > FILTER_BLOCK:
@@ -163,8 +164,9 @@ def _capacity(vocabulary: int, itemsize: int) -> int:
 class _ChunkRoom(LogitsRoom):
     """Room for the logits of a chunk, placed after gradients of earlier chunks that wait for their products.
 
-    It holds up to one and three quarter chunks. A batch with half of its gradients zero can then be computed and
-    multiplied in whole chunks, whether its zeros are spread evenly or not. Unneeded pages are never touched.
+    It holds up to one and three quarters of a chunk. If half of a batch's gradients are zero, logits can then be
+    computed and gradients multiplied in whole chunks, whether the zeros are spread evenly or not. Unneeded pages stay
+    untouched.
     """
 
     def __init__(self, head: Head) -> None:
@@ -174,7 +176,7 @@ class _ChunkRoom(LogitsRoom):
         room = min(self.chunk + 3 * self.chunk // 4, _BUFFER_BYTES // max(1, vocabulary * itemsize), num_tokens)
         super().__init__(max(self.chunk, room), head.weight)
         self.waiting = 0
-        """Number of rows at the front that hold waiting gradients."""
+        """Number of rows, counted from the first, that hold waiting gradients."""
 
     @property
     def free_rows(self) -> int:
@@ -219,8 +221,8 @@ class _Sums:
     def _add_waiting(self, chunk: slice, logits: Tensor, tokens: Tokens) -> None:
         """Puts a chunk's non-zero gradients in the room, where they wait for their products.
 
-        All waiting gradients are multiplied when no rows are free for the next chunk, or after the last chunk.
-        Waiting keeps the products large and the passes over the weight few even if many tokens have a zero gradient.
+        All waiting gradients are multiplied when too few rows are free for the next chunk, and after the last chunk.
+        Waiting keeps products large, and passes over the weight few, even if many tokens have a zero gradient.
         """
         active = tokens.grad_logprobs.nonzero()[:, 0]
         write_gradient(logits, 0, active, tokens, self.head.scale)
@@ -288,7 +290,7 @@ class _Sums:
     def finish(self, tokens: Tokens) -> HeadGradients:
         """Returns the gradients after the last chunk; ``tokens`` are all tokens of the head."""
         if self.weight is not None and self.weight.by_tiles:
-            self.room.free()  # because the tiles need memory of their own
+            self.room.free()  # because the tiles need memory too
         return HeadGradients(self.hidden, None if self.weight is None else self.weight.finish(tokens))
 
 

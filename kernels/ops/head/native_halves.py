@@ -1,7 +1,7 @@
 """The gradients of the head on the CPU, for all tokens at once, from the logits of two halves of the vocabulary.
 
-Two chunks of tokens would read and write the gradient of the weight once more than the bare products do. Here the
-products are larger than those of chunks, and nothing is summed over chunks. Only half of the logits take extra memory.
+With two chunks of tokens, the gradient of the weight would be read and written a second time, to add the second chunk's
+share. Here nothing is summed over chunks, and the products are larger. Only half of the logits take extra memory.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def gradients_by_halves(
 
     Args:
         head: float32 inputs of the head: in half precision the sum over the two halves would be rounded.
-        tokens: all tokens of ``head``; softmax rows and gradients may be empty until ``look`` has returned.
+        tokens: all tokens of ``head``; softmax rows and gradients may be uninitialised until ``look`` has returned.
         needs_hidden: whether hidden needs a gradient.
-        look: function that gets both halves of the logits before their gradient overwrites them; it must fill in
+        look: function that receives both halves of the logits before their gradients overwrite them; it must fill in
             what is missing in ``tokens``.
     """
     num_tokens, middle = head.hidden.shape[0], head.weight.shape[0] // 2
@@ -67,6 +67,6 @@ def write_stats_of_halves(halves: tuple[Tensor, Tensor], head: Head, rows: Softm
     sums = [part.sum * ((part.max.double() - rows.max) * head.scale).exp() for part in parts]
     total = sums[0] + sums[1]
     rows.sum.copy_(total)
-    # A probability within a half becomes one within the vocabulary when multiplied by the half's share of the sum.
+    # A probability within a half, times that half's share of the total sum, is the probability within the vocabulary.
     logprobs = [part.logprobs + (each / total).log() for part, each in zip(parts, sums, strict=True)]
     rows.logprobs.copy_(torch.where(head.targets < middle, logprobs[0], logprobs[1]))

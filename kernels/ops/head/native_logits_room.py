@@ -1,7 +1,7 @@
 """Memory for the head's logits on the CPU, which is kept from one call to the next.
 
-Touching new pages takes as long as the softmax of all numbers that the pages hold. So a ``LogitsRoom`` starts with the
-memory that the one before it left behind, if that is large enough. ``release_scratch`` frees what is kept.
+Touching new pages takes as long as the softmax of all numbers that they hold. A ``LogitsRoom`` therefore reuses the
+memory of the room before it, if that memory is large enough. ``release_scratch`` frees the kept memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch import Tensor
 
 _MOST_SCRATCH_BYTES = 64 << 20
-"""Larger memory is not kept, so that one unusual call does not hold memory for ever."""
+"""Larger memory is not kept, so that one unusual call does not occupy memory for ever."""
 _PAGE_BYTES = 4096
 _Room = TypeVar("_Room", bound="LogitsRoom")
 
@@ -45,9 +45,9 @@ class LogitsRoom:
 def logits_view(num_tokens: int, weight: Tensor, spare: Tensor) -> Tensor:
     """An uninitialised (num_tokens, V) view of ``spare`` for the logits of ``weight`` (V, D).
 
-    ``spare`` is one-dimensional with at least num_tokens * V numbers; if it is too small for the gaps of
+    ``spare`` is one-dimensional with at least num_tokens * V numbers. If it has no room for the gaps of
     ``_row_distance``, the rows are adjacent. Gaps between 16-bit rows are zeroed, because products may read them (see
-    ``products``).
+    ``support/products.py``).
     """
     vocabulary, distance = weight.shape[0], _row_distance(weight)
     if num_tokens * distance > spare.shape[0]:

@@ -1,16 +1,16 @@
 """The gradient of the head's weight on the CPU: the sum of grad_logits.T @ hidden over blocks of tokens.
 
 ``WeightSum`` takes the blocks and chooses between three ways of summing them. They differ in how often the result is
-rounded to the weight's dtype, and in what that costs:
+rounded to the weight's dtype, and in their cost:
 
-- *Added*: each block is added to the result, without further memory or work. In float32 always. In half precision every
-  addition rounds the result, so this is only for a batch of at most ``_MAX_HALF_SUMS`` blocks.
+- *Added*: each block is added to the result, without further memory or work. Float32 blocks are always summed this way.
+  In half precision every addition rounds the result, so only batches of at most ``_MAX_HALF_SUMS`` blocks are.
 - *Pooled* (``_Pool``): half-precision blocks with few columns (``filter_eps``) wait, and are summed in float32 before
-  the sum is added to the result. Rounds once per pool, and costs the memory of the pool.
-- *By tiles* (``_sum_by_tiles``): half-precision blocks with all columns are too large to wait, and so would be a float32
-  copy of the result. At the end the logits of all tokens with a gradient are computed again, one tile of the vocabulary
-  at a time, and each tile is summed in float32. Rounds once, and costs a fourth matrix product. If a batch has one such
-  block, its pooled blocks are summed by tiles as well.
+  the sum is added to the result. This rounds once per pool, and costs the memory of the pool.
+- *By tiles* (``_sum_by_tiles``): half-precision blocks with all columns are too large to wait, and a float32 copy of
+  the result would be too large as well. Instead, after the last block, the logits of all tokens with a gradient are
+  computed again, one tile of the vocabulary at a time, and each tile is summed in float32. This rounds once, and costs
+  a fourth matrix product. If a batch has one such block, all of its blocks are summed by tiles.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from balcaprl.kernels.support.native_softmax import Tokens, write_gradient
 from balcaprl.kernels.support.products import gapless
 
 _MAX_HALF_SUMS = 2
-"""Number of half-precision blocks that may be added one by one: one addition, so one rounding more than a single block."""
+"""Largest number of half-precision blocks that are added one by one: two blocks round once more than a single one."""
 _POOL_BYTES = 8 << 20
-"""Bytes of pooled blocks above which they are added to the result."""
+"""When the pooled blocks take more bytes than this, their sum is added to the result."""
 _TILE_BYTES = 12 << 20
-"""Bytes for what one step holds: a tile's sum and product, its tokens' hidden states and logits, or gathered rows."""
+"""Bytes for each of these: a tile's sum and product; a chunk's hidden states and logits; rows gathered for columns."""
 _TILE_COLUMNS = 4096
-"""Number of columns of the vocabulary in a tile, at most."""
+"""Largest number of columns of the vocabulary in a tile."""
 
 
 class WeightSum:
@@ -47,7 +47,7 @@ class WeightSum:
         self._pool = _Pool()
 
     def add(self, grad_logits: Tensor, hidden: Tensor) -> None:
-        """Adds a block with all columns; ``grad_logits`` is (n, V), ``hidden`` (n, D)."""
+        """Adds a block with all columns, or leaves it to ``finish``; ``grad_logits`` is (n, V), ``hidden`` (n, D)."""
         if self._rounds:
             self.by_tiles = True
             self._pool.clear()
@@ -86,7 +86,7 @@ class WeightSum:
 
 
 class _Columns(NamedTuple):
-    """Gradients (n, columns) of some columns of a block's logits, the rising numbers of these columns, and (n, D) hidden."""
+    """Gradients (n, columns) of some of a block's logits, the columns' indices, ascending, and (n, D) hidden states."""
 
     grad_logits: Tensor
     columns: Tensor
@@ -104,7 +104,7 @@ def _add_columns(result: Tensor, block: _Columns) -> None:
 
 
 def _columns_at_once(result: Tensor) -> int:
-    """Number of columns whose rows of the result fit ``_TILE_BYTES`` three times in float32."""
+    """Number of columns for which three float32 copies of their rows of the result fit ``_TILE_BYTES``."""
     return max(1, _TILE_BYTES // (3 * 4 * result.shape[1]))
 
 
@@ -116,7 +116,7 @@ class _Pool:
         self.num_bytes = 0
 
     def append(self, block: _Columns) -> None:
-        """Lets a block wait."""
+        """Adds a block to those that wait."""
         self._blocks.append(block)
         self.num_bytes += sum(values.nbytes for values in block)
 
@@ -139,8 +139,8 @@ class _Pool:
         """Adds the gradients of some columns.
 
         Args:
-            result: the sum that is added to.
-            columns: rising; all pooled columns between the first and the last of them are included.
+            result: the sum to which they are added.
+            columns: ascending; every pooled column between the first and the last of them is among them.
         """
         total = result.index_select(0, columns).float()
         for block in self._blocks:
@@ -154,11 +154,11 @@ class _Pool:
 
 
 def _sum_by_tiles(result: Tensor, head: Head, tokens: Tokens) -> None:
-    """Writes the sum over all tokens that have a gradient, from logits that are computed again."""
+    """Writes to ``result`` the sum over all tokens that have a gradient, from logits that are computed again."""
     vocabulary, hidden_size = result.shape
     itemsize = result.element_size()
     active = tokens.grad_logprobs.nonzero()[:, 0]
-    # Both sizes bound memory: a tile needs a float32 sum and one product, a chunk needs hidden states and logits.
+    # Each size bounds memory: a tile needs a float32 sum and one product, a chunk needs hidden states and logits.
     width = max(1, min(_TILE_COLUMNS, _TILE_BYTES // ((4 + itemsize) * hidden_size)))
     chunk = max(1, _TILE_BYTES // (itemsize * (hidden_size + width)))
     for first in range(0, vocabulary, width):

@@ -9,7 +9,7 @@ from torch import Tensor
 from balcaprl.kernels.support.products import gapless
 
 FILTER_BLOCK = 128
-"""Number of tokens in a block on the CPU; ``filter_eps`` keeps or drops a column for all tokens of a block together."""
+"""Tokens per filter block in ``native`` and ``reference``; ``filter_eps`` keeps or drops a column for a whole block."""
 
 
 class Head(NamedTuple):

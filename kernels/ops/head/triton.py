@@ -1,19 +1,20 @@
 """The language-model head in Triton: log-probabilities without stored logits, and the gradients of hidden and weight.
 
-``triton_kernels`` has the kernels; this module launches them and computes what is left in torch.
+``triton_kernels`` has the kernels; this module launches them and does the rest with torch.
 
-Forward: each program computes the logits of a tile of tokens and a share of the vocabulary, and keeps only a few numbers
-per row. The shares are joined afterwards. No tensor of size (T, V) exists.
+Forward: each program computes the logits of a tile of tokens and a share of the vocabulary, and keeps only a few
+numbers per row. The shares' numbers are joined afterwards. No tensor of size (T, V) exists.
 
-Backward: tokens without gradient are left out first; the host waits for their number, and for nothing else. The
-vocabulary is then taken in slices (``_SLICE_BYTES``). For each slice, the logits are computed again and their gradient
-is stored in the storage dtype. Two matrix products turn it into the gradient of hidden, which is summed over slices in
-float32, and the gradient of the slice's weight. Torch computes these two products: on an H200 torch takes 13 ms for
-each, while our kernels took 15 and 24 ms (T 8192, D 3584, V 152,064, bfloat16). With ``filter_eps``, the kernel that
-computes the gradient of the logits also marks the tiles that matter, and our own product kernels skip the others.
+Backward: tokens without a gradient are left out first; the host waits for their number, and for nothing else. The
+vocabulary is then processed in slices (``_SLICE_BYTES``). For each slice, the logits are computed again and their
+gradient is stored in the storage dtype. Two matrix products turn it into the gradient of hidden, which is summed over
+slices in float32, and the gradient of the slice's weight. Torch computes these two products: on an H200 torch takes
+13 ms for each, while our kernels took 15 and 24 ms (T 8192, D 3584, V 152,064, bfloat16). With ``filter_eps``, the
+kernel that computes the gradient of the logits also marks the tiles that matter, and our own product kernels skip the
+others.
 
-Programs are numbered so that those that run at the same time read few different rows of the hidden states and of the
-weight. The rows they share stay in the L2 cache (``_TOKEN_TILES``).
+Programs are numbered so that those that run at the same time share most rows of the hidden states and of the weight,
+which then stay in the L2 cache (``_TOKEN_TILES``).
 
 This module is imported only where ``impl="triton"`` runs.
 """
@@ -42,7 +43,7 @@ _SLICE_BYTES = 128 << 20
 _TOKEN_TILES = 8
 """Number of token tiles that are worked on at the same time."""
 _WANTED_PROGRAMS = 128
-"""Number of programs that the forward aims for on a CPU, where no GPU tells its number of streaming multiprocessors."""
+"""Number of programs that the forward aims for on a CPU, which has no streaming multiprocessors to count."""
 
 
 def logprobs_and_entropy(head: Head, *, with_entropy: bool = True) -> tuple[SoftmaxRows, Tensor]:
@@ -159,8 +160,8 @@ class _Backward:
         return launch(f"_head_grad_{name}_kernel", self.hidden.device, self.hidden.dtype)
 
     def _grad_logits(self, first: int, num_columns: int) -> tuple[Tensor, Tensor]:
-        """The gradient of the logits (N, num_columns) from column ``first`` on, and with ``filter_eps`` which of its
-        tiles are active."""
+        """The gradient (N, num_columns) of the logits from column ``first`` on, and a flag for each of its tiles: with
+        ``filter_eps`` whether it is active, otherwise uninitialised."""
         num_rows, hidden_size = self.hidden.shape
         tiles = (triton.cdiv(num_rows, self.tile_t), triton.cdiv(num_columns, self.tile_v))
         # Rows are aligned so that a thread can read 16 bytes at a time.
@@ -193,7 +194,7 @@ class _Backward:
     def _grad_hidden(
         self, total: Tensor | None, grad_logits: Tensor, active: Tensor, first: int, last: int, whole: bool
     ) -> Tensor:
-        """Adds the part of columns [first, last) to ``total`` (None means 0) and returns the sum, which is float32
+        """Adds the share of columns [first, last) to ``total`` (None means 0) and returns the sum, which is float32
         unless these columns are the whole vocabulary."""
         weight = self.weight[first:last]
         if self.filter_eps is None:
@@ -227,7 +228,7 @@ class _Backward:
 def scale_(values: Tensor, factor: Tensor) -> Tensor:
     """Multiplies contiguous ``values`` of any shape in place by ``factor``, one element on their device; returns them.
 
-    The product is computed in float32. A factor of 1 costs no memory traffic.
+    The product is computed in float32. With a factor of 1 the values are neither read nor written.
     """
     num_values = values.numel()
     row = launch("_head_scale_kernel", values.device, values.dtype)
@@ -240,8 +241,8 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
 
 
 def _wanted_programs(device: torch.device) -> int:
-    """Number of programs to aim for: one per streaming multiprocessor, because the launch tables' tiles leave no room
-    for a second."""
+    """Number of programs to aim for: one per streaming multiprocessor, because with the launch tables' tiles no second
+    one fits."""
     if device.type != "cuda":
         return _WANTED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,16 +1,18 @@
 """The language-model head on a GPU, forward and backward in one sweep: torch's matrix products, Triton's epilogues.
 
-Tokens are taken in chunks whose logits fit ``_CHUNK_BYTES``. The steps for one chunk are:
+Tokens are processed in chunks whose logits and gradient of the logits together fit ``_CHUNK_BYTES``. The steps for one
+chunk are:
 
 1. A matrix product computes the float32 logits = hidden @ weight.T.
-2. One read of the logits gives the softmax rows (``triton_logits.stats``).
+2. One read of the logits gives each token's maximum, sum of exponentials and log-probability (``SoftmaxRows``).
 3. The loss gives the gradient of each token's log-probability.
 4. One read and one write give the gradient of the logits in the storage dtype, for the tokens that have a gradient.
 5. Two matrix products turn it into the gradients of hidden and weight.
 
 A chunk takes three matrix products. ``triton.py`` needs a fourth because it computes the logits twice, but takes less
 memory. The two products of step 5 are launched only after step 3 of the next chunk, so that the GPU always has work
-while the host waits for the number of that chunk's tokens with a gradient. It does not wait if all tokens are taken.
+while the host waits for the number of that chunk's tokens with a gradient. With ``listed=False`` no token is left out
+and the host does not wait.
 
 The gradient of the weight is added up over chunks in the storage dtype and rounded once per chunk, so ``_MAX_CHUNKS``
 limits the number of chunks. This module is imported only where ``impl="triton"`` runs.
@@ -32,8 +34,8 @@ from balcaprl.kernels.support.triton_products import float32_product
 _CHUNK_BYTES = 1 << 30
 """Bytes for a chunk's float32 logits and their gradient."""
 _MAX_CHUNKS = 16
-"""Each chunk rounds the gradient of the weight once; after at most 16 roundings its error stays within the tests'
-bounds relative to the plain formulation."""
+"""Each chunk rounds the gradient of the weight once; with at most 16 roundings its error stays within the tests' bounds
+relative to the reference."""
 _TILE_TOKENS = 128
 """Chunks above this number of tokens are multiples of it, because torch's matrix products use tiles of that size."""
 
@@ -57,15 +59,17 @@ def logprobs_and_gradients(
     *,
     listed: bool = True,
 ) -> tuple[SoftmaxRows, HeadGradients]:
-    """Forward and backward in one sweep, for a function of the log-probabilities that is known chunk by chunk.
+    """Runs forward and backward in one sweep, for a function of the log-probabilities whose gradient can be computed
+    chunk by chunk.
 
     Args:
         head: the head. A target outside of [0, V) gives a log-probability of NaN.
-        gradient_of: takes the (n,) log-probabilities of tokens ``begin`` to ``end`` and returns their gradient, (n,)
-            float32. Called once for every chunk, in order.
-        needs: whether hidden and whether weight needs a gradient.
+        gradient_of: function that takes the (n,) log-probabilities of tokens [begin, end) and the numbers ``begin`` and
+            ``end``, and returns their gradient, (n,) float32. It is called once per chunk, in order.
+        needs: whether hidden needs a gradient, and whether weight does.
         size: number of tokens per chunk.
-        listed: whether tokens without a gradient are left out of step 4 and 5, for which the host waits once per chunk.
+        listed: whether to leave tokens without a gradient out of steps 4 and 5; the host then waits once per chunk for
+            their number.
     """
     sums = _Sums(head, needs)
     one = head.hidden.new_ones((), dtype=torch.float32)
@@ -106,8 +110,8 @@ class _Listed:
             self._copied.record()
 
     def tokens(self) -> Tensor | None:
-        """The tokens as (n,) int64 in ascending order, or None if every token has a gradient. Waits until the device
-        has found them, but not for work launched after that."""
+        """The tokens, (n,) int64 ascending, or None if every token has a gradient. Waits until the device has counted
+        them, but not for work that was launched after that."""
         if self._copied is not None:
             self._copied.synchronize()
         count = int(self._count)
@@ -115,7 +119,7 @@ class _Listed:
 
 
 class _Sums:
-    """Sums up the gradients of hidden (T, D) and weight (V, D), if they are needed."""
+    """Collects the gradients of hidden (T, D) and weight (V, D) over the chunks, if they are needed."""
 
     def __init__(self, head: Head, needs: tuple[bool, bool]) -> None:
         self.head = head

@@ -69,7 +69,7 @@ def _head_stats_kernel(
     EVEN_D: tl.constexpr, WITH_ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of tokens and share of the vocabulary: writes that share's online softmax statistics."""
-    # Programs take all shares of one group of token tiles before the next group, so few tokens are read at a time.
+    # All shares of one group of token tiles come before those of the next group, so few tokens are read at a time.
     token_tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     first_row = token_tile * BLOCK_T
     rows = first_row + tl.arange(0, BLOCK_T)
@@ -91,8 +91,8 @@ def _head_stats_kernel(
         exps = tl.exp2(differences * _LOG2E)
         shrink = tl.exp2(moved * _LOG2E)
         if WITH_ENTROPY:
-            # ``before`` is the sum of exp(d) d over earlier tiles, corrected for the new maximum. Below -200 exp(d) is
-            # 0, so clamping d there makes a logit of -inf add 0 instead of NaN.
+            # ``before`` is the sum of exp(d) d over earlier tiles, corrected for the new maximum. exp(d) is 0 for d
+            # below -200, so with d clamped there, a logit of -inf adds 0 instead of NaN.
             before = tl.where(sums > 0.0, shrink * (weighted + moved * sums), 0.0)
             weighted = before + tl.sum(exps * tl.maximum(differences, -200.0), axis=1)
         sums = sums * shrink + tl.sum(exps, axis=1)
@@ -104,8 +104,8 @@ def _head_stats_kernel(
         tl.store(weighted_ST + out, weighted, mask=in_rows)
     if tl.program_id(1) == 0:
         # Separate products for the targets' logits are cheaper than a search for the target in every tile. They use the
-        # same instructions as above and give the same bits, so the difference from the log-sum-exp keeps its digits
-        # where a target is nearly certain.
+        # same instructions as above and give the same bits, so the difference from the log-sum-exp stays accurate where
+        # a target is nearly certain.
         chosen = tl.zeros((BLOCK_T,), tl.float32)
         for begin in range(0, BLOCK_T, BLOCK_V):
             column_rows = first_row + begin + tl.arange(0, BLOCK_V)
@@ -126,8 +126,8 @@ def _head_grad_logits_kernel(
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr, GROUP: tl.constexpr, FILTER: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of the logits for one tile of tokens and of the slice's columns. Programs go through the
-    columns for ``GROUP`` tiles of tokens at a time."""
+    """Writes the gradient of the logits for one tile of tokens and of the slice's columns. Programs are numbered so
+    that all columns of ``GROUP`` tiles of tokens come before the next tokens."""
     number = tl.program_id(0)
     row_tiles, column_tiles = tl.cdiv(num_rows, BLOCK_T), tl.cdiv(num_columns, BLOCK_V)
     first_tile = number // (GROUP * column_tiles) * GROUP
@@ -147,7 +147,7 @@ def _head_grad_logits_kernel(
     sums = tl.load(sum_N + rows, mask=in_rows, other=1.0)
     gradient = tl.load(grad_logprobs_N + rows, mask=in_rows, other=0.0) * scale
     softmax = tl.exp2((logits - highest[:, None]) * scale * _LOG2E) * (1.0 / sums)[:, None]
-    # 1 - p is computed with expm1, which keeps its digits near p = 1.
+    # 1 - p is computed as -expm1(log p), which stays accurate when p is near 1.
     at_target = -gradient * expm1_float32(tl.load(logprobs_N + rows, mask=in_rows, other=0.0))
     is_target = columns[None, :] == tl.load(targets_N + rows, mask=in_rows, other=-1)[:, None]
     values = tl.where(is_target, at_target[:, None], -gradient[:, None] * softmax)
@@ -171,8 +171,8 @@ def _head_grad_hidden_kernel(
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE_T: tl.constexpr, TILE_V: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Computes grad_hidden = grad_logits @ weight[slice], or += with ADD, from active tiles only. One program per tile
-    of tokens and hidden columns."""
+    """Computes grad_hidden = grad_logits @ weight[slice], or += with ``ADD``, from active tiles only. One program per
+    tile of tokens and hidden columns."""
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_rows = rows < num_rows
     dims = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)

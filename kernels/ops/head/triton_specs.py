@@ -34,7 +34,7 @@ def _tiles(size: int, block: int) -> int:
 
 
 def _product_work(dtype: torch.dtype, columns: int, read: int, written: int, moved: int) -> Work:
-    """The work of a kernel that computes one product of T x D x ``columns``; other sizes are in ``dtype`` elements."""
+    """The work of a kernel that computes one product of T x D x ``columns``; the last three are ``dtype`` elements."""
     floor, all_moved = ((count + written) * dtype.itemsize for count in (read, moved))
     operations = 2 * _TOKENS * _HIDDEN * columns
     unit = "fp32" if dtype == torch.float32 else "tensor"

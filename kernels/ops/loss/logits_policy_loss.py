@@ -10,8 +10,8 @@ With g_t = d loss / d logprobs_t, which the forward computes with the loss, and 
     d loss / d z_tv = g_t ([v = y_t] - p_tv) / tau
 
 The forward reads the logits once and keeps four numbers per token. The backward reads the logits once and writes the
-gradient once. ``native`` and ``triton`` do not read rows again whose g_t is exactly 0 (no advantage, or clipped), and
-store neither a float32 copy of the logits nor a softmax.
+gradient once. In the backward, ``native`` and ``triton`` do not read the rows whose g_t is exactly 0 (no advantage, or
+clipped). They store neither a float32 copy of the logits nor a softmax.
 
 With ``inplace_grad=True`` the backward writes the gradient over the logits and returns their storage as the gradient,
 so that the gradient needs no extra memory. The logits are lost after that backward. Autograd knows about the write: a
@@ -98,8 +98,8 @@ def logits_policy_loss(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or range, or a value that is not allowed; the message
-            starts with the argument's name. On a GPU a value is found later: the loss is NaN, and the error is raised
-            by the next op or by ``kernels.support.deferred.raise_pending``.
+            starts with the argument's name. On a GPU an invalid value is found later: the loss is NaN, and a later op
+            or ``kernels.support.deferred.raise_pending`` raises the error.
         RuntimeError: ``impl`` is ``native`` and the compiled library is not available.
     """
     check_tensor("logits", logits, shape=("T", "V"), dtypes=_DTYPES)
@@ -172,7 +172,7 @@ def resolve_impl(impl: str, logits: Tensor) -> str:
     "-> (Tensor loss, Tensor metrics, Tensor row_max, Tensor row_sum, Tensor logprobs, Tensor grad_logprobs)",
 )
 def _logits_policy_loss_op(logits, targets, *rest):
-    """The forward, with its checks of values, which a tracer does not see.
+    """Runs the forward and its checks of values, which a tracer does not see.
 
     Returns the loss, the (5,) metrics, and four (T,) tensors for the backward.
     """
@@ -200,7 +200,7 @@ def _with_rows(logits: Tensor) -> Tensor:
 
 
 def _row_stats(logits: Tensor, targets: Tensor, temperature: float, impl: str) -> SoftmaxRows:
-    """Softmax rows of the logits: what the gradient needs, and the log-probabilities of the targets.
+    """Softmax statistics of each row of the logits, with the log-probabilities of the targets.
 
     A target out of range raises, or with ``triton`` gives a log-probability of NaN.
     """
@@ -240,7 +240,7 @@ def _check_logprobs(logprobs: Tensor, targets: Tensor, vocabulary: int) -> None:
 
 
 def _raise_for_logprobs(logprobs: Tensor, targets: Tensor, vocabulary: int) -> NoReturn:
-    """Raises ValueError for the argument by which some log-probabilities are not finite."""
+    """Raises ValueError for the argument that makes some log-probabilities not finite."""
     _check_targets(targets, vocabulary)
     bad = (~logprobs.isfinite()).nonzero()[:, 0].tolist()
     raise ValueError(
@@ -356,8 +356,8 @@ def _backward(ctx, grad_loss, *_):
     logits, *tensors = ctx.saved_tensors
     arguments = (*tensors, grad_loss, ctx.temperature, ctx.impl)
     if ctx.inplace_grad:
-        # The detached tensor shares storage and version counter with the logits, so that autograd notices the write
-        # wherever the logits were saved.
+        # The detached tensor shares storage and version counter with the logits, so autograd notices the write in every
+        # op that saved the logits.
         gradient = logits.detach()
         _backward_inplace_op(gradient, *arguments)
     else:

@@ -21,7 +21,7 @@ reduction          loss                                     ``normalizer``; its 
 =================  =======================================  ==========================================================
 
 An empty completion contributes 0. A token whose advantage is 0 has a policy term of exactly 0, whatever its ratio. The
-op computes the gradient together with the loss and keeps nothing else for the backward. The gradient is::
+op computes the gradient together with the loss and keeps only the gradient for the backward. The gradient is::
 
     d token / d logprobs = -A_j * ratio * importance * [not clipped] + kl_coef * (1 - exp(d))
     clipped: ratio > 1 + clip_high and A_j > 0, or ratio < 1 - clip_low and A_j < 0
@@ -79,7 +79,7 @@ def policy_loss(
         old_logprobs: (T,) floating log-probabilities under the policy at the start of this batch's updates; None means
             on-policy: the detached ``logprobs``.
         advantages: (R,) floating, the advantage of each rollout.
-        cu_seqlens: (R + 1,) int32 offsets, never falling, from 0 to T: rollout j has tokens cu_seqlens[j] to
+        cu_seqlens: (R + 1,) int32 offsets that never fall, from 0 to T: rollout j has tokens cu_seqlens[j] to
             cu_seqlens[j + 1] - 1.
         clip_low: lower clip range, 0 <= clip_low <= 1.
         clip_high: upper clip range, >= 0.
@@ -95,9 +95,10 @@ def policy_loss(
             ``reference`` supports float64.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype, device or range, or a value that is not finite; the message
-            starts with the argument's name. On a GPU a value is found later: the loss is NaN, and the error is raised
-            by the next op or by ``kernels.support.deferred.raise_pending``.
+        ValueError: an argument has a wrong shape, dtype, device or range, or a value that is not allowed; the message
+            starts with the argument's name. On a GPU an invalid value is found later: the loss is NaN, and a later op
+            or ``kernels.support.deferred.raise_pending`` raises the error.
+        RuntimeError: ``impl`` is ``native`` and the compiled library is not available.
     """
     check_tensor("logprobs", logprobs, shape=("T",))
     arguments = LossArguments(
@@ -160,7 +161,7 @@ def policy_loss_reference(
     schema=f"(Tensor logprobs, {LOSS_SCHEMA}, str impl) -> (Tensor loss, Tensor metrics, Tensor grad_logprobs)",
 )
 def _policy_loss_op(logprobs, *rest):
-    """The forward, with its checks of values, which a tracer does not see.
+    """Runs the forward and its checks of values, which a tracer does not see.
 
     Returns the loss, the (5,) metrics, and d loss / d logprobs.
     """

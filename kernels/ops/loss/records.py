@@ -1,6 +1,7 @@
 """The records of the policy losses: what a caller passes, what an implementation takes, and what comes back.
 
-All implementations share them, so they are below all of them. ``policy_loss.py`` has the mathematics.
+All implementations use these records, so this module imports none of the implementations. ``policy_loss.py`` has the
+mathematics.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ class LossSettings(NamedTuple):
 
 
 class LossArguments(NamedTuple):
-    """Arguments that all policy losses share, without log-probabilities, logits, hidden states, weight and targets.
+    """The arguments that all policy losses share; ``policy_loss`` documents them.
 
-    ``policy_loss`` documents them.
+    The inputs in which the losses differ (log-probabilities, logits, hidden states, weight, targets) are not here.
     """
 
     old_logprobs: Tensor | None
@@ -94,7 +95,7 @@ class LossArguments(NamedTuple):
         )
 
     def result(self, loss: Tensor, metrics: Tensor) -> PolicyLoss:
-        """Makes a ``PolicyLoss`` of the loss and the (5,) metrics, with NaN for a metric whose input was not given.
+        """Makes a ``PolicyLoss`` from the loss and the (5,) metrics, with NaN for a metric whose input was not given.
 
         The registered op itself must not return NaN, because opcheck compares outputs and NaN differs from itself.
         """
@@ -115,11 +116,12 @@ class TokenBatch(NamedTuple):
     """Log-probabilities at the start of the batch's updates; None means on-policy: the log-probabilities themselves."""
     advantages: Tensor
     scale: Tensor
-    """Factor of each token's loss in the sum; it contains the reduction and ``normalizer``."""
+    """Factor of each token's loss in the sum; it includes the reduction and ``normalizer``."""
     sampling_logprobs: Tensor | None
     reference_logprobs: Tensor | None
     status: Tensor | None = None
-    """(1,) int32: 0 if all values were valid; ``token_loss`` counts it. None if they have been checked already."""
+    """(1,) int32: 0 if all values were valid, otherwise 1; ``token_loss`` adds it to ``num_bad``. None if all values
+    have been checked already."""
 
     @property
     def per_token(self) -> tuple[Tensor | None, ...]:
@@ -144,5 +146,5 @@ class TokenLoss(NamedTuple):
     grad_logprobs: Tensor
     """Gradient d loss_sum / d logprobs, (T,) in the dtype of the log-probabilities."""
     num_bad: Tensor | None = None
-    """Number of invalid values, 0-d float64: log-probabilities that are not finite, and the batch's ``status``. If it is
-    not 0, ``loss_sum`` is NaN. None where all values have been checked before."""
+    """0-d float64: 0 if the batch's ``status`` is 0 and all log-probabilities are finite; otherwise positive, and
+    ``loss_sum`` is NaN. Only whether it is 0 is meaningful. None if all values have been checked already."""

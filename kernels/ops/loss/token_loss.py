@@ -1,4 +1,4 @@
-"""The token-wise part that ``policy_loss``, ``linear_policy_loss`` and ``logits_policy_loss`` share.
+"""The part that ``policy_loss``, ``linear_policy_loss`` and ``logits_policy_loss`` share: the loss of each token.
 
 ``policy_loss.py`` has the mathematics. After each rollout's advantage and share of the reduction have been copied to
 its tokens, the loss of a token depends only on that token's log-probability, so any slice of tokens can be processed by
@@ -8,11 +8,11 @@ itself::
     batch = token_batch(arguments, T, dtype, impl)      checks values; per-token advantages and scale
     parts = [token_loss(logprobs[a:b], batch.rows(a, b), arguments.settings, impl) for a, b in ranges]
     loss = sum of the parts' loss_sum;   metrics = policy_loss_metrics(stack of their metric_sums)
-    check_parts(parts, explain)                         raises for what the kernels found; on a GPU later
+    check_parts(parts, explain)                         raises for what the kernels found, on a GPU later
     result = arguments.result(loss, metrics)
 
-``token_loss`` returns the gradient together with the loss. Autograd only sees ``token_terms`` and ``token_losses``, of
-which ``policy_loss_reference`` consists.
+``token_loss`` returns the gradient together with the loss and needs no autograd. ``policy_loss_reference`` instead lets
+autograd differentiate ``token_terms`` and ``token_losses``.
 """
 
 from __future__ import annotations
@@ -112,14 +112,14 @@ def token_batch(
 
 
 def check_parts(parts: Sequence[TokenLoss], explain: deferred.Explain) -> None:
-    """Raises by ``explain`` for invalid values that the parts count: at once on a CPU, later on a GPU (``deferred``)."""
+    """Calls ``explain``, which raises, if the parts count invalid values: at once on a CPU, later on a GPU."""
     counts = [part.num_bad for part in parts if part.num_bad is not None]
     if counts:
         deferred.check(counts[0] if len(counts) == 1 else torch.stack(counts).sum(), explain)
 
 
 def raise_invalid(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None = None) -> NoReturn:
-    """Raises ValueError with the name of the argument that has an invalid value, for arguments of which one has."""
+    """Raises ValueError with the name of the argument that has an invalid value; call it only if one has."""
     _check_values(arguments, num_tokens, logprobs)
     raise ValueError("advantages or log-probabilities: a value that float32 cannot hold")
 
@@ -172,7 +172,8 @@ def token_loss(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings, im
     """Computes loss, metric sums and gradient of T tokens (a whole batch or any rows of it), without autograd.
 
     Args:
-        logprobs_T: (T,) finite log-probabilities in the dtype of ``batch``, contiguous; ``triton`` checks that they are.
+        logprobs_T: (T,) log-probabilities in the dtype of ``batch``, contiguous and finite; ``triton`` itself checks
+            that they are finite.
         batch: result of ``token_batch``, or rows of it.
         settings: clip ranges, importance cap and KL coefficient; ``policy_loss`` documents them.
         impl: implementation of the op, not ``auto``. ``native`` supports only float32; ``triton`` uses the reference
@@ -213,7 +214,7 @@ def _token_loss_native(logprobs_T: Tensor, batch: TokenBatch, settings: LossSett
 
 
 def policy_loss_metrics(metric_sums: Tensor) -> Tensor:
-    """(5,) float64 metrics in the order of ``PolicyLoss``, from the (6,) sums of one part or the (N, 6) of several.
+    """(5,) float64 metrics in the order of ``PolicyLoss``, from the (6,) sums of one part or (N, 6) sums of several.
 
     A metric is 0 if there are no tokens or its input is missing.
     """

@@ -1,12 +1,12 @@
 """Triton kernels of ``token_batch`` and ``token_loss``.
 
-``token_batch`` takes one launch: it checks all values and spreads advantages and scales over the tokens. In torch's ops
-this took about 25 launches and a millisecond.
+``token_batch`` runs one kernel, which checks all values and writes the advantage and the scale of each token. With
+torch's ops this took about 25 launches and a millisecond.
 
-``token_loss`` takes two launches. One pass over the tokens gives the gradients, and a row of partial sums per program.
-Another kernel adds the rows up, always in the same order, so that the same input gives the same bits. It also adds up
-what the checks have found, and makes the loss NaN if that is anything. The host reads nothing back: whoever calls hands
-``TokenLoss.num_bad`` to ``deferred.check``.
+``token_loss`` takes two launches. One pass over the tokens gives the gradients and, for each program, a row of partial
+sums. Another kernel adds the rows up, always in the same order, so that the same input gives the same bits. It also
+adds up the invalid values that the checks have found, and makes the loss NaN if there are any. The host reads nothing
+back: the caller passes ``TokenLoss.num_bad`` to ``deferred.check``.
 
 This module is imported only where ``impl="triton"`` runs.
 """
@@ -48,7 +48,7 @@ def _token_batch_kernel(
 ):  # fmt: skip
     """One program per block of tokens and of rollouts: checks all values, and writes each token's advantage and scale.
 
-    This kernel checks the offsets, so it does not rely on them: whatever their values, reads stay within R + 1 offsets.
+    The kernel that checks the offsets cannot rely on them: whatever their values, reads stay within the R + 1 offsets.
     """
     lanes = tl.arange(0, BLOCK_T)
     # Rollouts: offsets must go from 0 to T without falling, and advantages must be finite.
@@ -93,7 +93,7 @@ def _token_batch_kernel(
         divisors *= lengths.to(tl.float32)
     advantages = tl.load(advantages_R + low, mask=mask & (low < num_rollouts), other=0.0)
     tl.store(advantages_T + tokens, advantages, mask=mask)
-    # Rounded to nearest, because all tokens share this error.
+    # The quotient is rounded to nearest, because all tokens share its error.
     tl.store(scale_T + tokens, tl.div_rn(tl.full((BLOCK_T,), 1.0, tl.float32), divisors), mask=mask)
 
 
@@ -168,7 +168,7 @@ def _token_loss_kernel(
 def _token_sums_kernel(partials_PS, status, sums_S, num_partials, BLOCK_P: tl.constexpr):
     """A single program adds up all rows, tile after tile; for the largest ratio it takes the maximum instead.
 
-    The batch's ``status`` (or None) counts among the invalid values, any of which makes the loss NaN.
+    Adds the batch's ``status``, if not None, to the number of invalid values, and makes the loss NaN if there are any.
     """
     columns = tl.arange(0, _NUM_SUMS)
     sums = tl.zeros((_NUM_SUMS,), tl.float64)
@@ -185,7 +185,7 @@ def _token_sums_kernel(partials_PS, status, sums_S, num_partials, BLOCK_P: tl.co
 
 
 def token_batch(arguments: LossArguments, num_tokens: int, logprobs: Tensor | None) -> TokenBatch:
-    """The same as ``balcaprl.kernels.loss.token_loss.token_batch``, in float32; an invalid value only sets ``status``."""
+    """The same as ``balcaprl.kernels.loss.token_loss.token_batch`` in float32; invalid values only set ``status``."""
     device, num_rollouts = arguments.advantages.device, arguments.advantages.shape[0]
     advantages_R = arguments.advantages.float().contiguous()
     per_token = (logprobs, arguments.old_logprobs, arguments.sampling_logprobs, arguments.reference_logprobs)
@@ -215,7 +215,7 @@ def token_batch(arguments: LossArguments, num_tokens: int, logprobs: Tensor | No
 
 
 def token_loss(logprobs_T: Tensor, batch: TokenBatch, settings: LossSettings) -> TokenLoss:
-    """The same as ``balcaprl.kernels.loss.token_loss.token_loss``, for float32 tensors on the GPU."""
+    """The same as ``balcaprl.kernels.loss.token_loss.token_loss``, for float32 tensors."""
     num_tokens, device = logprobs_T.shape[0], logprobs_T.device
     row = launch("_token_loss_kernel", device, logprobs_T.dtype)
     num_blocks = triton.cdiv(num_tokens, row.blocks["BLOCK_T"])

@@ -4,8 +4,9 @@ Between the two, ``token_loss`` turns log-probabilities into their gradient. Ari
 ``logits_policy_loss`` uses these kernels, and so do the head's chunks (``head.triton_chunks``), whose logits are
 float32 and whose gradient is in the storage dtype.
 
-Both kernels are bound by memory: a program streams tiles of one row, and each thread loads 16 bytes at a time. Rows are
-addressed with 64-bit offsets. This module is imported only where ``impl="triton"`` runs.
+Both kernels are bound by memory. A program of the first streams all tiles of a row, one of the second handles a single
+tile; each thread loads 16 bytes at a time. Rows are addressed with 64-bit offsets. This module is imported only where
+``impl="triton"`` runs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _finite(highest):
-    """``highest``, or 0 where it is -inf because no value is finite; subtracting 0 there makes sums 0 and not NaN."""
+    """``highest``, or 0 where it is -inf (all values are). Subtracting 0 there gives sums of 0 instead of NaN."""
     return tl.where(highest == float("-inf"), 0.0, highest)
 
 
@@ -44,8 +45,8 @@ def _logits_stats_kernel(
     """One program per row: writes its maximum, the sum of exp((x - max) * scale), and the target's log-probability."""
     token = tl.program_id(0).to(tl.int64)
     row = logits_TV + token * row_stride
-    # Each lane keeps the maximum and sum of the 16 bytes that its thread loads at once, so threads exchange nothing
-    # before the end.
+    # Each lane covers the values in 16 bytes, one load of its thread, and keeps their running maximum and sum of
+    # exponentials over all tiles, so threads exchange nothing before the end.
     PACK: tl.constexpr = 128 // logits_TV.dtype.element_ty.primitive_bitwidth
     LANES: tl.constexpr = BLOCK_V // PACK
     columns = tl.arange(0, LANES)[:, None] * PACK + tl.arange(0, PACK)[None, :]
@@ -62,7 +63,7 @@ def _logits_stats_kernel(
     row_max = tl.max(highest, axis=0)
     total = tl.sum(sums * tl.exp2((highest - _finite(row_max)) * to_exp2), axis=0)
     target = tl.load(targets_T + token)
-    # A target outside of [0, V) is not read; the caller finds the NaN and raises.
+    # The logit of a target outside of [0, V) is not read but taken as NaN, which the caller finds.
     inside = (target >= 0) & (target < vocabulary)
     chosen = tl.load(row + target, mask=inside, other=float("nan")).to(tl.float32)
     tl.store(max_T + token, row_max)
@@ -105,17 +106,17 @@ def _logits_gradient_kernel(
         tl.store(out, tl.zeros((BLOCK_V,), grad_logits_TV.dtype.element_ty), mask=mask)
     else:
         tile = tl.load(logits_TV + token * row_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        # Rounded to nearest, because this error affects the whole row.
+        # The quotient is rounded to nearest, because its error affects the whole row.
         coefficient = tl.div_rn(-gradient, tl.load(sum_T + token))
         values = tl.exp2((tile - tl.load(max_T + token)) * (scale * _LOG2E)) * coefficient
-        # 1 - p is computed with expm1, which keeps its digits near p = 1.
+        # 1 - p is computed as -expm1(log p), which stays accurate when p is near 1.
         at_target = -gradient * expm1_float32(tl.load(logprobs_T + token))
         values = tl.where(columns == tl.load(targets_T + token), at_target, values)
         tl.store(out, narrowed(values, grad_logits_TV.dtype.element_ty), mask=mask)
 
 
 def stats(logits: Tensor, targets: Tensor, scale: float) -> SoftmaxRows:
-    """The softmax rows of the logits, in one read of them.
+    """One read of the logits gives each token's maximum, sum of exponentials and log-probability (``SoftmaxRows``).
 
     Args:
         logits: (T, V) float32, bfloat16 or float16, columns contiguous.
@@ -153,7 +154,7 @@ def gradient(
         grad_loss: one value, float32 or float64, on the device; it multiplies ``grad_logprobs``.
         scale: 1 / temperature.
         out: (T, V) tensor for the gradient, columns contiguous; may be ``logits``.
-        tokens: (N,) int64: the tokens of the rows of ``out``, which is then (N, V). None means all tokens, in order.
+        tokens: (N,) int64, the token of each row of ``out``, which is then (N, V). None means all tokens, in order.
     """
     vocabulary = logits.shape[1]
     if not out.numel():
@@ -187,7 +188,8 @@ def _stats_spec(dtype: torch.dtype) -> KernelSpec:
     def work(_: Launch) -> Work:
         size = _TOKENS * _VOCABULARY
         moved = size * dtype.itemsize + 20 * _TOKENS
-        # Operations per logit: a difference, two products, exp2, a multiply-add into the sum, and the maximum.
+        # Operations per logit, at most: a difference, a product, exp2, an addition and the maximum; 7 with each lane's
+        # rescaling.
         return Work(f"T={_TOKENS} V={_VOCABULARY}", moved, moved + dtype.itemsize * _TOKENS, 7 * size)
 
     return KernelSpec(
@@ -201,15 +203,15 @@ def _stats_spec(dtype: torch.dtype) -> KernelSpec:
 
 
 def _gradient_spec(dtype: torch.dtype, chunk: bool = False) -> KernelSpec:
-    """The specification of the gradient kernel. With ``chunk`` it is the variant of ``head.triton_chunks``: from
-    float32 logits of listed tokens to a bfloat16 gradient."""
+    """The specification of the gradient kernel. With ``chunk`` it is the variant that ``head.triton_chunks`` uses: from
+    float32 logits to a bfloat16 gradient of listed tokens."""
     out = torch.bfloat16 if chunk else dtype
 
     def work(launch_row: Launch) -> Work:
         size = _TOKENS * _VOCABULARY
         moved = size * (dtype.itemsize + out.itemsize) + 24 * _TOKENS
         repeated = 24 * _TOKENS * (-(-_VOCABULARY // launch_row.blocks["BLOCK_V"]) - 1)
-        # Operations per logit: a difference, two products, exp2, and a third product.
+        # Operations per logit: a difference, exp2, two products, and the choice between target and other columns.
         return Work(f"T={_TOKENS} V={_VOCABULARY}", moved, moved + repeated, 5 * size)
 
     tokens = {"tokens_N": "*i64"} if chunk else {}

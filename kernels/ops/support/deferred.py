@@ -1,7 +1,7 @@
 """Checks of values on a GPU that do not wait for the GPU.
 
 A host that reads a flag from a GPU waits for all work that is queued there. ``check`` therefore only starts to copy the
-flag, and the error is raised once the copy has arrived: in the next ``check`` of the same thread, or in
+flag. The error is raised by the first later ``check`` of the same thread that finds the copy finished, or by
 ``raise_pending``, which waits for it. An op whose check failed has by then returned NaN. On a CPU the flag is read at
 once.
 """
@@ -30,7 +30,7 @@ class _Check(NamedTuple):
 
 
 class _Pending(threading.local):
-    """The checks of one thread whose flag nobody has read yet, oldest first."""
+    """The checks of one thread whose flags have not been read yet, oldest first."""
 
     def __init__(self) -> None:
         self.checks: deque[_Check] = deque()
@@ -40,14 +40,14 @@ _pending = _Pending()
 
 
 def check(flag: Tensor, explain: Explain) -> None:
-    """Raises by ``explain`` if the flag says so: at once on a CPU, later on a GPU.
+    """Calls ``explain``, which raises, if the flag is not 0: at once on a CPU, later on a GPU.
 
     Args:
-        flag: one element; anything but 0 means that a value is invalid, NaN too.
+        flag: one element; anything but 0, NaN included, means that a value is invalid.
         explain: raises the error. What it refers to stays in memory until the flag is read.
 
     Raises:
-        ValueError: this check failed, or on a GPU an earlier one of this thread.
+        ValueError: on a CPU: this check failed; on a GPU: an earlier check of this thread failed.
     """
     if not flag.is_cuda:
         if flag:
@@ -58,7 +58,7 @@ def check(flag: Tensor, explain: Explain) -> None:
 
 
 def _copied_to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-    """Starts to copy a flag to the host; returns the copy, and the event after which it is there."""
+    """Starts to copy a flag to the host; returns the copy, and the event after which it holds the flag."""
     copy = torch.empty((), dtype=flag.dtype, pin_memory=True)
     with torch.cuda.device(flag.device):
         copy.copy_(flag.view(()), non_blocking=True)
@@ -71,13 +71,16 @@ def raise_pending() -> None:
     """Waits until all checks of this thread are done. Call it where results are read: it costs nothing more there.
 
     Raises:
-        ValueError: a value that an op was given on a GPU is invalid; the message starts with the argument's name.
+        ValueError: a value that was passed to an op on a GPU is invalid; the message starts with the argument's name.
     """
     _raise(wait=True)
 
 
 def _raise(*, wait: bool) -> None:
-    """Raises for the first failed check, and forgets those that were read; without ``wait``, reads only what is there."""
+    """Reads the pending flags in order and forgets each. At the first failed check, forgets all others too, and raises.
+
+    Without ``wait``, stops at the first flag that has not arrived.
+    """
     checks = _pending.checks
     while checks and (wait or checks[0].copied.query()):
         done = checks.popleft()

@@ -1,4 +1,4 @@
-"""How an op chooses by its tensors: the implementation for ``impl="auto"``, and the dtype in which it computes."""
+"""What an op derives from its tensors: the implementation for ``impl="auto"``, and the dtype in which it computes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def fastest_impl(device: torch.device, *, native_fits: bool = True, triton_fits: bool = True) -> str:
     """The fastest of ``triton``, ``native`` and ``reference`` that can run on tensors on ``device``.
 
-    Warns once per process if only the missing compiled library keeps it from ``native``.
+    Warns once per process if ``native`` would be chosen, but the compiled library is missing.
 
     Args:
         device: device of the tensors.
@@ -39,7 +39,7 @@ def resolve_below_float64(impl: str, tensor: Tensor, subject: str) -> str:
     Args:
         impl: ``native``, ``triton``, ``reference``, or ``auto`` for the fastest that can run.
         tensor: the input whose device and dtype decide.
-        subject: its name with the verb, such as ``logits are``, for the message.
+        subject: the input's name with a verb, such as ``logits are``, for the message.
 
     Raises:
         ValueError: ``impl`` cannot run on such tensors; the message starts with ``impl``.

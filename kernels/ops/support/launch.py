@@ -6,7 +6,7 @@ This module does not import triton, so that ``balcaprl.kernels`` can be imported
   them up; a launcher writes ``kernel[grid](..., **launch("_logits_stats_kernel", x.device, x.dtype).kwargs())``.
 - ``KernelSpec``: one compiled variant of a kernel, with the requirements on its machine code. A module that has kernels
   lists their specs in ``KERNEL_SPECS``; ``bench/compile_report.py`` and ``tests/kernels/test_compiled.py`` read them.
-- ``check_triton``: checks that Triton kernels can run on a device at all.
+- ``check_triton``: checks whether Triton kernels can run on a device at all.
 
 Rows are keyed by (compute capability x 10, bytes per element). ``table_architecture`` maps a device to one of
 ``ARCHITECTURES``, and the row with the highest capability up to that architecture applies. sm_86, sm_89 and sm_120 have
@@ -76,7 +76,7 @@ TABLES: dict[str, Table] = {
     "_adamw_squares_kernel": _streaming(Launch({"BLOCK": 2048}, 8), Launch({"BLOCK": 2048}, 8)),
     "_adamw_norms_kernel": {(80, 8): Launch({"BLOCK_C": 2048}, 8)},
     "_adamw_direction_kernel": _streaming(Launch({"BLOCK": 1024}, 4), Launch({"BLOCK": 1024}, 4)),
-    # Four elements per thread: eight take so many registers that too few bytes are in flight.
+    # Four elements per thread: with eight, a thread takes so many registers that too few loads are in flight.
     "_adamw_apply_kernel": _streaming(Launch({"BLOCK": 512}, 4), Launch({"BLOCK": 512}, 4)),
     # With BLOCK_VALUES of 1024 the gdpo variant, which has the batch step, spills registers on sm_90 and sm_100.
     "_grouped_advantages_kernel": {
@@ -168,7 +168,7 @@ def _cuda_table_architecture(index: int) -> int:
     return {9: 90, 10: 100}.get(major, 80)
 
 
-# Checks that a Triton kernel can run.
+# Whether a Triton kernel can run.
 
 
 @functools.cache
@@ -242,7 +242,7 @@ class KernelSpec:
     divisible: frozenset[str] = field(default_factory=frozenset)
     """Names of the integer arguments that are multiples of 16 at real shapes; pointers always are, because torch aligns
     what it allocates. Triton specialises a launch on this property, and can only then prove that wide accesses are
-    aligned. A kernel lists an argument that changes from batch to batch and affects no alignment in
+    aligned. An argument that changes from batch to batch and affects no alignment belongs in the kernel's
     ``do_not_specialize``; otherwise a training step would now and then wait seconds for a compilation."""
     wide_load: bool = True
     """Whether the kernel must load at least 128 bits at once from global memory, or use the tensor memory accelerator

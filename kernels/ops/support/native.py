@@ -1,7 +1,7 @@
-"""Loads the compiled library (``kernels/csrc``) through ctypes, with no compiler and no libtorch at run time.
+"""Loads the compiled library (``kernels/csrc``) through ctypes; at run time it needs no compiler and no libtorch.
 
 No other module loads the library. Loading is tried once, at the first call. If it fails, everything else still works:
-ops with ``impl="auto"`` run their reference after one warning, and ``impl="native"`` raises with the reason.
+ops with ``impl="auto"`` run their reference after one warning, and ``impl="native"`` raises an error with the reason.
 
 The library starts no threads of its own. It runs its blocks of work on the thread team of the OpenMP runtime that
 torch's kernels use, with ``torch.get_num_threads()`` threads. If the entry points of that runtime cannot be found, the
@@ -68,7 +68,7 @@ SIMD_VARIABLE = "BALCAPRL_SIMD"
 
 
 def library_path() -> Path:
-    """The path at which the library is expected, beside this module."""
+    """The path at which the library is expected, in the directory of ``balcaprl.kernels``."""
     return _LIBRARY_PATH
 
 

@@ -1,4 +1,4 @@
-"""The library's row-wise softmax (``csrc/linear_logprobs.cpp``) on torch tensors: a head's work between its products.
+"""The library's row-wise softmax (``csrc/linear_logprobs.cpp``) on torch tensors, for logits that are stored.
 
 Logits are (n, V) float32, bfloat16 or float16 on the CPU; the values of a row are contiguous. Tensors with one value
 per row are (n,) and contiguous; targets are int64, all others float32.
@@ -73,12 +73,12 @@ def write_stats(logits: Tensor, targets: Tensor, scale: float, rows: SoftmaxRows
 
 
 def write_gradient(logits: Tensor, first_column: int, active: Tensor, tokens: Tokens, scale: float) -> None:
-    """Writes the gradient of row ``active[i]`` over row i of the logits; later rows must not be used afterwards.
+    """Writes the gradient of row ``active[i]`` over row i of the logits; rows from ``len(active)`` on become unusable.
 
     Args:
         logits: (n, columns) logits of consecutive columns of the vocabulary.
-        first_column: number of the first of these columns in the vocabulary, in which targets are counted.
-        active: rising numbers of the rows whose gradient is written, int64.
+        first_column: index of the first of these columns in the vocabulary; targets are indices in the vocabulary.
+        active: indices of the rows whose gradient is written, int64, ascending.
         tokens: data of all n rows.
         scale: 1 / temperature.
     """
@@ -95,7 +95,7 @@ def write_gradient(logits: Tensor, first_column: int, active: Tensor, tokens: To
 
 
 def marked_columns(logits: Tensor, active: Tensor, tokens: Tokens, scale: float, eps: float) -> Tensor:
-    """Rising numbers of the columns whose softmax is at least ``eps``, or that are the target, in an active row."""
+    """Ascending indices of the columns whose softmax is at least ``eps``, or that are the target, in any active row."""
     marks = torch.empty(logits.shape[1], dtype=torch.uint8)
     targets, row_max, row_sum, *_ = _token_arguments(tokens)
     status = native.library().balcaprl_softmax_mark(
@@ -115,7 +115,7 @@ def marked_columns(logits: Tensor, active: Tensor, tokens: Tokens, scale: float,
 
 
 def gathered_gradient(logits: Tensor, active: Tensor, columns: Tensor, tokens: Tokens, scale: float) -> Tensor:
-    """Gradient of the rows ``active`` and the ``columns``, both rising: (rows, columns) in the dtype of the logits."""
+    """Gradient at the ascending rows ``active`` and ``columns``: (rows, columns) in the dtype of the logits."""
     out = logits.new_empty(active.shape[0], columns.shape[0])
     status = native.library().balcaprl_softmax_gather_gradient(
         *_row_arguments(logits),

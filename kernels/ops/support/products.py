@@ -2,12 +2,13 @@
 
 oneDNN multiplies bfloat16 on AMX in blocks of 32 columns (64 bytes) of the first operand. If the rows are not adjacent
 in memory and the number of columns is not a multiple of 32, oneDNN has been seen to read past the last column, into the
-gap between two rows, and past the end of the last row. It multiplies the rest of the block with zeros, which is correct
-for finite numbers; but uninitialised memory may hold NaN. ``bench/strided_bf16_product.py`` shows the fault without
-this package.
+gap between two rows, and past the end of the last row. It multiplies what it reads there by zeros, which is correct for
+finite numbers; but uninitialised memory may hold NaN. ``bench/strided_bf16_product.py`` shows the fault without this
+package.
 
 Every operand that may be strided, transposed operands included, therefore goes through ``gapless`` before it becomes a
-first operand. ``gapless`` copies only in these cases; it costs nothing in all others, on a GPU or in float32.
+first operand. ``gapless`` copies only where the fault is possible; otherwise, and always on a GPU or in float32, it
+costs nothing.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def gapless(matrix: Tensor) -> Tensor:
         matrix: (..., M, K) matrices, or a transposed view of such matrices; a vector is returned as it is.
 
     Returns:
-        The same values in the same orientation; differentiable. The result is a copy only for 16-bit numbers on a CPU
-        whose rows are neither whole blocks nor adjacent.
+        The same values in the same orientation; differentiable. The result is a copy only for 16-bit matrices on a CPU
+        whose rows are neither adjacent nor made of whole blocks.
     """
     if not _may_be_read_beside(matrix) or matrix.dim() < 2:
         return matrix
@@ -52,7 +53,7 @@ def has_no_gaps(matrix: Tensor) -> bool:
 
 
 def with_gapless_gradient(x: Tensor) -> Tensor:
-    """Returns the same tensor, whose gradient goes through ``gapless`` in the backward."""
+    """Returns the same values; in the backward, their gradient goes through ``gapless``."""
     return _GaplessGradient.apply(x) if _may_be_read_beside(x) and x.requires_grad else x
 
 

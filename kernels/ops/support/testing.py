@@ -8,9 +8,9 @@ its yardstick; compare those with ``torch.testing.assert_close``.
 In a single small problem the error of the reference in the working dtype depends on chance. It is sometimes almost 0,
 and then a correct implementation exceeds 3x that error. ``assert_as_accurate_over`` therefore judges several problems
 together. It expresses each problem's largest error in roundings of the problem's largest value, so that all problems
-count equally, and takes the quadratic mean over the problems. If cancellation makes a problem's largest value small,
-the quadratic mean of the roundings of all problems is the unit instead. If the rule does not hold, as many problems
-again are drawn, up to ``most``; the check fails only if the rule does not hold for all of them together.
+count equally, and takes the quadratic mean over the problems. Cancellation can make a problem's largest value small, so
+the unit is never less than the quadratic mean of the roundings of all problems. If the rule does not hold, as many
+problems again are drawn, up to ``most``; the check fails only if the rule does not hold for all of them together.
 
 Measured on 250 sets of 32 problems (small heads, whose errors are most uneven): a correct implementation never failed.
 An implementation whose errors are 3x those of the reference (gradients: 4x) failed in a third (a quarter) of the sets
@@ -70,7 +70,8 @@ def assert_as_accurate(
         name: name of the quantity for the message.
 
     Raises:
-        AssertionError: the shape is wrong, finite and non-finite values differ in place, or the error is too large.
+        AssertionError: the shape is wrong, finite and non-finite values are in different places, or the error is too
+            large.
     """
     compared = Compared(name or kind, actual, working, exact, kind)
     failure = _failure(compared.name, kind, [_errors(compared)])

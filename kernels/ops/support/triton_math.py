@@ -2,7 +2,7 @@
 
 The kernels that use the float64 functions move a few values per token or per rollout. They are bound by memory, so
 float64 costs them nothing on the data-centre GPUs that they are compiled for. In float32, the rounding error of exp
-would be as large as the divergences computed from it. This module is imported only where ``impl="triton"`` runs.
+could be as large as a divergence that is computed from it. This module is imported only where ``impl="triton"`` runs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def inverse_power(x):
 def expm1(x):
     """e^x - 1, with an error of at most 2e-11 times e^x.
 
-    x is first clamped to +-700; above 700 the result is far outside of float32's range anyway. The function then writes
-    x = n log 2 + r and evaluates e^r by its Taylor series.
+    x is first clamped to +-700; beyond that, the result is infinity or -1 in float32 anyway. The function then splits
+    x = n log 2 + r with |r| <= log(2) / 2 and evaluates e^r by its Taylor series.
     """
     x = tl.minimum(tl.maximum(x, -700.0), 700.0)
     n = tl.floor(x * 1.4426950408889634 + 0.5)
@@ -42,7 +42,7 @@ def expm1(x):
 
 @triton.jit
 def expm1_float32(x):
-    """e^x - 1 in float32, computed so that it keeps its digits near x = 0."""
+    """e^x - 1 in float32, accurate near x = 0 too."""
     series = 1.0 + x * (1.0 / 2 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040))))))
     return tl.where(tl.abs(x) < 0.25, x * series, tl.exp(x) - 1.0)
 
@@ -59,7 +59,7 @@ def token_loss(
     SAMPLING_CAP: tl.constexpr,
     KL_COEF: tl.constexpr,
 ):
-    """Loss of each token before scale and sum, with its gradient and metrics; ``policy_loss.py`` has the mathematics.
+    """Loss of each token before scale and sum, its gradient and metrics; ``policy_loss.py`` has the mathematics.
 
     Without old or reference log-probabilities, the caller passes ``logprobs`` in their place; without sampling
     log-probabilities, it passes ``old_logprobs``. A ``SAMPLING_CAP`` of 0 means no importance sampling.

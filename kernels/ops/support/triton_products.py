@@ -1,10 +1,9 @@
-"""Matrix products and rounding in and around Triton kernels, correct both on a GPU and under the interpreter. This
-module is imported only with triton.
+"""Matrix products and rounding in and around Triton kernels, correct both on a GPU and under the interpreter.
 
 Triton 3.9's interpreter multiplies the bit patterns of bfloat16 operands of ``tl.dot`` as if they were integers, and
 rounds float32 to bfloat16 towards zero. Under the interpreter, operands of products are therefore first widened to
-float32, which holds their exact values, and rounding is done on the bits. In compiled code, each of the two is one
-instruction.
+float32, which holds their exact values, and rounding is done on the bits. Compiled code needs neither. This module is
+imported only where triton is installed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Copies from the CPU to a GPU that the host does not wait for.
 
-A copy from ordinary memory makes the host wait; one from pinned memory runs behind the work that is queued, but takes a
-launch for each tensor. Here several tensors share one. Elsewhere than on a GPU, tensors are moved one by one.
+A copy from ordinary memory makes the host wait. A copy from pinned memory is queued behind the GPU's earlier work, but
+each copy takes a launch, so all tensors of one dtype share a copy here. To other devices, tensors are moved one by one.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 16
-"""Bytes to which tensors are aligned within a copy, because kernels are compiled for pointers that are multiples of it."""
+"""Bytes to which tensors are aligned within a copy, because kernels are compiled for pointers aligned like this."""
 
 
 def upload(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
-    """The tensors on a device, in order; on a GPU those of one dtype are contiguous views of one copy.
+    """Moves tensors to a device, in order; on a GPU, those of one dtype are contiguous views of one copy.
 
     Args:
-        tensors: tensors on the CPU, of any shapes and dtypes; those that are elsewhere are moved one by one.
-        device: the device that they shall be on.
+        tensors: tensors on the CPU, of any shapes and dtypes; any that are not on the CPU are moved one by one.
+        device: the device to move them to.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -40,7 +40,7 @@ def upload(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor
 
 
 def _joined(tensors: Sequence[Tensor], *, pin_memory: bool) -> tuple[Tensor, list[int]]:
-    """Tensors of one dtype, one after the other in one of one axis, and the element at which each begins."""
+    """Joins tensors of one dtype into a one-dimensional tensor; returns it, and the index at which each begins."""
     step = max(1, _ALIGNMENT // tensors[0].element_size())
     offsets, total = [], 0
     for tensor in tensors:
