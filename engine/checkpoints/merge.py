@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from balcaprl.assets import demo_model_path
 from balcaprl.checkpoints.checkpoint import digest_of_base, new_folder
+from balcaprl.checkpoints.weight_digest import is_of_base
 from balcaprl.files.ownership import claim_file, refuse_filled_folder
 from balcaprl.logtext import printable
 from balcaprl.policy.stock import check_family, load_stock, processor_of_adapter, quiet_peft, with_adapter
-from balcaprl.policy.weight_digest import is_of_base
 from balcaprl.policy.weight_files import (
     ADAPTER_CONFIG,
     ModelFilesError,

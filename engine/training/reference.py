@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from balcaprl.checkpoints.weight_digest import BASE, START, digest_of
 from balcaprl.policy import PackedBatch, Policy
-from balcaprl.policy.weight_digest import BASE, START, digest_of
 from balcaprl.rollout.adapters import adapted_modules, delta_of
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from balcaprl.checkpoints.checkpoint import TrainerState, clear_partial_checkpoints, list_checkpoints, save_checkpoint
+from balcaprl.checkpoints.weight_digest import digest_of
 from balcaprl.config import TrainConfig
 from balcaprl.data import Dataset, load_dataset
 from balcaprl.data.digest import data_digest
@@ -20,7 +21,6 @@ from balcaprl.evaluation import Evaluation, evaluate_captions
 from balcaprl.files.ownership import Claim
 from balcaprl.policy import Policy
 from balcaprl.policy.stock import load_into, unsaved_parameters
-from balcaprl.policy.weight_digest import digest_of
 from balcaprl.reporting.metrics import PhaseTimer, nanmean
 from balcaprl.rewards import (
     GroupScorer,

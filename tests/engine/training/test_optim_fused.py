@@ -5,16 +5,17 @@ The kernels are interpreted, so that the optimiser has to be told to take them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator
 
 import pytest
 import torch
+from tile_sizes import overridden
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from balcaprl.config import OptimConfig
-from balcaprl.kernels.support import launch
 from balcaprl.training.optim import PolicyOptimizer
 from balcaprl.types import DivergedError
 
@@ -24,10 +25,10 @@ interpreted = pytest.mark.interpreter
 
 @pytest.fixture(autouse=True)
 def small_tiles() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
+    with contextlib.ExitStack() as stack:
         for name in ("squares", "direction", "apply"):
-            patch.setitem(launch._overrides, f"_adamw_{name}_kernel", {"BLOCK": 32})
-        patch.setitem(launch._overrides, "_adamw_norms_kernel", {"BLOCK_C": 16})
+            stack.enter_context(overridden(f"_adamw_{name}_kernel", BLOCK=32))
+        stack.enter_context(overridden("_adamw_norms_kernel", BLOCK_C=16))
         yield
 
 

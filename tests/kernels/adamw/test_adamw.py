@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from tile_sizes import overridden
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,11 +42,11 @@ def small_chunks(request: pytest.FixtureRequest) -> Iterator[None]:
     from balcaprl.kernels.adamw import triton as fused
 
     names = ("_adamw_squares_kernel", "_adamw_direction_kernel", "_adamw_apply_kernel")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setattr(fused, "_CHUNK", 768)
         for name in names:
-            patch.setitem(launch._overrides, name, {"BLOCK": 256})
-        patch.setitem(launch._overrides, "_adamw_norms_kernel", {"BLOCK_C": 4})
+            stack.enter_context(overridden(name, BLOCK=256))
+        stack.enter_context(overridden("_adamw_norms_kernel", BLOCK_C=4))
         yield
 
 
