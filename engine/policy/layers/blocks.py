@@ -47,11 +47,10 @@ def block_forward_of(module: nn.Module) -> Forward | None:
     return None
 
 
-def can_run(module: nn.Module) -> bool:
-    """Whether the kernels run on the device of the module's weights, and in their dtype."""
-    weight = next(module.parameters())
-    here = weight.is_cuda or (launch.interpreting() and weight.device.type == "cpu")
-    return here and launch.has_triton() and weight.dtype in _TOLERANCE
+def can_run(tensor: Tensor) -> bool:
+    """Whether the kernels run where a tensor, weights or rows, is, in its dtype."""
+    here = tensor.is_cuda or (tensor.device.type == "cpu" and launch.interpreting())
+    return here and launch.has_triton() and tensor.dtype in _TOLERANCE
 
 
 def decoder_forward(self: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
@@ -175,7 +174,8 @@ def _weights_if_plain(
 
     Adapters, foreign hooks and autocast would act on them.
     """
-    if torch.is_autocast_enabled(rows.device.type) or not isinstance(angles, tuple):
+    # A model may have been moved or converted since its layers were fused.
+    if not can_run(rows) or torch.is_autocast_enabled(rows.device.type) or not isinstance(angles, tuple):
         return None
     num_rows = rows.numel() // rows.shape[-1]
     if rows.shape[-2] != num_rows or any(each.numel() != num_rows * each.shape[-1] for each in angles):

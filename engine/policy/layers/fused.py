@@ -225,7 +225,7 @@ def _agrees(module: Any, forward: Forward) -> bool:
     patches equals the convolution by definition.
     """
     if forward in _BLOCKS:
-        return blocks.can_run(module) and blocks.agrees(module, forward)
+        return blocks.can_run(next(module.parameters())) and blocks.agrees(module, forward)
     if forward not in (_norm_forward, _mlp_forward):
         return True
     if len(inspect.signature(type(module).forward).parameters) != 2:  # it takes other arguments than self and rows
